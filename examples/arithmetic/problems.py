@@ -1,0 +1,108 @@
+"""The arithmetic world: problems, worked solutions and a tokenizer, all made here from a seed.
+
+A problem is a chain of operations on a running value; the solution writes every step and ends in ``\\boxed{}``:
+
+    user:      Start with 34, add 27, times 3, minus 58.
+    assistant: 34+27=61
+               61*3=183
+               183-58=125
+               \\boxed{125}
+
+Usage: ``python examples/arithmetic/problems.py`` rewrites ``train.jsonl`` (questions for distillation, no solutions
+but the answer) and ``test.jsonl`` (200 held-out questions) beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+WORDS = ["Start with ", ", add ", ", minus ", ", times ", "\\boxed{", "}", "\n", "+", "-", "*", "=", "."]
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+LARGEST = 999
+TEST_SEED, TRAIN_SEED, PRETRAIN_SEED = 20_001, 20_002, 20_003
+
+
+def make_problem(rng: random.Random) -> dict:
+    """One problem of three to five operations; every running value lies in [0, 999].
+
+    Returns `{"question": str, "solution": str, "answer": str}`; `solution` is the worked text.
+    """
+    value = rng.randint(2, 99)
+    question, lines = f"Start with {value}", []
+    for _ in range(rng.randint(3, 5)):
+        kinds = ["add"] * 2 + ["minus"] * 2 * (value > 1) + ["times"] * (2 <= value <= LARGEST // 2)
+        kind = rng.choice(kinds)
+        if kind == "add":
+            n = rng.randint(1, max(1, min(99, LARGEST - value)))
+            if value + n > LARGEST:
+                kind = "minus"
+        if kind == "minus":
+            n = rng.randint(1, min(99, value))
+        if kind == "times":
+            n = rng.randint(2, min(9, LARGEST // value))
+        sign, result = {"add": ("+", value + n), "minus": ("-", value - n), "times": ("*", value * n)}[kind]
+        question += f", {kind} {n}"
+        lines.append(f"{value}{sign}{n}={result}")
+        value = result
+    return {"question": question + ".", "solution": "\n".join(lines) + f"\n\\boxed{{{value}}}", "answer": str(value)}
+
+
+def make_problems(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict]:
+    """`count` distinct problems from `seed`, none of whose questions is in `exclude`."""
+    rng, seen, rows = random.Random(seed), set(exclude), []
+    while len(rows) < count:
+        row = make_problem(rng)
+        if row["question"] not in seen:
+            seen.add(row["question"])
+            rows.append(row)
+    return rows
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: one token a digit, a sign or a phrase of the questions; 27 tokens."""
+    tokens = SPECIAL + WORDS + [str(d) for d in range(10)]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"Start with |, add |, minus |, times |\\boxed\{|."), behavior="isolated"
+    )
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        extra_special_tokens=["<|user|>", "<|assistant|>"],
+        padding_side="left",
+        model_max_length=256,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def held_out_questions() -> frozenset[str]:
+    """The questions of the test set, which no training set may contain."""
+    return frozenset(row["question"] for row in make_problems(200, TEST_SEED))
+
+
+def main() -> None:
+    test = make_problems(200, TEST_SEED)
+    train = make_problems(4000, TRAIN_SEED, held_out_questions())
+    for name, rows in (("train", train), ("test", test)):
+        with open(HERE / f"{name}.jsonl", "w") as file:
+            for row in rows:
+                file.write(json.dumps({"question": row["question"], "answer": row["answer"]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

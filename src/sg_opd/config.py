@@ -1,0 +1,228 @@
+"""`SGOPDConfig`: TRL's `GRPOConfig` with the fields of SG-OPD, and the presets as one table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from .loss import check_settings
+from .teacher_phase import SCHEDULES, TeacherPhaseSampler
+
+# every known variant is a point of this table; sources in the documentation's page on the method
+PRESETS: dict[str, dict[str, Any]] = {
+    "opd": {
+        "gate_extrapolation": 1.0,
+        "gate_interpolation": 1.0,
+        "reference_policy": "current",
+        "teacher_phase_steps": 0,
+    },
+    "exopd": {
+        "gate_extrapolation": 1.25,
+        "gate_interpolation": 1.25,
+        "reference_policy": "initial",
+        "teacher_phase_steps": 0,
+    },
+    "opdvr": {
+        "gate_extrapolation": 1.0,
+        "gate_interpolation": 0.0,
+        "reference_policy": "current",
+        "teacher_phase_steps": 0,
+    },
+    "sg-opd": {
+        "gate_extrapolation": 1.8,
+        "gate_interpolation": 1.0,
+        "reference_policy": "current",
+        "teacher_phase_steps": 0.1,
+    },
+}
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "estimator": ("sampled", "full"),
+    "reference_policy": ("current", "initial"),
+    "teacher_phase_schedule": tuple(SCHEDULES),
+    "teacher_rollout_loss": ("gated", "nll"),
+}
+# what the full divergence replaces, with the value at which the parent's setting does nothing
+UNUSED_BY_FULL = {
+    "loss_type": "dapo",
+    "beta": 0.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "importance_sampling_level": "token",
+    "off_policy_mask_threshold": None,
+    "delta": None,
+    "cast_lm_head_to_fp32": False,
+}
+
+
+class _OneGeneration(int):
+    """1, but not below 2: GRPO's check asks for a group to centre rewards in, which SG-OPD does not do."""
+
+    def __lt__(self, other: object) -> bool:
+        return False if other == 2 else super().__lt__(other)
+
+
+@dataclass
+class SGOPDConfig(GRPOConfig):
+    """Settings of [`SGOPDTrainer`]: all of [`~trl.GRPOConfig`], and the fields below.
+
+    `num_generations=1` is allowed. GRPO's reward weights and scaling have no effect: the verifier's verdict is a sign.
+    A field that a preset sets is `None` until the preset fills it, and a value given here wins over the preset's.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    preset: str = field(
+        default="sg-opd",
+        metadata={"help": "Variant that fills the fields left at None: 'opd', 'exopd', 'opdvr' or 'sg-opd'."},
+    )
+    gate_extrapolation: float | None = field(
+        default=None,
+        metadata={"help": "Reward-scaling factor of consensus tokens (teacher and verifier agree), finite, >= 0."},
+    )
+    gate_interpolation: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward-scaling factor of conflict tokens (they disagree), finite, >= 0; > 0 with "
+            "reference_policy='initial'."
+        },
+    )
+    gate_dead_zone: float = field(
+        default=0.0,
+        metadata={"help": "Tokens whose teacher and student log-probs differ by at most this many nats are neutral."},
+    )
+    log_ratio_clip: float | None = field(
+        default=None,
+        metadata={"help": "Clip each log-ratio of the sampled estimator's advantage to [-c, c] nats. None: no clip."},
+    )
+    estimator: str = field(
+        default="sampled",
+        metadata={
+            "help": "'sampled': policy gradient on the sampled token. 'full': divergence of the whole distribution at "
+            "each position, computed in chunks."
+        },
+    )
+    reference_policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Policy the reward is measured against: 'current' (no third model) or 'initial' (the student "
+            "before training, kept frozen)."
+        },
+    )
+    teacher_phase_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the teacher phase: a count of optimizer steps, or a share of all steps if below 1. 0: off."
+        },
+    )
+    teacher_phase_fraction: float = field(
+        default=0.25,
+        metadata={"help": "Share of each prompt's rollouts that are teacher slots at step 0, in [0, 1]."},
+    )
+    teacher_phase_schedule: str = field(
+        default="linear",
+        metadata={"help": "Decay of that share over the phase: 'constant', 'linear' or 'cosine'."},
+    )
+    teacher_candidates: int = field(
+        default=1,
+        metadata={"help": "Completions the teacher proposes for each slot, >= 1; the first endorsed one is taken."},
+    )
+    teacher_rollout_loss: str = field(
+        default="gated",
+        metadata={"help": "Loss on teacher rollouts: 'gated' (as on the student's) or 'nll' (maximum likelihood)."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Teacher to load when the trainer is given none."},
+    )
+    teacher_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Revision (branch, tag or commit) of the teacher."},
+    )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for the teacher's from_pretrained. dtype defaults to the checkpoint's."},
+    )
+
+    def __post_init__(self) -> None:
+        self._fill_from_preset()
+        single = self.num_generations == 1
+        if single:
+            self.num_generations = _OneGeneration(1)
+        super().__post_init__()
+        if single:
+            self.num_generations = 1
+        self._check_fields()
+        self._check_parent_fields()
+
+    def _fill_from_preset(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed and not (value is None and name in PRESETS["opd"]):
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _check_fields(self) -> None:
+        check_settings(
+            self.gate_extrapolation,
+            self.gate_interpolation,
+            self.estimator,
+            self.gate_dead_zone,
+            self.log_ratio_clip,
+            self.temperature,
+            initial_reference=self.reference_policy == "initial",
+            names=("gate_extrapolation", "gate_interpolation", "gate_dead_zone"),
+        )
+        steps = self.teacher_phase_steps
+        if not (math.isfinite(steps) and steps >= 0 and (steps < 1 or steps == int(steps))):
+            raise ValueError(
+                f"`teacher_phase_steps` must be a whole number of steps, or a share in [0, 1); got {steps!r}."
+            )
+        if not 0.0 <= self.teacher_phase_fraction <= 1.0:
+            raise ValueError(f"`teacher_phase_fraction` must be in [0, 1], got {self.teacher_phase_fraction!r}.")
+        if self.teacher_candidates < 1:
+            raise ValueError(f"`teacher_candidates` must be >= 1, got {self.teacher_candidates!r}.")
+
+    def _check_parent_fields(self) -> None:
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError(
+                "`metric_for_best_model='loss'` has nothing to compare: evaluation generates and grades, it calls no "
+                "teacher and has no loss. Use metric_for_best_model='eval_reward' with greater_is_better=True "
+                "(load_best_model_at_end=True chooses 'loss' unless told otherwise)."
+            )
+        if self.estimator == "full":
+            for name, idle in UNUSED_BY_FULL.items():
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` has no meaning with estimator='full'; leave it at {idle!r}."
+                    )
+            if self.use_vllm and self.vllm_importance_sampling_correction:
+                raise ValueError(
+                    "`vllm_importance_sampling_correction=True` corrects a ratio that estimator='full' does not have; "
+                    "set it to False."
+                )
+        if self.teacher_rollout_loss == "nll" and self.loss_type != "dapo":
+            raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
+        if self.sync_ref_model and self.reference_policy == "initial":
+            raise ValueError("`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.")
+
+    def teacher_phase_length(self, max_steps: int) -> int:
+        """The phase's length in optimizer steps, for a run of `max_steps`; a share is rounded up."""
+        steps = self.teacher_phase_steps
+        return int(steps) if steps >= 1 or steps == 0 else math.ceil(steps * max_steps)
+
+    def teacher_phase_sampler(self, max_steps: int) -> TeacherPhaseSampler:
+        """The sampler these settings describe, for a run of `max_steps` optimizer steps."""
+        return TeacherPhaseSampler(
+            self.teacher_phase_fraction,
+            self.teacher_phase_length(max_steps),
+            self.teacher_phase_schedule,
+            self.teacher_candidates,
+            seed=self.seed,
+        )
