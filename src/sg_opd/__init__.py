@@ -1,0 +1,26 @@
+"""SG-OPD: Sign-Gated On-Policy Distillation for TRL (arXiv 2606.09304)."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SGOPDConfig": "config",
+    "SGOPDTrainer": "trainer",
+    "SignGatedLoss": "loss",
+    "TeacherPhaseSampler": "teacher_phase",
+    "MathVerifier": "verifiers",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    # lazy: importing TRL costs seconds, and a verifier must not pay for it
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -226,3 +226,8 @@ class SGOPDConfig(GRPOConfig):
             self.teacher_candidates,
             seed=self.seed,
         )
+
+    def method_settings(self) -> dict[str, Any]:
+        """The method's own settings by name, as a model card lists them."""
+        own = [name for name in type(self).__annotations__ if not name.startswith("teacher_model_")]
+        return {name: getattr(self, name) for name in own}

@@ -12,6 +12,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .teacher import eos_set, sample_completions
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of the chance that one of k samples is correct, from c correct ones of n.
@@ -55,37 +57,14 @@ def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
-    generation_config: GenerationConfig,
-    batch_size: int,
-    progress: bool = True,
-) -> list[list[int]]:
-    """One sampled completion a prompt (plain text or messages), as token ids up to and with the first EOS."""
-    eos = generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos])
-    completions: list[list[int]] = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="generate", disable=not progress):
-        texts = [
-            p if isinstance(p, str) else processing_class.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
-            for p in prompts[start : start + batch_size]
-        ]
-        plain = isinstance(prompts[start], str)
-        inputs = processing_class(
-            text=texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=plain
-        ).to(model.device)
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            generation_config=generation_config,
-        )
-        for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
-            end = next((i for i, token in enumerate(ids) if token in eos), len(ids) - 1)
-            completions.append(ids[: end + 1])
-    return completions
+def tokenize_prompts(processing_class: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of prompts, each plain text or a list of messages ready for the assistant's turn."""
+    return [
+        processing_class(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for prompt in prompts
+    ]
 
 
 def evaluate_model(
@@ -116,16 +95,16 @@ def evaluate_model(
         eos_token_id=processing_class.eos_token_id if eos is None else eos,
         pad_token_id=processing_class.pad_token_id,
     )
+    prompt_ids = tokenize_prompts(processing_class, [row["prompt"] for row in rows])
+    ids: list[list[int]] = []
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ids = generate(model, processing_class, [row["prompt"] for row in rows], config, batch_size, progress)
+        for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", disable=not progress):
+            ids += sample_completions(model, prompt_ids[start : start + batch_size], config)
     model.train(was_training)
-    texts = processing_class.batch_decode(ids, skip_special_tokens=True)
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    verdicts = verifier(prompts=[row["prompt"] for row in rows], completions=texts, completion_ids=ids, **columns)
-    eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    verdicts = grade(rows, ids, processing_class, verifier)
     correct = [sum(v == 1.0 for v in verdicts[i : i + num_samples]) for i in range(0, len(rows), num_samples)]
     average, average_error = mean_and_standard_error([100 * c / num_samples for c in correct])
     passed, passed_error = mean_and_standard_error([100 * pass_at_k(num_samples, c, num_samples) for c in correct])
@@ -137,6 +116,23 @@ def evaluate_model(
         pass_percent=passed,
         pass_standard_error=passed_error,
         abstained_percent=100 * sum(v is None for v in verdicts) / len(verdicts),
-        truncated_percent=100 * sum(i[-1] not in eos_ids for i in ids) / len(ids),
+        truncated_percent=100 * sum(i[-1] not in eos_set(config.eos_token_id) for i in ids) / len(ids),
         mean_tokens=statistics.fmean(len(i) for i in ids),
     )
+
+
+def grade(
+    rows: Sequence[dict[str, Any]],
+    completion_ids: Sequence[Sequence[int]],
+    processing_class: PreTrainedTokenizerBase,
+    verifier: Callable[..., list[float | None]],
+) -> list[float | None]:
+    """The verifier's answer to each completion, with the columns of its row, as in training."""
+    texts = processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+    prompts = [row["prompt"] for row in rows]
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    return verifier(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)

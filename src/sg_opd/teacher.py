@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 
@@ -144,7 +144,6 @@ class LocalTeacher:
             self.model,
             self.accelerator,
             gather_deepspeed3_params=self.gather_for_generation,
-            generation_kwargs=self.generation_config.to_diff_dict(),
         ) as model:
             completions = sample_completions(model, prompt_ids, self.generation_config)
         count = self.generation_config.num_return_sequences

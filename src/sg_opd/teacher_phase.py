@@ -29,13 +29,13 @@ class Proposal(NamedTuple):
     token_ids: list[int]
     """The completion's ids, its EOS included."""
     completion: Any
-    """The same as text or messages: what `endorse` judges."""
+    """The same as text or messages: what a verifier judges."""
     terminated: bool
     """Whether it ended with EOS; a truncated one never takes a row."""
 
 
 Propose = Callable[[Sequence[int], int], Sequence[Sequence[Proposal]]]
-Endorse = Callable[[Sequence[int], Sequence[Any]], Sequence[float | None]]
+Endorse = Callable[[Sequence[int], Sequence[Proposal]], Sequence[float | None]]
 
 
 class TeacherPhaseSampler:
@@ -119,7 +119,7 @@ class TeacherPhaseSampler:
         Args:
             rows: the slots, as the caller numbers them.
             propose: `(rows, candidates)` -> for each row its proposals.
-            endorse: `(rows, completions)`, one row a completion -> 1.0, 0.0 or `None` each; only 1.0 endorses.
+            endorse: `(rows, proposals)`, one row a proposal -> 1.0, 0.0 or `None` each; only 1.0 endorses.
 
         Returns:
             row -> the first of its proposals that ended with EOS and was endorsed.
@@ -132,7 +132,7 @@ class TeacherPhaseSampler:
         ended = [(row, p) for row, some in zip(rows, proposals, strict=True) for p in some if p.terminated]
         if not ended:
             return {}
-        verdicts = endorse([row for row, _ in ended], [p.completion for _, p in ended])
+        verdicts = endorse([row for row, _ in ended], [proposal for _, proposal in ended])
         taken: dict[int, Proposal] = {}
         for (row, proposal), verdict in zip(ended, verdicts, strict=True):
             if verdict == 1.0:

@@ -7,6 +7,8 @@ instead of "unknown". A worker runs this very file, never the caller's main modu
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import math
 import os
@@ -17,7 +19,8 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
 
@@ -236,6 +239,32 @@ class MathVerifier:
             self._pool.remove(worker)
         self._pool.append(_Worker(self.timeout))
         return self._pool[-1]
+
+
+def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
+    """What any verifier in reward-function form answers, as 1.0, 0.0 or `None` a row; async ones are awaited.
+
+    Raises:
+        ValueError: another value, or another number of values than completions, with the row.
+    """
+    answer = verifier(prompts=prompts, completions=completions, **kwargs)
+    if inspect.isawaitable(answer):
+        with ThreadPoolExecutor(1) as executor:  # a notebook's own event loop is running in this thread
+            answer = executor.submit(asyncio.run, _awaited(answer)).result()
+    name = getattr(verifier, "__name__", type(verifier).__name__)
+    if len(answer) != len(completions):
+        raise ValueError(f"The verifier {name} answered {len(answer)} values for {len(completions)} completions.")
+    for row, value in enumerate(answer):
+        if value is not None and value not in (0, 1):
+            raise ValueError(
+                f"The verifier {name} answered {value!r} for row {row} (completion {str(completions[row])[:80]!r}); "
+                "a verdict is 1 (correct), 0 (incorrect) or None (abstained)."
+            )
+    return [None if value is None else float(value) for value in answer]
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer
 
 
 class _Worker:

@@ -1,0 +1,186 @@
+"""What is verified before the first step: clear errors, or one warning each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import SGOPDConfig
+from .teacher import eos_set
+from .verifiers import MathVerifier
+
+logger = logging.getLogger(__name__)
+
+ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
+REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
+
+
+def check_arguments(
+    teacher: Any, model: Any, verifier: Any, args: Any, eval_dataset: Any, extra: dict[str, Any]
+) -> None:
+    """Refuse trainer arguments that cannot work together, naming each."""
+    for name in ("reward_funcs", "reward_processing_classes"):
+        if extra.get(name) is not None:
+            raise ValueError(f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.")
+    if not isinstance(args, SGOPDConfig):
+        raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
+    if teacher is None:
+        raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
+    if teacher is model and not isinstance(model, str):
+        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
+    if not callable(verifier):
+        raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
+    if args.teacher_phase_steps > 0:
+        for name in REFUSED_WITH_PHASE:
+            if extra.get(name):
+                raise ValueError(
+                    f"`{name}` and a teacher phase do not go together: the teacher proposes plain completions only. "
+                    "Set `teacher_phase_steps=0`."
+                )
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ValueError(f"`eval_strategy={str(args.eval_strategy)!r}` needs an `eval_dataset`.")
+    if args.use_vllm and args.vllm_importance_sampling_correction and truncated_sampling(args):
+        logger.warning(
+            "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
+            "use top_p=1, top_k=0, min_p=None for an exact correction."
+        )
+
+
+def truncated_sampling(args: SGOPDConfig) -> bool:
+    """Whether rollouts come from a cut-off distribution instead of the student's own."""
+    return args.top_p < 1 or args.top_k > 0 or bool(args.min_p)
+
+
+def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig) -> None:
+    """Columns, emptiness and golds of one dataset, or of each in a dict; a streaming one by its first row only."""
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part, verifier, args)
+        return
+    sized = hasattr(dataset, "__len__")
+    if sized and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    first = dataset[0] if sized else next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty.")
+    needed = ["prompt"] + ["solution"] * isinstance(verifier, MathVerifier)
+    missing = [column for column in needed if column not in first]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
+        )
+    if args.remove_unused_columns and "solution" in needed:
+        raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
+    if args.teacher_phase_steps > 0 and ("image" in first or "images" in first):
+        raise ValueError(
+            f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`."
+        )
+    if sized and isinstance(verifier, MathVerifier):
+        check_golds(name, dataset, verifier)
+
+
+def spread(length: int) -> range:
+    """At most `ROWS_CHECKED` places, evenly spread over `length` rows."""
+    return range(0, length, max(1, -(-length // ROWS_CHECKED)))
+
+
+def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
+    """Warn once of golds on which every verdict would abstain; an error where it is all of them."""
+    rows = spread(len(dataset))
+    golds = [dataset[row]["solution"] for row in rows]
+    bad = verifier.unparseable(golds)
+    if not bad:
+        return
+    shown = "; ".join(f"row {rows[i]}: {str(golds[i])[:80]!r}" for i in bad[:3])
+    message = f"{len(bad)} of the {len(golds)} golds checked in `{name}` cannot be parsed, first {shown}."
+    if len(bad) == len(golds):
+        raise ValueError(f"{message} The verifier would abstain on every row.")
+    logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)
+
+
+def check_prompts(
+    name: str, dataset: Any, tokenize: Callable[[list], list[list[int]]], context: int, completion: int
+) -> None:
+    """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
+
+    Args:
+        tokenize: prompts -> token ids, as the trainer does it.
+        context: the shorter context of both models, in tokens.
+        completion: `max_completion_length`.
+    """
+    rows = spread(len(dataset))
+    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])]
+    too_long = [rows[i] for i, length in enumerate(lengths) if length >= context]
+    if too_long:
+        raise ValueError(
+            f"{len(too_long)} prompts in `{name}` fill the models' context of {context} tokens, first row "
+            f"{too_long[0]}. Filter the dataset by prompt length."
+        )
+    if max(lengths) + completion > context:
+        logger.warning(
+            "The longest prompt in `%s` (%d tokens) and `max_completion_length` (%d) pass the models' context of %d.",
+            *(name, max(lengths), completion, context),
+        )
+
+
+def check_models(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SGOPDConfig
+) -> None:
+    """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
+    if not hasattr(teacher, "get_output_embeddings") or teacher.get_output_embeddings() is None:
+        raise ValueError(f"The teacher ({type(teacher).__name__}) has no language-model head; pass a causal LM.")
+    path = getattr(teacher.config, "_name_or_path", "")
+    if path:
+        teacher_tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+        check_tokenizers(tokenizer, teacher_tokenizer)
+    elif len(tokenizer) > teacher.config.get_text_config().vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} ids but the teacher's vocabulary only "
+            f"{teacher.config.get_text_config().vocab_size}: they cannot share a tokenizer."
+        )
+    ends = [eos_set(model.generation_config.eos_token_id) for model in (student, teacher)]
+    if ends[0] != ends[1]:
+        logger.warning(
+            "Student and teacher end a completion with different tokens (%s and %s): the teacher will rate the "
+            "student's ending as unlikely. Align `generation_config.eos_token_id`.",
+            *(sorted(end) for end in ends),
+        )
+    if same_weights(student, teacher):
+        logger.warning("Teacher and student have the same weights: every delta is zero and nothing will be learnt.")
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse different vocabularies (padding of a head's size is no difference); warn of chat templates that differ."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
+        shown = ", ".join(f"{t!r} ({ours.get(t)} / {theirs.get(t)})" for t in sorted(differing)[:3])
+        raise ValueError(
+            f"Student and teacher use different tokenizers: {len(differing)} tokens have other ids, first {shown} "
+            "(student / teacher). Token-level distillation needs one tokenizer; choose a teacher of the same family."
+        )
+    if student.chat_template and teacher.chat_template and student.chat_template != teacher.chat_template:
+        logger.warning(
+            "Student and teacher have different chat templates; the teacher is asked with the student's. If its "
+            "deltas are large from the first step, use a student and a teacher of the same template."
+        )
+
+
+def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Whether both models have equal parameters; False at the first difference, and for sharded ones (not compared)."""
+    pairs: Sequence = list(zip(student.state_dict().items(), teacher.state_dict().items(), strict=False))
+    if len(student.state_dict()) != len(teacher.state_dict()) or any(a.numel() == 0 for (_, a), _ in pairs):
+        return False
+    return all(
+        name == other and a.shape == b.shape and a.device == b.device and torch.equal(a, b.to(a.dtype))
+        for (name, a), (other, b) in pairs
+    )

@@ -1,0 +1,171 @@
+"""The full estimator on hidden states and heads, in chunks on TRL's kernel: never whole logits.
+
+Both distributions are renormalised over the ids that student and target share.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+REVERSE_KL = 1.0  # the kernel's beta for KL(student || target)
+
+
+class Head(NamedTuple):
+    """A language-model head, `softcap * tanh(scale * (W h + b) / softcap)`, with W of shape (V, H)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Divergence(NamedTuple):
+    """Per position, shape (N,): `divergence` has a gradient to the student, the others have none; in nats."""
+
+    divergence: Tensor
+    entropy: Tensor
+    student_logps: Tensor
+    target_logps: Tensor
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a model, with the scaling its configuration declares (Cohere, Falcon-H1, Granite, Gemma, ...)."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+
+    def setting(name: str) -> float:
+        value = getattr(config, name, None)
+        return 1.0 if value is None else value
+
+    scale = setting("logit_scale") * setting("output_multiplier") * setting("lm_head_multiplier")
+    divisor = setting("logits_scaling")
+    scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """The backbone's output at the positions that predict the last `keep` tokens, (B, keep, H)."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state[:, -keep - 1 : -1]
+
+
+def chunked_divergence(
+    student_hidden: Tensor, student: Head, target_hidden: Tensor, target: Head, ids: Tensor, temperature: float
+) -> Divergence:
+    """KL(student || target) at each position, and both log-probabilities of the sampled token, from one pass.
+
+    Must run inside the student wrapper's forward, where a sharded head is gathered.
+
+    Args:
+        student_hidden: (N, H_s); the gradient goes to it and to the student's head.
+        target_hidden: (N, H_t), without gradient.
+        ids: (N,), the sampled tokens, each below both vocabularies.
+        temperature: divides both models' logits, > 0.
+    """
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    shared = min(student.weight.shape[0], target.weight.shape[0])
+    if shared < student.weight.shape[0]:  # the kernel runs over the student's ids
+        bias = None if student.bias is None else student.bias[:shared]
+        student = student._replace(weight=student.weight[:shared], bias=bias)
+    with torch.enable_grad():  # the normalisers are read off the graph, which a pass without gradient drops again
+        if not (student_hidden.requires_grad or student.weight.requires_grad):
+            student_hidden = student_hidden.detach().requires_grad_()
+        divergence, entropy = ChunkedDivergenceFunction.apply(
+            student_hidden,
+            student.weight,
+            student.bias,
+            target_hidden,
+            target.weight,
+            target.bias,
+            REVERSE_KL,
+            temperature,
+            student.scale,
+            student.softcap,
+            target.scale,
+            target.softcap,
+        )
+    student_log_z, target_log_z = divergence.grad_fn.saved_tensors[6:8]
+    with torch.no_grad():
+        student_logps = _token_logits(student_hidden, student, ids, temperature) - student_log_z
+        target_logps = _token_logits(target_hidden, target, ids, temperature) - target_log_z
+    return Divergence(divergence, entropy, student_logps, target_logps)
+
+
+def chunked_nll(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
+    """`-log pi(y)` of each position's token over the whole head, (N,), with gradient; inside the wrapper's forward."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+        logps, *_ = ChunkedLogProbFunction.apply(
+            hidden, head.weight, head.bias, ids, temperature, VOCAB_CHUNK_SIZE, head.softcap, head.scale, ()
+        )
+    return -logps
+
+
+def check_linear(*heads: Head) -> None:
+    """Refuse soft-capped heads, whose logits are no linear map of the hidden state."""
+    if any(head.softcap is not None for head in heads):
+        raise ValueError(
+            "estimator='full' with reference_policy='initial' needs plain linear heads, but this model soft-caps its "
+            "logits (`final_logit_softcapping`). Use reference_policy='current' or estimator='sampled'."
+        )
+
+
+def tilted_target(
+    teacher_hidden: Tensor, teacher: Head, reference_hidden: Tensor, reference: Head, factor: Tensor
+) -> tuple[Tensor, Head]:
+    """`pi_R^(1 - lambda) * pi_T^lambda / Z` as one linear head on concatenated hidden states [G, O].
+
+    Logits of the product are `lambda * z_T + (1 - lambda) * z_R`, which is one projection of
+    `[lambda h_T, 1 - lambda h_R]`; the biases enter as two more columns.
+
+    Args:
+        teacher_hidden: (N, H_t).
+        reference_hidden: (N, H_r).
+        factor: (N,), lambda.
+
+    Raises:
+        ValueError: a soft-capped head, which is no linear map.
+    """
+    check_linear(teacher, reference)
+    shared = min(teacher.weight.shape[0], reference.weight.shape[0])
+    hidden, columns = [], []
+    for states, head, weight in (
+        (teacher_hidden, teacher, factor * teacher.scale),
+        (reference_hidden, reference, (1 - factor) * reference.scale),
+    ):
+        weight = weight.unsqueeze(1).to(states.dtype)
+        hidden.append(weight * states)
+        columns.append(head.weight[:shared].to(states.dtype))
+        if head.bias is not None:
+            hidden.append(weight)
+            columns.append(head.bias[:shared, None].to(states.dtype))
+    return torch.cat(hidden, dim=1), Head(torch.cat(columns, dim=1), None)
+
+
+def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
+    """The scaled logit of one id a position, in the precision of the kernel's projection."""
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+        dtype = _projection_dtype(hidden)
+        rows = head.weight[ids].to(dtype).float()
+        logits = (rows * hidden.to(dtype).float()).sum(-1)
+        if head.bias is not None:
+            logits = logits + head.bias[ids].float()
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits / temperature
+
+
+def _projection_dtype(hidden: Tensor) -> Any:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,0 +1,118 @@
+"""The metrics this package adds to the parent's: what each means, and how they are gathered once a logging step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loss import GateDecision, gate_metrics, gate_totals
+
+METRICS = {
+    "gate/consensus": "share of trained tokens that the teacher moves the way the verdict wants (s * delta > 0)",
+    "gate/conflict": "share of trained tokens that the teacher moves against the verdict (s * delta < 0)",
+    "gate/neutral": "share of trained tokens without a side: verdict abstained, or abs(delta) within the dead zone",
+    "gate/factor": "mean reward-scaling factor of the trained tokens",
+    "delta/p05": "5 % quantile of delta = log pi_T - log pi_S over trained tokens, in nats",
+    "delta/p50": "median of delta",
+    "delta/p95": "95 % quantile of delta",
+    "delta/clipped": "share of trained tokens with a log-ratio beyond log_ratio_clip",
+    "verdict/correct": "share of the student's rollouts that the verifier calls correct",
+    "verdict/incorrect": "share of the student's rollouts that the verifier calls incorrect",
+    "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
+    "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
+    "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
+    "loss/student": "mean loss of a trained token in the student's rollouts",
+    "loss/teacher": "mean loss of a trained token in the teacher's rollouts",
+}
+SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
+SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
+
+
+def rollout_metrics(labels: Tensor, from_teacher: Tensor, slots: Tensor | None) -> dict[str, float]:
+    """The `verdict/` and `teacher/` metrics of one generation, from all ranks' rows.
+
+    Args:
+        labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
+        from_teacher: (B,), whether a teacher rollout took the row.
+        slots: (B,), whether the row was a teacher slot; `None` in evaluation.
+    """
+    student = labels[~from_teacher.bool()]
+    metrics = {}
+    if student.numel():
+        metrics["verdict/correct"] = (student == 1).float().mean().item()
+        metrics["verdict/incorrect"] = (student == 0).float().mean().item()
+        metrics["verdict/abstained"] = student.isnan().float().mean().item()
+    if slots is not None:
+        metrics["teacher/slot_share"] = slots.float().mean().item()
+        if slots.any():
+            metrics["teacher/endorsed"] = (from_teacher.sum() / slots.sum()).item()
+    return metrics
+
+
+class GateMeter:
+    """Adds up what the gate did over micro-batches, on the device; `compute` reduces it over ranks."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.deltas: list[Tensor] = []
+
+    def update(
+        self,
+        decision: GateDecision,
+        per_token_loss: Tensor,
+        mask: Tensor,
+        from_teacher: Tensor,
+        gated: Tensor,
+        entropy: Tensor | None = None,
+    ) -> None:
+        """Take in one micro-batch; no synchronisation with the device.
+
+        Args:
+            decision: the gate's, (B, T).
+            per_token_loss: (B, T), before masking.
+            mask: (B, T), the trained tokens.
+            from_teacher: (B,), the teacher's rows.
+            gated: (B,), the rows whose loss is the gate's.
+            entropy: (B, T), where no parent logs it.
+        """
+        mask, loss = mask.bool(), per_token_loss.detach()
+        gated_mask = mask & gated.bool().unsqueeze(1)
+        totals = gate_totals(decision, gated_mask)
+        for name, rows in (("student", ~from_teacher.bool()), ("teacher", from_teacher.bool())):
+            of_rows = mask & rows.unsqueeze(1)
+            totals[f"loss/{name}"] = torch.where(of_rows, loss, 0.0).sum()
+            totals[f"{name}_tokens"] = of_rows.sum()
+        totals["entropy"] = torch.where(mask, entropy, 0.0).sum() if entropy is not None else loss.new_zeros(())
+        for name, value in totals.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
+        flat = decision.delta.masked_fill(~gated_mask, math.nan).flatten()
+        # strided, not drawn: metrics must not move the random state that a resumed run relies on
+        self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())
+
+    def compute(self, accelerator: Any, with_entropy: bool = False) -> dict[str, float]:
+        """The metrics since the last call, over all ranks; every rank must call this."""
+        if not self.totals:
+            return {}
+        names = sorted(self.totals)
+        sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
+        totals = dict(zip(names, sums.float(), strict=True))
+        deltas = torch.cat(self.deltas)
+        deltas = deltas[:: math.ceil(deltas.numel() / SAMPLE_PER_LOG)]
+        padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
+        padded[: deltas.numel()] = deltas
+        deltas = accelerator.gather(padded)
+        gate = {name: totals[name] for name in totals if name == "tokens" or name.startswith(("gate/", "delta/"))}
+        metrics = {}
+        if totals["tokens"] > 0:
+            metrics = {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
+        for name in ("student", "teacher"):
+            if totals[f"{name}_tokens"] > 0:
+                metrics[f"loss/{name}"] = (totals[f"loss/{name}"] / totals[f"{name}_tokens"]).item()
+        trained = totals["student_tokens"] + totals["teacher_tokens"]
+        if with_entropy and trained > 0:
+            metrics["entropy"] = (totals["entropy"] / trained).item()
+        self.totals, self.deltas = {}, []
+        return metrics
