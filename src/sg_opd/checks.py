@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SGOPDConfig
+from .divergence import check_linear, head_of
 from .teacher import eos_set
 from .verifiers import MathVerifier
 
@@ -79,9 +81,7 @@ def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig
     if args.remove_unused_columns and "solution" in needed:
         raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
     if args.teacher_phase_steps > 0 and ("image" in first or "images" in first):
-        raise ValueError(
-            f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`."
-        )
+        raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
     if sized and isinstance(verifier, MathVerifier):
         check_golds(name, dataset, verifier)
 
@@ -105,18 +105,16 @@ def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
     logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)
 
 
-def check_prompts(
-    name: str, dataset: Any, tokenize: Callable[[list], list[list[int]]], context: int, completion: int
-) -> None:
+def check_prompts(name: str, dataset: Any, tokenize: Callable[[list], tuple], context: int, completion: int) -> None:
     """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
 
     Args:
-        tokenize: prompts -> token ids, as the trainer does it.
+        tokenize: prompts -> token ids and more, the trainer's own.
         context: the shorter context of both models, in tokens.
         completion: `max_completion_length`.
     """
     rows = spread(len(dataset))
-    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])]
+    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])[0]]
     too_long = [rows[i] for i, length in enumerate(lengths) if length >= context]
     if too_long:
         raise ValueError(
@@ -128,6 +126,23 @@ def check_prompts(
             "The longest prompt in `%s` (%d tokens) and `max_completion_length` (%d) pass the models' context of %d.",
             *(name, max(lengths), completion, context),
         )
+
+
+def check_set_up(trainer: Any) -> None:
+    """What needs both models in place: prompts against the shorter context, and what the full estimator can do."""
+    args, dataset = trainer.args, trainer.train_dataset
+    models = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.unwrapped
+    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    context = min((size for size in contexts if size), default=None)
+    if context and isinstance(dataset, Dataset) and not trainer._is_vlm and trainer.environment_factories is None:
+        check_prompts("train_dataset", dataset, trainer._tokenize_prompts, context, args.max_completion_length)
+    if args.estimator == "full":
+        if trainer._is_vlm:
+            raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
+        if trainer.aux_loss_enabled:
+            raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
+        if args.reference_policy == "initial":
+            check_linear(*map(head_of, models))
 
 
 def check_models(

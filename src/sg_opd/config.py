@@ -74,7 +74,7 @@ class SGOPDConfig(GRPOConfig):
     A field that a preset sets is `None` until the preset fills it, and a value given here wins over the preset's.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     preset: str = field(
         default="sg-opd",
@@ -116,7 +116,7 @@ class SGOPDConfig(GRPOConfig):
     teacher_phase_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Length of the teacher phase: a count of optimizer steps, or a share of all steps if below 1. 0: off."
+            "help": "Length of the teacher phase: a count of optimizer steps, or a share of all steps below 1. 0: off."
         },
     )
     teacher_phase_fraction: float = field(

@@ -1,4 +1,4 @@
-r"""Mathematics datasets in their usual forms -> the columns `prompt` and `solution`, for training and evaluation alike."""
+"""Mathematics datasets in their usual forms -> columns `prompt` and `solution`, for training and evaluation alike."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
         pair = next((pair for pair in FORMS if set(pair) <= set(columns)), None)
         if pair is None:
             raise ValueError(
-                f"No known form in the columns {', '.join(map(repr, columns))}. Rename them to 'prompt' and 'solution', "
+                f"No known form in the columns {', '.join(map(repr, columns))}. Rename them to 'prompt' and 'solution' "
                 f"or to one of: {'; '.join(', '.join(map(repr, form)) for form in FORMS)}."
             )
         question, gold = pair

@@ -5,6 +5,7 @@ Both distributions are renormalised over the ids that student and target share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,51 @@ def tilted_target(
             hidden.append(weight)
             columns.append(head.bias[:shared, None].to(states.dtype))
     return torch.cat(hidden, dim=1), Head(torch.cat(columns, dim=1), None)
+
+
+def full_per_token(
+    student_states: Tensor,
+    student: Head,
+    teacher_states: Tensor,
+    teacher: Head,
+    ids: Tensor,
+    gated: Tensor,
+    temperature: float,
+    decide: Callable[[Tensor, Tensor], Tensor],
+    reference: tuple[Tensor, Head] | None = None,
+    taught: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and student entropy of each position, both (B, T), zero where not trained.
+
+    Args:
+        student_states: (B, T, H_s), with gradient.
+        teacher_states: (B, T, H_t).
+        ids: (B, T), the sampled tokens.
+        gated: (B, T), the tokens trained by the gated divergence.
+        temperature: divides all logits, > 0.
+        decide: student's and teacher's log-probabilities (B, T) -> the gate's factors (B, T).
+        reference: states (B, T, H_r) and head of the initial policy; `None` is the current one.
+        taught: (B, T), the tokens trained by maximum likelihood; `None` for none.
+    """
+    states, targets, tokens = student_states[gated], teacher_states[gated], ids[gated]
+    # under the initial reference this pass only decides, and the next one is differentiated
+    given = states if reference is None else states.detach()
+    current = chunked_divergence(given, student, targets, teacher, tokens, temperature)
+    factor = decide(spread(current.student_logps, gated), spread(current.target_logps, gated))[gated]
+    if reference is None:
+        divergence = factor * current.divergence
+    else:
+        tilted = tilted_target(targets, teacher, reference[0][gated], reference[1], factor)
+        divergence = chunked_divergence(states, student, *tilted, tokens, temperature).divergence
+    per_token = spread(divergence, gated)
+    if taught is not None:
+        per_token = per_token + spread(chunked_nll(student_states[taught], student, ids[taught], temperature), taught)
+    return per_token, spread(current.entropy, gated)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` (N,) at the N true places of `mask` (B, T), zero elsewhere; keeps the graph where N is 0."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:

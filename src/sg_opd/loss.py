@@ -132,7 +132,7 @@ def gated_divergence(
 
 
 def gate_totals(decision: GateDecision, mask: Num[Tensor, "B T"]) -> dict[str, Tensor]:
-    """Sums over the trained tokens, which any number of micro-batches and ranks may add up before dividing by `tokens`."""
+    """Sums over the trained tokens, which micro-batches and ranks may add up before dividing by `tokens`."""
     mask = mask.to(decision.delta.dtype)
     values = {
         "tokens": torch.ones_like(mask),
@@ -303,7 +303,7 @@ class SignGatedLoss(nn.Module):
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"`verifier_labels[{row}]` is {labels[row].item()}; labels are 1.0 correct, 0.0 incorrect, NaN abstained."
+                f"`verifier_labels[{row}]` is {labels[row].item()}; 1.0 is correct, 0.0 incorrect, NaN abstained."
             )
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
         if ((ids >= shared) & (mask != 0)).any():

@@ -75,12 +75,11 @@ class GateMeter:
             per_token_loss: (B, T), before masking.
             mask: (B, T), the trained tokens.
             from_teacher: (B,), the teacher's rows.
-            gated: (B,), the rows whose loss is the gate's.
+            gated: (B, T), the trained tokens whose loss is the gate's.
             entropy: (B, T), where no parent logs it.
         """
         mask, loss = mask.bool(), per_token_loss.detach()
-        gated_mask = mask & gated.bool().unsqueeze(1)
-        totals = gate_totals(decision, gated_mask)
+        totals = gate_totals(decision, gated)
         for name, rows in (("student", ~from_teacher.bool()), ("teacher", from_teacher.bool())):
             of_rows = mask & rows.unsqueeze(1)
             totals[f"loss/{name}"] = torch.where(of_rows, loss, 0.0).sum()
@@ -88,7 +87,7 @@ class GateMeter:
         totals["entropy"] = torch.where(mask, entropy, 0.0).sum() if entropy is not None else loss.new_zeros(())
         for name, value in totals.items():
             self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
-        flat = decision.delta.masked_fill(~gated_mask, math.nan).flatten()
+        flat = decision.delta.masked_fill(~gated, math.nan).flatten()
         # strided, not drawn: metrics must not move the random state that a resumed run relies on
         self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())
 

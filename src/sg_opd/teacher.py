@@ -118,7 +118,6 @@ class LocalTeacher:
             min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
             max_new_tokens=args.max_completion_length,
-            num_return_sequences=args.teacher_candidates,
             eos_token_id=trainer.eos_token_ids,
             pad_token_id=trainer._tokenizer.pad_token_id,
             suppress_tokens=padding_ids(model, shared),
@@ -133,21 +132,21 @@ class LocalTeacher:
     def unwrapped(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
 
-    def propose(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """`teacher_candidates` completions of each prompt as token ids, from one batched generation.
+    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
+        """`candidates` completions of each prompt as token ids, from one batched generation.
 
         Under a sharded teacher every rank must call this equally often, each with at least one prompt.
         """
         from trl.models import unwrap_model_for_generation
 
+        config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
         with unwrap_model_for_generation(
             self.model,
             self.accelerator,
             gather_deepspeed3_params=self.gather_for_generation,
         ) as model:
-            completions = sample_completions(model, prompt_ids, self.generation_config)
-        count = self.generation_config.num_return_sequences
-        return [completions[i : i + count] for i in range(0, len(completions), count)]
+            completions = sample_completions(model, prompt_ids, config)
+        return [completions[i : i + candidates] for i in range(0, len(completions), candidates)]
 
     def ended(self, completion_ids: Sequence[int]) -> bool:
         """Whether a completion ended with EOS rather than at the length limit."""

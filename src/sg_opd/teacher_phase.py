@@ -106,9 +106,7 @@ class TeacherPhaseSampler:
         slots = self.slots(step, num_prompts, num_generations).tolist()
         first_slot = [num_generations - count for count in slots]
         return [
-            offset
-            for offset, row in enumerate(rows)
-            if row % num_generations >= first_slot[row // num_generations]
+            offset for offset, row in enumerate(rows) if row % num_generations >= first_slot[row // num_generations]
         ]
 
     def fill(self, rows: Sequence[int], propose: Propose, endorse: Endorse) -> dict[int, Proposal]:

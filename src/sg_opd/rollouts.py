@@ -1,0 +1,124 @@
+"""The rollouts of one generation: which are the teacher's, and what the verifier said of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .teacher_phase import Proposal
+from .verifiers import checked_verdicts
+
+# what TRL does not hand to a reward function as a column
+NOT_FORWARDED = ("prompt", "completion", "completion_ids")
+VERDICT_WORDS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
+
+
+class Rollouts:
+    """Mixes endorsed teacher rollouts into a rank's batch and keeps the verdicts, from one generation to the next.
+
+    Args:
+        trainer: whose teacher proposes, whose verifier judges, and whose batch it is.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.begin([])
+
+    def begin(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Start on a new generation, for these rows of the dataset."""
+        self.rows = rows
+        self.slots: list[int] = []
+        self.taken: dict[int, Proposal] = {}
+        self.verdicts: list[float | None] = []
+
+    def mix(self, prompts: list, output: tuple) -> None:
+        """Put endorsed teacher rollouts into the slots of this rank's rows, in place.
+
+        Args:
+            prompts: of this rank's rows.
+            output: what the parent trainer's `_generate` returned for them.
+        """
+        trainer, local = self.trainer, len(prompts)
+        prompt_ids, completion_ids, _, completions, logprobs, *_ = output
+        phase, step, group = trainer.teacher_phase, trainer.state.global_step, trainer.num_generations
+        num_prompts = local * trainer.accelerator.num_processes // group
+        if not phase.slots(step, num_prompts, group).any():
+            return
+        first = trainer.accelerator.process_index * local
+        self.slots = phase.slot_rows(step, num_prompts, group, range(first, first + local))
+        if trainer.teacher.sharded and not self.slots:
+            trainer.teacher.propose(prompt_ids[:1])  # every rank holds a part of the weights: take part, keep nothing
+            return
+
+        def propose(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
+            proposed = trainer.teacher.propose([prompt_ids[row] for row in rows], candidates)
+            return [
+                [Proposal(ids, self._as_completion(prompts[row], ids), trainer.teacher.ended(ids)) for ids in some]
+                for row, some in zip(rows, proposed, strict=True)
+            ]
+
+        def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
+            judged, ids = [p.completion for p in proposals], [p.token_ids for p in proposals]
+            return self._judge(rows, prompts, judged, ids, log_extra=_discard)
+
+        self.taken = phase.fill(self.slots, propose, endorse)
+        for row, proposal in self.taken.items():
+            completion_ids[row], completions[row] = proposal.token_ids, proposal.completion
+            if logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of the parent's modes
+                logprobs[row] = [math.nan] * len(proposal.token_ids)
+
+    def _as_completion(self, prompt: Any, ids: list[int]) -> Any:
+        text = self.trainer.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    def _judge(self, rows: Sequence[int], prompts: list, completions: list, ids: list, log_extra: Callable) -> list:
+        """The verifier's answer to completions of some rows, with those rows' columns and TRL's extras."""
+        inputs, trainer = [self.rows[row] for row in rows], self.trainer
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in NOT_FORWARDED}
+        columns.update(trainer_state=trainer.state, log_extra=log_extra, log_metric=trainer._log_metric)
+        prompts = [prompts[row] for row in rows]
+        return checked_verdicts(trainer.verifier, prompts, completions, completion_ids=ids, **columns)
+
+    def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
+        """The reward function given to the parent: keeps the verdicts, and answers a number for each row."""
+        if not self.taken:
+            self.verdicts = checked_verdicts(
+                self.trainer.verifier, prompts, completions, completion_ids=completion_ids, **columns
+            )
+        else:
+            self.verdicts = [1.0] * len(prompts)  # an endorsement stands, it is not graded again
+            rows = [row for row in range(len(prompts)) if row not in self.taken]
+            own, ids = [completions[row] for row in rows], [completion_ids[row] for row in rows]
+
+            def log_extra(column: str, values: list) -> None:
+                by_row = dict(zip(rows, values, strict=True))
+                self.trainer._log_completion_extra(column, [by_row.get(row) for row in range(len(prompts))])
+
+            for row, verdict in zip(rows, self._judge(rows, prompts, own, ids, log_extra) if rows else [], strict=True):
+                self.verdicts[row] = verdict
+        return [0.0 if verdict is None else verdict for verdict in self.verdicts]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By row of this rank, (B,): `verifier_labels` (NaN: abstained), `from_teacher` and `slot` (booleans)."""
+        rows = range(len(self.verdicts))
+        labels = [math.nan if verdict is None else verdict for verdict in self.verdicts]
+        return {
+            "verifier_labels": torch.tensor(labels),
+            "from_teacher": torch.tensor([row in self.taken for row in rows]),
+            "slot": torch.tensor([row in self.slots for row in rows]),
+        }
+
+    def columns(self) -> dict[str, list[str]]:
+        """The columns of the completions table: each row's verdict and source."""
+        return {
+            "verdict": [VERDICT_WORDS[verdict] for verdict in self.verdicts],
+            "source": ["teacher" if row in self.taken else "student" for row in range(len(self.verdicts))],
+        }
+
+
+def _discard(column: str, values: list) -> None:
+    """Takes the extra columns a verifier logs for proposals, which have no row in the table."""
