@@ -33,10 +33,15 @@ LARGEST = 999
 TEST_SEED, TRAIN_SEED, PRETRAIN_SEED = 20_001, 20_002, 20_003
 
 
-def make_problem(rng: random.Random) -> dict:
+def make_problem(rng: random.Random, slip: float = 0.0) -> dict:
     """One problem of three to five operations; every running value lies in [0, 999].
 
-    Returns `{"question": str, "solution": str, "answer": str}`; `solution` is the worked text.
+    Args:
+        rng: the source of randomness.
+        slip: chance that a step of the solution gets its result wrong, by one digit, and goes on from there.
+
+    Returns:
+        `{"question": str, "solution": str, "answer": str}`; `solution` is the worked text.
     """
     value = rng.randint(2, 99)
     question, lines = f"Start with {value}", []
@@ -52,17 +57,27 @@ def make_problem(rng: random.Random) -> dict:
         if kind == "times":
             n = rng.randint(2, min(9, LARGEST // value))
         sign, result = {"add": ("+", value + n), "minus": ("-", value - n), "times": ("*", value * n)}[kind]
+        if slip and rng.random() < slip:
+            result = with_slip(result, rng)
         question += f", {kind} {n}"
         lines.append(f"{value}{sign}{n}={result}")
         value = result
     return {"question": question + ".", "solution": "\n".join(lines) + f"\n\\boxed{{{value}}}", "answer": str(value)}
 
 
-def make_problems(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict]:
+def with_slip(value: int, rng: random.Random) -> int:
+    """`value` with one of its digits replaced by another one."""
+    digits = list(str(value))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([d for d in "0123456789" if d != digits[place]])
+    return int("".join(digits))
+
+
+def make_problems(count: int, seed: int, exclude: frozenset[str] = frozenset(), slip: float = 0.0) -> list[dict]:
     """`count` distinct problems from `seed`, none of whose questions is in `exclude`."""
     rng, seen, rows = random.Random(seed), set(exclude), []
     while len(rows) < count:
-        row = make_problem(rng)
+        row = make_problem(rng, slip)
         if row["question"] not in seen:
             seen.add(row["question"])
             rows.append(row)

@@ -10,13 +10,11 @@ reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor, nn
-
-Estimator = Literal["sampled", "full"]
 
 CONSENSUS, NEUTRAL, CONFLICT = 1, 0, -1  # the sign of s * delta
 QUANTILES = {"delta/p05": 0.05, "delta/p50": 0.50, "delta/p95": 0.95}
@@ -131,7 +129,7 @@ def gated_divergence(
     return weight * (student.exp() * (student - target)).sum(-1)
 
 
-def gate_totals(decision: GateDecision, mask: Num[Tensor, "B T"]) -> dict[str, Tensor]:
+def gate_totals(decision: GateDecision, mask: Shaped[Tensor, "B T"]) -> dict[str, Tensor]:
     """Sums over the trained tokens, which micro-batches and ranks may add up before dividing by `tokens`."""
     mask = mask.to(decision.delta.dtype)
     values = {
@@ -208,7 +206,7 @@ class SignGatedLoss(nn.Module):
         self,
         extrapolation: float = 1.8,
         interpolation: float = 1.0,
-        estimator: Estimator = "sampled",
+        estimator: str = "sampled",
         dead_zone: float = 0.0,
         log_ratio_clip: float | None = None,
         temperature: float = 1.0,
@@ -251,7 +249,7 @@ class SignGatedLoss(nn.Module):
         teacher_logits: Float[Tensor, "B T W"],
         completion_ids: Int[Tensor, "B T"],
         verifier_labels: Float[Tensor, " B"],
-        completion_mask: Num[Tensor, "B T"],
+        completion_mask: Shaped[Tensor, "B T"],
         reference_logits: Float[Tensor, "B T V"] | None = None,
         num_items_in_batch: Num[Tensor, ""] | int | float | None = None,
     ) -> LossOutput:

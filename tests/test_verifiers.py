@@ -1,0 +1,307 @@
+"""MathVerifier: a table of verdicts, hostile answers, its workers, and the reward-function form."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sg_opd import MathVerifier
+from sg_opd.verifiers import checked_verdicts, extract_answer, last_box
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic"
+
+# gold, what stands in the box, verdict
+SAME_OR_NOT = [
+    # integers
+    ("42", "42", 1.0),
+    ("42", "43", 0.0),
+    ("42", "042", 1.0),
+    ("42", "+42", 1.0),
+    ("-7", "7", 0.0),
+    ("-7", "-7", 1.0),
+    ("1,234", "1234", 1.0),
+    ("1{,}234", "1234", 1.0),
+    ("12345678901234567890", "12345678901234567891", 0.0),
+    ("1024", "2^{10}", 1.0),
+    ("3628800", "10!", 1.0),
+    ("10", r"\binom{5}{2}", 1.0),
+    ("3", r"\log_2 8", 1.0),
+    ("2", r"\sqrt[3]{8}", 1.0),
+    ("0", "-0", 1.0),
+    # decimals
+    ("0.5", ".5", 1.0),
+    ("0.5", "0.50", 1.0),
+    ("12", "12.0", 1.0),
+    ("0.333333", "0.333334", 0.0),
+    ("0.001", "10^{-3}", 1.0),
+    # fractions
+    (r"\frac{1}{2}", "0.5", 1.0),
+    (r"\frac12", "1/2", 1.0),
+    (r"\frac{1}{3}", r"\dfrac{2}{6}", 1.0),
+    (r"\frac{1}{3}", "0.33", 0.0),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}", 1.0),
+    (r"3\frac{1}{2}", "3.5", 1.0),
+    (r"\frac{a}{b}", "a/b", 1.0),
+    # radicals and constants
+    (r"\sqrt{8}", r"2\sqrt{2}", 1.0),
+    (r"\sqrt{8}", r"2\sqrt{3}", 0.0),
+    (r"2\pi", r"\pi \cdot 2", 1.0),
+    (r"2\pi", "6.28", 0.0),
+    ("3+4i", "4i+3", 1.0),
+    (r"\infty", r"\infty", 1.0),
+    # tuples, sets, intervals
+    ("(1,2)", "(1, 2)", 1.0),
+    ("(1,2)", "(2,1)", 0.0),
+    (r"\left(1,2\right)", "(1,2)", 1.0),
+    ("(1,2,3)", "(1,2,3)", 1.0),
+    ("(1,2,3)", "(1,3,2)", 0.0),
+    (r"\{1,2\}", r"\{2,1\}", 1.0),
+    (r"\{1,2\}", r"\{1,3\}", 0.0),
+    ("1,2", "2, 1", 1.0),
+    (r"\pm 2", "2,-2", 1.0),
+    ("[0,1)", "[0, 1)", 1.0),
+    ("[0,1)", "[0,1]", 0.0),
+    (r"(-\infty, 3]", r"(-\infty,3]", 1.0),
+    (r"(0,1)\cup(2,3)", r"(2,3)\cup(0,1)", 1.0),
+    # expressions and relations
+    ("x^2+2x+1", "(x+1)^2", 1.0),
+    ("x^2-1", "(x-1)^2", 0.0),
+    ("x=5", "5", 1.0),
+    ("5", "x=5", 1.0),
+    ("x<3", r"(-\infty,3)", 1.0),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", 1.0),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", 0.0),
+    # units and decorations
+    ("5", r"5\text{ cm}", 1.0),
+    (r"5\text{ cm}", "5", 1.0),
+    ("5", r"\$5", 1.0),
+    (r"50\%", "50", 1.0),
+    (r"90^\circ", "90", 1.0),
+    ("42", "$42$", 1.0),
+    ("42", "42.", 1.0),
+    # text golds
+    ("A", "A", 1.0),
+    ("A", r"\text{(A)}", 1.0),
+    ("A", "B", 0.0),
+    ("yes", "Yes", 1.0),
+    ("yes", "sey", 0.0),
+    (r"\text{Monday}", "Monday", 1.0),
+    ("Monday", "Tuesday", 0.0),
+    (r"\text{north east}", r"\text{North East}", 1.0),
+]
+
+# gold, completion, verdict
+WHOLE_COMPLETIONS = [
+    ("4", r"first \boxed{3}, no: \boxed{4}", 1.0),
+    ("4", r"first \boxed{4}, no: \boxed{3}", 0.0),
+    ("4", r"on one line \boxed{3} and \boxed{4}", 1.0),
+    ("4", r"\boxed{\boxed{4}}", 1.0),
+    ("4", r"\fbox{4}", 1.0),
+    ("4", r"\boxed {4}", 1.0),
+    (r"\frac{1}{2}", r"\boxed{\frac{1}{2}}", 1.0),
+    (r"\{1,2\}", r"\boxed{\{1,2\}}", 1.0),
+    ("4", "the answer is 4", 0.0),
+    ("4", "", 0.0),
+    ("4", r"\boxed{}", 0.0),
+    ("4", r"\boxed{4", 0.0),
+    ("4", r"<think>\boxed{3}</think>\boxed{4}", 1.0),
+    ("4", r"<think>\boxed{4}</think>I am not sure", 0.0),
+    ("4", r"<think>so it is \boxed{4}", 0.0),
+    ("4", r"\boxed{3}</think>\boxed{4}", 1.0),
+    ("4", r"<think>a</think>\boxed{3}<think>b</think>\boxed{4}", 1.0),
+    (r"We add: $2+2=4$, so the answer is $\boxed{4}$.", r"\boxed{4}", 1.0),
+    (r"First \boxed{3}, then \boxed{4}", r"\boxed{3}", 0.0),
+    (4, r"\boxed{4}", 1.0),
+    (0.5, r"\boxed{1/2}", 1.0),
+    (None, r"\boxed{4}", None),
+    ("", r"\boxed{4}", None),
+    (float("nan"), r"\boxed{4}", None),
+    (r"\ldots", r"\boxed{4}", None),
+]
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = MathVerifier(timeout=5.0, workers=2)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize(("gold", "answer", "verdict"), SAME_OR_NOT)
+def test_answers(verifier, gold, answer, verdict):
+    assert verifier([rf"so it is \boxed{{{answer}}}."], [gold]) == [verdict]
+
+
+@pytest.mark.parametrize(("gold", "completion", "verdict"), WHOLE_COMPLETIONS)
+def test_completions(verifier, gold, completion, verdict):
+    assert verifier([completion], [gold]) == [verdict]
+
+
+def test_a_batch_is_judged_row_by_row_whatever_its_order_and_workers(verifier):
+    rows = [(rf"\boxed{{{answer}}}", gold, verdict) for gold, answer, verdict in SAME_OR_NOT]
+    for order in (rows, rows[::-1]):
+        completions, golds, verdicts = zip(*order, strict=True)
+        assert verifier(completions, golds) == list(verdicts)
+        single = MathVerifier(workers=1)
+        assert single(completions, golds) == list(verdicts)
+        single.close()
+
+
+def test_conversational_completions(verifier):
+    messages = [{"role": "assistant", "content": r"\boxed{4}"}]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{4}"}]}]
+    empty = [{"role": "assistant", "content": None}]
+    assert verifier([messages, parts, empty, [], None], ["4"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_other_columns_and_extras_are_ignored(verifier):
+    assert verifier(prompts=["p"], completions=[r"\boxed{4}"], solution=["4"], source=["x"], trainer_state=None) == [1.0]
+
+
+def test_every_embedded_gold_verifies_against_itself(verifier):
+    golds = [json.loads(line)["answer"] for name in ("train", "test") for line in open(EXAMPLES / f"{name}.jsonl")]
+    assert len(golds) > 4000
+    assert verifier([rf"\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
+    assert verifier.unparseable(golds) == []
+
+
+def test_every_gold_of_the_table_verifies_against_itself(verifier):
+    golds = [gold for gold, _, _ in SAME_OR_NOT]
+    assert verifier([rf"\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
+    assert verifier.unparseable(golds) == []
+
+
+HOSTILE = {
+    "power tower": "9^{9^{9^{9^9}}}",
+    "huge exponent": "2^{99999999999}",
+    "huge factorial": "100000!",
+    "factorials of factorials": "((9!)!)!",
+    "long sum": r"\sum_{i=1}^{1000000000} i^i",
+    "hard integral": r"\int_0^1 e^{-x^2}\sin(\cos(x^x)) dx",
+    "expansion": "(x+y+z)^{300}",
+    "a megabyte of digits": "9" * 1_000_000,
+    "open braces": "{" * 5_000,
+    "open fractions": r"\frac{" * 2_000,
+    "many boxes": r"\boxed{1}\boxed{" * 2_000,
+    "control characters": "\x00\x01\x1b[2J",
+    "a lone surrogate": "\ud800",
+    "newlines": "1\n2\n3",
+    "look-alikes": "４２",  # noqa: RUF001
+}
+
+
+@pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_answers_return_within_the_limit_and_are_never_correct(answer):
+    verifier = MathVerifier(timeout=1.0, workers=1)
+    verifier([r"\boxed{x}"], ["x+y"])  # a worker is up, so that its start is not counted
+    start = time.monotonic()
+    assert verifier([rf"\boxed{{{answer}}}"], ["7x^2"]) in ([0.0], [None])
+    assert time.monotonic() - start < 1.0 + 1.0
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]  # works on, in a new worker where the old one was killed
+    verifier.close()
+
+
+def test_a_time_out_abstains_and_leaves_no_process():
+    verifier = MathVerifier(timeout=0.5, workers=2)
+    verdicts = verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"] * 3, ["7x^2", "x+x"] * 3)
+    assert verdicts == [None, 1.0] * 3
+    pids = [worker.process.pid for worker in verifier._pool]
+    verifier.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_worker_that_dies_abstains_and_is_replaced():
+    verifier = MathVerifier(workers=1)
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
+    verifier._pool[0].process.kill()
+    verifier._pool[0].process.wait()
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]  # found dead before it was given the task
+    verifier.close()
+
+
+def test_unparseable_golds(verifier):
+    assert verifier.unparseable(["1", r"\ldots", None, "", r"\frac12", "yes", "9^{9^{9^9}}"]) == [1, 2, 3, 6]
+
+
+def test_last_box_is_linear_in_the_text():
+    start = time.monotonic()
+    assert last_box(r"\boxed{" * 200_000) is None
+    assert time.monotonic() - start < 2.0
+
+
+def test_extraction_looks_at_a_bounded_tail():
+    assert extract_answer(r"\boxed{4}" + " " * 30_000) is None
+
+
+def test_lengths_must_match(verifier):
+    with pytest.raises(ValueError, match="2 completions but 1"):
+        verifier(["a", "b"], ["1"])
+
+
+@pytest.mark.parametrize("kwargs", [{"timeout": 0}, {"timeout": float("inf")}, {"workers": 0}])
+def test_bad_arguments_are_named(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        MathVerifier(**kwargs)
+
+
+def test_import_is_light_and_a_script_needs_no_main_guard(tmp_path):
+    """A user's script without `if __name__ == "__main__"`: runs once, and neither torch nor TRL is imported."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom sg_opd import MathVerifier\n"
+        "print('once', MathVerifier()([r'\\boxed{2x}'], ['x+x']))\n"
+        "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (0, "once [1.0]\n"), run.stderr
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    code = (
+        "import os, sys\nfrom sg_opd import MathVerifier\nv = MathVerifier(workers=1)\nv([r'\\boxed{2x}'], ['x+x'])\n"
+        "print(v._pool[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    worker = Path(f"/proc/{int(run.stdout)}")
+    deadline = time.monotonic() + 10
+    while worker.exists() and "zombie" not in (worker / "status").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not worker.exists() or "zombie" in (worker / "status").read_text()
+
+
+def test_any_reward_function_of_1_0_and_none_is_a_verifier():
+    def plain(prompts, completions, **kwargs):
+        return [1, 0, None, True]
+
+    async def asynchronous(prompts, completions, **kwargs):
+        return [1.0, 0.0, None, True]
+
+    for verifier in (plain, asynchronous):
+        assert checked_verdicts(verifier, list("abcd"), list("abcd")) == [1.0, 0.0, None, 1.0]
+
+
+@pytest.mark.parametrize("value", [0.5, -1, "1", float("nan")])
+def test_another_value_is_refused_with_its_row(value):
+    with pytest.raises(ValueError, match="graded answered .* for row 1"):
+
+        def graded(prompts, completions, **kwargs):
+            return [1, value]
+
+        checked_verdicts(graded, ["a", "b"], ["a", "b"])
+
+
+def test_another_number_of_values_is_refused():
+    with pytest.raises(ValueError, match="1 values for 2"):
+        checked_verdicts(lambda prompts, completions: [1], ["a", "b"], ["a", "b"])
+
+
+def test_works_in_a_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    verifier = MathVerifier(workers=1)
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(verifier, [r"\boxed{2x}"], ["x+x"]).result() == [1.0]
+    verifier.close()
