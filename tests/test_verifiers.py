@@ -158,7 +158,9 @@ def test_conversational_completions(verifier):
 
 
 def test_other_columns_and_extras_are_ignored(verifier):
-    assert verifier(prompts=["p"], completions=[r"\boxed{4}"], solution=["4"], source=["x"], trainer_state=None) == [1.0]
+    assert verifier(prompts=["p"], completions=[r"\boxed{4}"], solution=["4"], source=["x"], trainer_state=None) == [
+        1.0
+    ]
 
 
 def test_every_embedded_gold_verifies_against_itself(verifier):

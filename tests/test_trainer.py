@@ -1,0 +1,526 @@
+"""SGOPDTrainer: its updates against SignGatedLoss on plain logits of unpatched copies, and the life of a run."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from sg_opd import SGOPDConfig, SGOPDTrainer, SignGatedLoss
+from sg_opd.loss import decide, gated_divergence
+from sg_opd.metrics import METRICS
+
+RATE = 0.05
+
+
+def coin_verifier(prompts, completions, completion_ids, **kwargs):
+    """Correct, incorrect or abstained by the ids alone, so that teacher rollouts of random models can be endorsed."""
+    return [(1.0, 0.0, None, 1.0, 0.0)[sum(ids) % 5] for ids in completion_ids]
+
+
+class Recorder(SGOPDTrainer):
+    """Keeps each micro-batch as the loss got it, and the loss."""
+
+    def __init__(self, *args, **kwargs):
+        self.batches, self.losses = [], []
+        super().__init__(*args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        self.batches.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+        loss = super()._compute_loss(model, inputs)
+        self.losses.append(loss.item())
+        return loss
+
+
+def make_config(tmp_path, **overrides):
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 16,
+        "learning_rate": RATE,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "temperature": 0.8,
+        "teacher_phase_steps": 0,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **overrides,
+    }
+    return SGOPDConfig(**settings)
+
+
+MIXED = {"teacher_phase_steps": 10, "teacher_phase_fraction": 0.5, "teacher_candidates": 32}
+
+
+def plain_logits(model, batch):
+    """Logits of the completion's positions from the model's own forward, (B, T, V)."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    return model(input_ids=ids, attention_mask=mask).logits[:, -batch["completion_ids"].size(1) - 1 : -1]
+
+
+def expected_loss(student, teacher, reference, batch, loss_fn, divisor, nll):
+    """SignGatedLoss on plain logits; with `nll`, teacher rows by maximum likelihood instead."""
+    logits = plain_logits(student, batch)
+    with torch.no_grad():
+        teacher_logits = plain_logits(teacher, batch)
+        reference_logits = None if reference is None else plain_logits(reference, batch)
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    taught = batch["from_teacher"] & nll
+    gated = mask * ~taught.unsqueeze(1)
+    loss = loss_fn(logits, teacher_logits, ids, batch["verifier_labels"], gated, reference_logits, divisor).loss
+    logps = (logits.float() / loss_fn.temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return loss - (logps * mask * taught.unsqueeze(1)).sum() / divisor
+
+
+def assert_same_weights(model, expected, tolerance=2e-6):
+    for (name, got), want in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def sgd_step(model, losses):
+    """One step of plain SGD on the sum of losses."""
+    model.zero_grad()
+    sum(losses).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= RATE * parameter.grad
+
+
+@pytest.mark.parametrize("rollout_loss", ["gated", "nll"])
+@pytest.mark.parametrize("reference_policy", ["current", "initial"])
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_update_equals_the_loss_on_plain_logits(
+    estimator, reference_policy, rollout_loss, make_model, tokenizer, dataset, tmp_path
+):
+    """Two micro-batches of four rows, mixed with teacher rows, temperature 0.8: the step of an unpatched copy."""
+    student, teacher = make_model(1), make_model(2, hidden_size=48)
+    copy_of_student, copy_of_teacher, initial = copy.deepcopy(student), copy.deepcopy(teacher), copy.deepcopy(student)
+    args = make_config(
+        tmp_path,
+        estimator=estimator,
+        reference_policy=reference_policy,
+        teacher_rollout_loss=rollout_loss,
+        gate_extrapolation=1.8,
+        gate_interpolation=0.6,
+        gate_dead_zone=0.1,
+        **MIXED,
+    )
+    with torch.no_grad():  # a reference that differs from the student, or the initial policy would show nothing
+        for parameter in initial.parameters():
+            parameter.add_(0.01)
+    trainer = Recorder(student, teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+    if reference_policy == "initial":
+        trainer.accelerator.unwrap_model(trainer.initial_policy.frozen).load_state_dict(initial.state_dict())
+    trainer.train()
+    from_teacher = torch.cat([batch["from_teacher"] for batch in trainer.batches])
+    assert 0 < from_teacher.sum() < len(from_teacher)
+    divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
+    loss_fn = SignGatedLoss(1.8, 0.6, estimator, dead_zone=0.1, temperature=0.8)
+    reference = initial if reference_policy == "initial" else None
+    losses = [
+        expected_loss(copy_of_student, copy_of_teacher, reference, batch, loss_fn, divisor, rollout_loss == "nll")
+        for batch in trainer.batches
+    ]
+    assert trainer.losses == pytest.approx([loss.item() for loss in losses], rel=1e-4, abs=1e-6)
+    sgd_step(copy_of_student, losses)
+    assert_same_weights(student, copy_of_student)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_two_iterations_keep_the_first_decision(estimator, make_model, tokenizer, dataset, tmp_path):
+    """`num_iterations=2`: the second step uses the gate and the old log-probs from before the first."""
+    student, teacher = make_model(1), make_model(2)
+    simulated, copy_of_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    args = make_config(tmp_path, estimator=estimator, num_iterations=2, gradient_accumulation_steps=1, max_steps=2)
+    trainer = Recorder(student, teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    batch = trainer.batches[0]
+    assert batch["completion_ids"].equal(trainer.batches[1]["completion_ids"])
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    teacher_logits = plain_logits(copy_of_teacher, batch).detach() / 0.8
+    decision = old = None
+    for step in range(2):
+        logits = plain_logits(simulated, batch) / 0.8
+        logps = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        if step == 0:
+            old = logps.detach()
+            teacher_logps = teacher_logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            labels = batch["verifier_labels"]
+            decision = decide(old, teacher_logps, labels, extrapolation=1.8, interpolation=1.0)
+        if estimator == "full":
+            per_token = gated_divergence(logits, teacher_logits, decision.factor)
+        else:
+            ratio, advantage = (logps - old).exp(), decision.advantage
+            per_token = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        loss = (per_token * mask).sum() / mask.sum()
+        assert trainer.losses[step] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+        sgd_step(simulated, [loss])
+    assert_same_weights(student, simulated)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_any_split_of_the_batch_gives_the_same_update(estimator, make_model, tokenizer, dataset, tmp_path):
+    updates = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        student = make_model(1)
+        args = make_config(
+            tmp_path,
+            estimator=estimator,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **MIXED,
+        )
+        SGOPDTrainer(student, make_model(2), coin_verifier, args, dataset, processing_class=tokenizer).train()
+        updates.append(student)
+    assert_same_weights(updates[0], updates[1], tolerance=1e-6)
+    assert_same_weights(updates[0], updates[2], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_a_teacher_equal_to_the_student_teaches_nothing(estimator, make_model, tokenizer, dataset, tmp_path, caplog):
+    student, before = make_model(1), make_model(1)
+    trainer = Recorder(
+        student,
+        make_model(1),
+        coin_verifier,
+        make_config(tmp_path, estimator=estimator),
+        dataset,
+        processing_class=tokenizer,
+    )
+    assert "same weights" in caplog.text
+    trainer.train()
+    assert trainer.losses == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert_same_weights(student, before, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_lora_starts_from_the_base_model_as_reference(estimator, make_model, tokenizer, dataset, tmp_path):
+    """A new adapter switched off is the initial policy: the update equals that of a loss with it as the reference."""
+    student = make_model(1)
+    base, copy_of_teacher = copy.deepcopy(student), make_model(2)
+    args = make_config(tmp_path, estimator=estimator, reference_policy="initial", max_steps=2, gate_interpolation=0.5)
+    trainer = Recorder(
+        student,
+        make_model(2),
+        coin_verifier,
+        args,
+        dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    adapted = copy.deepcopy(trainer.model)
+    adapted.get_base_model().__dict__.pop("forward")
+    assert trainer.initial_policy.frozen is None
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if "lora" not in name:
+            torch.testing.assert_close(parameter, dict(adapted.named_parameters())[name], rtol=0, atol=0)
+    loss_fn = SignGatedLoss(1.8, 0.5, estimator, temperature=0.8)
+    batches = trainer.batches[:2]
+    divisor = sum(batch["completion_mask"].sum() for batch in batches)
+    losses = [expected_loss(adapted, copy_of_teacher, base, b, loss_fn, divisor, False).item() for b in batches]
+    assert trainer.losses[:2] == pytest.approx(losses, rel=1e-4, abs=1e-6)
+
+
+def test_a_peft_model_keeps_a_frozen_copy_of_its_adapter(make_model, tokenizer, dataset, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    student = get_peft_model(make_model(1), config)
+    initial = {name: p.detach().clone() for name, p in student.named_parameters() if ".default." in name}
+    args = make_config(tmp_path, reference_policy="initial", max_steps=2)
+    trainer = SGOPDTrainer(student, make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    for name, value in initial.items():
+        assert now[name.replace(".default.", ".ref.")].equal(value)
+        assert not now[name.replace(".default.", ".ref.")].requires_grad
+    assert any(not now[name].equal(value) for name, value in initial.items())
+
+
+@pytest.mark.parametrize(
+    ("preset", "factors"), [("opd", {1.0}), ("exopd", {1.25}), ("opdvr", {0.0, 1.0}), ("sg-opd", {1.0, 1.8})]
+)
+def test_presets(preset, factors, make_model, tokenizer, dataset, tmp_path):
+    args = make_config(tmp_path, preset=preset, teacher_phase_steps=None, max_steps=2)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    seen = {round(v, 4) for inputs in trainer._buffered_inputs for v in inputs["decision"].factor.unique().tolist()}
+    assert seen <= factors
+    assert len(seen) == len(factors)
+    assert hasattr(trainer, "initial_policy") == (preset == "exopd")
+    assert trainer.teacher_phase.steps == (1 if preset == "sg-opd" else 0)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_padded_vocabularies(estimator, make_model, tokenizer, dataset, tmp_path):
+    """A head padded to 40 ids on either side: nothing beyond the shared ids is sampled, and the update is the loss's."""
+    size = len(tokenizer)
+    for student_size, teacher_size in ((40, size), (size, 40)):
+        student, teacher = make_model(1, student_size), make_model(2, teacher_size)
+        simulated, copy_of_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+        args = make_config(tmp_path, estimator=estimator, **MIXED)
+        trainer = Recorder(student, teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+        trainer.train()
+        assert max(batch["completion_ids"].max() for batch in trainer.batches) < size
+        divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
+        loss_fn = SignGatedLoss(estimator=estimator, temperature=0.8)
+        losses = [expected_loss(simulated, copy_of_teacher, None, b, loss_fn, divisor, False) for b in trainer.batches]
+        sgd_step(simulated, losses)
+        assert_same_weights(student, simulated)
+
+
+def test_teacher_rows_are_endorsed_ended_and_in_their_slots(make_model, tokenizer, dataset, tmp_path):
+    """No row of the teacher is unendorsed or truncated; slots are the last of a group; one proposal call a step."""
+    calls = []
+    args = make_config(tmp_path, max_steps=3, gradient_accumulation_steps=1, **{**MIXED, "teacher_phase_steps": 2})
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    propose = trainer.teacher.propose
+
+    def counted(prompt_ids, candidates):
+        calls.append((trainer.state.global_step, len(prompt_ids)))
+        return propose(prompt_ids, candidates)
+
+    trainer.teacher.propose = counted
+    trainer.train()
+    assert [step for step, _ in calls] == [0, 1]
+    eos = tokenizer.eos_token_id
+    seen = 0
+    for batch in trainer.batches:
+        for row in batch["from_teacher"].nonzero().flatten().tolist():
+            length = int(batch["completion_mask"][row].sum())
+            ids = batch["completion_ids"][row, :length].tolist()
+            assert ids[-1] == eos
+            assert coin_verifier(None, None, [ids]) == [1.0]
+            assert batch["verifier_labels"][row] == 1.0
+            assert batch["slot"][row]
+            assert batch["row"][row] % 4 >= 2
+            seen += 1
+    assert seen > 0
+
+
+def test_metrics_speak_of_student_rows_and_are_all_defined(make_model, tokenizer, dataset, tmp_path):
+    args = make_config(tmp_path, **MIXED)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert set(METRICS) <= set(logs)
+    assert not {name for name in logs if name.split("/")[0] in ("gate", "delta", "verdict", "teacher")} - set(METRICS)
+    rows = {k: torch.cat([b[k] for b in trainer.batches]) for k in ("verifier_labels", "from_teacher", "slot")}
+    student = rows["verifier_labels"][~rows["from_teacher"]]
+    assert logs["verdict/correct"] == pytest.approx((student == 1).float().mean().item())
+    assert logs["verdict/incorrect"] == pytest.approx((student == 0).float().mean().item())
+    assert logs["verdict/abstained"] == pytest.approx(student.isnan().float().mean().item())
+    assert logs["teacher/slot_share"] == 0.5
+    assert logs["teacher/endorsed"] == pytest.approx((rows["from_teacher"].sum() / rows["slot"].sum()).item())
+    graded = student[~student.isnan()]
+    assert logs["reward"] == pytest.approx(graded.mean().item())
+    decisions = [inputs["decision"] for inputs in trainer._buffered_inputs]
+    masks = [inputs["completion_mask"].bool() for inputs in trainer._buffered_inputs]
+    delta = torch.cat([d.delta[m] for d, m in zip(decisions, masks, strict=True)])
+    case = torch.cat([d.case[m] for d, m in zip(decisions, masks, strict=True)])
+    assert logs["gate/consensus"] == pytest.approx((case == 1).float().mean().item(), abs=1e-6)
+    assert logs["gate/conflict"] == pytest.approx((case == -1).float().mean().item(), abs=1e-6)
+    for name, q in (("delta/p05", 0.05), ("delta/p50", 0.5), ("delta/p95", 0.95)):
+        assert logs[name] == pytest.approx(delta.quantile(q).item(), abs=1e-5)
+    losses = torch.cat([-d.advantage[m] for d, m in zip(decisions, masks, strict=True)])
+    taught = torch.cat(
+        [b["from_teacher"].unsqueeze(1).expand(m.shape)[m] for b, m in zip(trainer.batches, masks, strict=True)]
+    )
+    assert logs["loss/teacher"] == pytest.approx(losses[taught].mean().item(), rel=1e-4)
+    assert logs["loss/student"] == pytest.approx(losses[~taught].mean().item(), rel=1e-4)
+
+
+def test_evaluation_generates_and_grades_without_the_teacher(make_model, tokenizer, dataset, tmp_path):
+    args = make_config(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, **MIXED)
+    trainer = SGOPDTrainer(
+        make_model(1), make_model(2), coin_verifier, args, dataset, dataset.select(range(4)), processing_class=tokenizer
+    )
+
+    def never(*_, **__):
+        raise AssertionError("the teacher was called")
+
+    trainer.teacher.model.forward = never
+    trainer.teacher.propose = never
+    metrics = trainer.evaluate()
+    assert "eval_loss" not in metrics
+    shares = [metrics[f"eval_verdict/{name}"] for name in ("correct", "incorrect", "abstained")]
+    assert sum(shares) == pytest.approx(1.0)
+    assert 0.0 <= metrics["eval_reward"] <= 1.0
+    assert "eval_completions/mean_length" in metrics
+    assert "eval_teacher/slot_share" not in metrics
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_resume_equals_no_interruption(estimator, make_model, tokenizer, dataset, tmp_path):
+    """Four steps, the teacher phase ending at the third: bit-identical weights with a stop after two."""
+
+    def run(name, **kwargs):
+        args = make_config(
+            tmp_path / name,
+            max_steps=4,
+            optim="adamw_torch",
+            learning_rate=1e-3,
+            estimator=estimator,
+            save_strategy="steps",
+            save_steps=2,
+            **{**MIXED, "teacher_phase_steps": 3},
+        )
+        trainer = SGOPDTrainer(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+        trainer.train(**kwargs)
+        return trainer
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same_weights_exactly(whole.model, resumed.model)
+    ignored = ("runtime", "per_second", "step_time", "train_loss")
+    for step in (3, 4):
+        logs = [
+            {k: v for k, v in entry.items() if not any(part in k for part in ignored)}
+            for trainer in (whole, resumed)
+            for entry in trainer.state.log_history
+            if entry["step"] == step and "loss" in entry
+        ]
+        assert len(logs) == 2
+        assert logs[0] == logs[1]
+
+
+def assert_same_weights_exactly(model, other):
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert a.equal(b), name
+
+
+def test_checkpoint_card_and_table(make_model, tokenizer, dataset, tmp_path):
+    args = make_config(tmp_path, save_strategy="steps", save_steps=1, log_completions=True, **MIXED)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    card = (tmp_path / "checkpoint-1" / "README.md").exists() or (tmp_path / "README.md").exists()
+    assert card
+    text = (tmp_path / "README.md").read_text()
+    for part in ("SG-OPD", "2606.09304", "| `gate_extrapolation` | `1.8` |", "| `preset` | `sg-opd` |", "sg-opd\n"):
+        assert part in text
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    assert_same_weights_exactly(reloaded, trainer.model)
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert set(table["source"]) == {"student", "teacher"}
+    assert set(table["verdict"]) <= {"correct", "incorrect", "abstained"}
+    expected = {}
+    for inputs in trainer._buffered_inputs:
+        mask = inputs["completion_mask"]
+        mean = (inputs["decision"].advantage * mask).sum(1) / mask.sum(1)
+        expected.update(zip(inputs["row"].tolist(), mean.tolist(), strict=True))
+    assert table["advantage"].tolist() == pytest.approx([expected[row] for row in range(8)], abs=1e-6)
+
+
+def test_one_generation_a_prompt(make_model, tokenizer, dataset, tmp_path):
+    args = make_config(tmp_path, num_generations=1, per_device_train_batch_size=3, gradient_accumulation_steps=1)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    assert len(trainer.batches[0]["prompt_ids"].unique(dim=0)) == 3
+    assert math.isfinite(trainer.losses[0])
+
+
+def test_an_eos_that_is_the_pad_token_is_trained_on(make_model, tokenizer, dataset, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    args = make_config(tmp_path, max_completion_length=40)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    ends = 0
+    for batch in trainer.batches:
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
+            trained = ids[mask.bool()].tolist()
+            assert tokenizer.eos_token_id not in trained[:-1]
+            ends += trained[-1] == tokenizer.eos_token_id
+    assert ends > 0
+
+
+def test_truncated_completions_are_masked_on_request(make_model, tokenizer, dataset, tmp_path):
+    """All rows truncated at two tokens: nothing is trained, and the step is still taken."""
+    student, before = make_model(1), make_model(1)
+    args = make_config(tmp_path, max_completion_length=1, mask_truncated_completions=True)
+    trainer = Recorder(student, make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.generation_config.suppress_tokens = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    trainer.train()
+    assert trainer.losses == [0.0, 0.0]
+    assert_same_weights_exactly(student, before)
+
+
+def test_abstentions_are_not_warned_of_row_by_row(make_model, tokenizer, dataset, tmp_path, caplog):
+    def abstain(prompts, completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = Recorder(
+        make_model(1), make_model(2), abstain, make_config(tmp_path), dataset, processing_class=tokenizer
+    )
+    trainer.train()
+    assert "returned None" not in caplog.text
+    assert trainer.state.log_history[0]["verdict/abstained"] == 1.0
+    assert trainer.state.log_history[0]["gate/neutral"] == 1.0
+
+
+def test_engine_log_probs_of_teacher_rows_are_nan(make_model, tokenizer, dataset, tmp_path):
+    """What vLLM reports for the student's own rollout must not weigh the teacher's; NaN is a ratio of exactly 1."""
+    args = make_config(tmp_path, **MIXED)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    rows = [row for row in dataset.select(range(2)) for _ in range(4)]
+    prompts = [row["prompt"] for row in rows]
+    prompt_ids = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
+    ]
+    output = (prompt_ids, [[5, 6]] * 8, None, ["own"] * 8, [[-0.1, -0.2] for _ in rows], {}, None, [])
+    trainer._rollouts.begin(rows)
+    trainer._rollouts.mix(prompts, output)
+    taken = trainer._rollouts.taken
+    assert taken
+    for row in range(8):
+        if row in taken:
+            assert output[1][row] == taken[row].token_ids
+            assert len(output[4][row]) == len(output[1][row])
+            assert all(math.isnan(x) for x in output[4][row])
+        else:
+            assert (output[1][row], output[3][row], output[4][row]) == ([5, 6], "own", [-0.1, -0.2])
+
+
+def test_the_teacher_is_frozen_and_left_as_it_was(make_model, tokenizer, dataset, tmp_path):
+    teacher, before = make_model(2), make_model(2)
+    SGOPDTrainer(
+        make_model(1), teacher, coin_verifier, make_config(tmp_path), dataset, processing_class=tokenizer
+    ).train()
+    assert_same_weights_exactly(teacher, before)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+
+
+def test_models_by_path_in_their_checkpoints_dtype(make_model, tokenizer, dataset, tmp_path):
+    """The documented way: both models by path; the teacher keeps its dtype, the tokenizers are compared."""
+    make_model(1).save_pretrained(tmp_path / "student")
+    make_model(2).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    for name in ("student", "teacher"):
+        tokenizer.save_pretrained(tmp_path / name)
+    args = make_config(
+        tmp_path / "out", reference_policy="initial", teacher_model_name_or_path=str(tmp_path / "teacher")
+    )
+    trainer = SGOPDTrainer(str(tmp_path / "student"), args=args, train_dataset=dataset, verifier=coin_verifier)
+    assert trainer.teacher.unwrapped.dtype == torch.bfloat16
+    assert trainer.model.dtype == torch.float32
+    frozen = trainer.accelerator.unwrap_model(trainer.initial_policy.frozen)
+    assert_same_weights_exactly(frozen, trainer.model)
+    trainer.train()
+    assert (
+        json.loads((Path(args.output_dir) / "trainer_state.json").read_text()) if args.save_strategy != "no" else True
+    )
+    assert any(not a.equal(b) for a, b in zip(frozen.parameters(), trainer.model.parameters(), strict=True))
