@@ -1,9 +1,7 @@
 """SGOPDTrainer: its updates against SignGatedLoss on plain logits of unpatched copies, and the life of a run."""
 
 import copy
-import json
 import math
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -407,8 +405,6 @@ def test_checkpoint_card_and_table(make_model, tokenizer, dataset, tmp_path):
     args = make_config(tmp_path, save_strategy="steps", save_steps=1, log_completions=True, **MIXED)
     trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
     trainer.train()
-    card = (tmp_path / "checkpoint-1" / "README.md").exists() or (tmp_path / "README.md").exists()
-    assert card
     text = (tmp_path / "README.md").read_text()
     for part in ("SG-OPD", "2606.09304", "| `gate_extrapolation` | `1.8` |", "| `preset` | `sg-opd` |", "sg-opd\n"):
         assert part in text
@@ -520,7 +516,4 @@ def test_models_by_path_in_their_checkpoints_dtype(make_model, tokenizer, datase
     frozen = trainer.accelerator.unwrap_model(trainer.initial_policy.frozen)
     assert_same_weights_exactly(frozen, trainer.model)
     trainer.train()
-    assert (
-        json.loads((Path(args.output_dir) / "trainer_state.json").read_text()) if args.save_strategy != "no" else True
-    )
     assert any(not a.equal(b) for a, b in zip(frozen.parameters(), trainer.model.parameters(), strict=True))

@@ -11,7 +11,7 @@ import pytest
 from sg_opd import MathVerifier
 from sg_opd.verifiers import checked_verdicts, extract_answer, last_box
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic" / "data"
 
 # gold, what stands in the box, verdict
 SAME_OR_NOT = [
@@ -164,7 +164,7 @@ def test_other_columns_and_extras_are_ignored(verifier):
 
 
 def test_every_embedded_gold_verifies_against_itself(verifier):
-    golds = [json.loads(line)["answer"] for name in ("train", "test") for line in open(EXAMPLES / f"{name}.jsonl")]
+    golds = [json.loads(line)["solution"] for name in ("train", "test") for line in open(EXAMPLES / f"{name}.jsonl")]
     assert len(golds) > 4000
     assert verifier([rf"\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
     assert verifier.unparseable(golds) == []

@@ -8,8 +8,8 @@ A problem is a chain of operations on a running value; the solution writes every
                183-58=125
                \\boxed{125}
 
-Usage: ``python examples/arithmetic/problems.py`` rewrites ``train.jsonl`` (questions for distillation, no solutions
-but the answer) and ``test.jsonl`` (200 held-out questions) beside this file.
+Usage: ``python examples/arithmetic/problems.py`` rewrites ``data/train.jsonl`` (questions and answers for distillation,
+no worked solutions) and ``data/test.jsonl`` (200 held-out questions) beside this file.
 """
 
 from __future__ import annotations
@@ -110,13 +110,20 @@ def held_out_questions() -> frozenset[str]:
     return frozenset(row["question"] for row in make_problems(200, TEST_SEED))
 
 
+def as_row(problem: dict) -> dict:
+    """A problem in the form the trainer takes: `prompt` as messages, `solution` the bare answer."""
+    return {"prompt": [{"role": "user", "content": problem["question"]}], "solution": problem["answer"]}
+
+
 def main() -> None:
-    test = make_problems(200, TEST_SEED)
-    train = make_problems(4000, TRAIN_SEED, held_out_questions())
-    for name, rows in (("train", train), ("test", test)):
-        with open(HERE / f"{name}.jsonl", "w") as file:
-            for row in rows:
-                file.write(json.dumps({"question": row["question"], "answer": row["answer"]}) + "\n")
+    splits = {
+        "train": make_problems(4000, TRAIN_SEED, held_out_questions()),
+        "test": make_problems(200, TEST_SEED),
+    }
+    (HERE / "data").mkdir(exist_ok=True)
+    for name, problems in splits.items():
+        with open(HERE / "data" / f"{name}.jsonl", "w") as file:
+            file.writelines(json.dumps(as_row(problem)) + "\n" for problem in problems)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""Distil a teacher into a student with SG-OPD, from a recipe.
+
+    accelerate launch examples/train.py --config examples/configs/<recipe>.yaml [--any_field value ...]
+
+Without arguments it trains the embedded arithmetic recipe on the CPU. Every field of TRL's ScriptArguments and
+ModelConfig and of SGOPDConfig can stand in the recipe or on the command line; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from sg_opd import SGOPDConfig, SGOPDTrainer
+from sg_opd.data import load_data, prepare_dataset
+
+EMBEDDED = Path(__file__).parent / "configs" / "arithmetic.yaml"
+
+
+def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfig) -> None:
+    if not script_args.dataset_name or not model_args.model_name_or_path:
+        raise SystemExit("Set `dataset_name` and `model_name_or_path`, in the recipe or on the command line.")
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+    def split(name: str):
+        return prepare_dataset(load_data(script_args.dataset_name, name, script_args.dataset_config))
+
+    trainer = SGOPDTrainer(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=split(script_args.dataset_train_split),
+        eval_dataset=split(script_args.dataset_test_split) if args.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"The student is saved in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
+    main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", str(EMBEDDED)]))

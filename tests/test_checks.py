@@ -1,0 +1,141 @@
+"""What is refused or warned of before the first step."""
+
+import copy
+import logging
+
+import pytest
+from datasets import Dataset, IterableDataset
+from trl import GRPOConfig
+
+from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
+from sg_opd.checks import check_dataset, check_prompts, check_tokenizers, spread
+
+
+def coin(prompts, completions, **kwargs):
+    return [1.0 for _ in completions]
+
+
+@pytest.fixture
+def build(make_model, tokenizer, dataset, tmp_path):
+    """A trainer with some arguments replaced."""
+
+    def build(config=None, **overrides):
+        settings = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": "none", **(config or {})}
+        kwargs = {
+            "model": make_model(1),
+            "teacher_model": make_model(2),
+            "verifier": coin,
+            "args": SGOPDConfig(per_device_train_batch_size=8, max_completion_length=8, **settings),
+            "train_dataset": dataset,
+            "processing_class": tokenizer,
+            **overrides,
+        }
+        return SGOPDTrainer(**kwargs)
+
+    return build
+
+
+def test_arguments_that_cannot_work(build, make_model, tmp_path):
+    with pytest.raises(ValueError, match=r"`reward_funcs`.*`verifier`"):
+        build(reward_funcs=[coin])
+    with pytest.raises(ValueError, match="No teacher"):
+        build(teacher_model=None)
+    model = make_model(1)
+    with pytest.raises(ValueError, match="very object"):
+        build(model=model, teacher_model=model)
+    with pytest.raises(TypeError, match="SGOPDConfig"):
+        build(args=GRPOConfig(str(tmp_path), bf16=False, use_cpu=True))
+    with pytest.raises(TypeError, match="`verifier`"):
+        build(verifier="math")
+    with pytest.raises(TypeError, match="`teacher_model`"):
+        build(teacher_model=3)
+    with pytest.raises(ValueError, match=r"`tools`.*teacher_phase_steps=0"):
+        build(tools=[lambda: None])
+    with pytest.raises(ValueError, match="`rollout_func`"):
+        build(rollout_func=lambda: None)
+    with pytest.raises(ValueError, match="`teacher_model_init_kwargs`"):
+        build(config={"teacher_model_init_kwargs": {"dtype": "float32"}})
+    with pytest.raises(ValueError, match="eval_dataset"):
+        build(config={"eval_strategy": "steps"})
+
+
+def test_datasets(build, dataset):
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        build(train_dataset=dataset.select([]))
+    with pytest.raises(ValueError, match=r"lacks the column 'solution'; it has 'prompt'"):
+        build(verifier=MathVerifier(), train_dataset=dataset.remove_columns("solution"))
+    with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` lacks the columns 'prompt'"):
+        build(verifier=MathVerifier(), eval_dataset={"a": dataset, "b": Dataset.from_list([{"text": "x"}])})
+    with pytest.raises(ValueError, match="`remove_unused_columns=True`"):
+        build(verifier=MathVerifier(), config={"remove_unused_columns": True})
+    with pytest.raises(ValueError, match="images"):
+        build(train_dataset=dataset.add_column("image", [None] * 16))
+    build(train_dataset=dataset.remove_columns("solution"))  # a verifier of one's own needs no `solution`
+
+
+def test_a_stream_is_checked_by_its_first_row(build):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "p"}]))
+    with pytest.raises(ValueError, match="'solution'"):
+        build(verifier=MathVerifier(), train_dataset=stream)
+
+
+def test_golds_that_do_not_parse(dataset, caplog, tmp_path):
+    args = SGOPDConfig(str(tmp_path), bf16=False, use_cpu=True)
+    golds = [r"\ldots", None, "4", "", "5", r"\ldots"]
+    rows = Dataset.from_list([{"prompt": "p", "solution": gold} for gold in golds])
+    verifier = MathVerifier(workers=1)
+    with caplog.at_level(logging.WARNING):
+        check_dataset("train_dataset", rows, verifier, args)
+    assert "4 of the 6 golds checked in `train_dataset`" in caplog.text
+    assert r"row 0: '\\ldots'; row 1: 'None'; row 3: ''." in caplog.text
+    with pytest.raises(ValueError, match="abstain on every row"):
+        check_dataset("train_dataset", rows.select([0, 1]), verifier, args)
+    verifier.close()
+
+
+def test_tokenizers(build, tokenizer, make_model, tmp_path, caplog):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|more|>"])
+    with pytest.raises(ValueError, match=r"1 tokens have other ids, first '<\|more\|>'"):
+        check_tokenizers(tokenizer, other)
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = "{{ messages }}"
+    check_tokenizers(tokenizer, templated)
+    assert "different chat templates" in caplog.text
+    make_model(2, vocab_size=40).save_pretrained(tmp_path / "teacher")
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        build(teacher_model=str(tmp_path / "teacher"))
+    with pytest.raises(ValueError, match="cannot share a tokenizer"):
+        build(teacher_model=make_model(2, vocab_size=20))
+
+
+def test_different_ends_are_warned_of(build, make_model, caplog):
+    teacher = make_model(2)
+    teacher.generation_config.eos_token_id = [0, 1]
+    build(teacher_model=teacher)
+    assert "([1] and [0, 1])" in caplog.text
+
+
+def test_prompts_and_the_context(build, make_model, caplog):
+    with pytest.raises(ValueError, match=r"16 prompts in `train_dataset` fill the models' context of 8 tokens"):
+        build(teacher_model=make_model(2, max_position_embeddings=8))
+    rows = Dataset.from_list([{"prompt": [1] * 5}, {"prompt": [1] * 9}])
+    with pytest.raises(ValueError, match="first row 1"):
+        check_prompts("d", rows, lambda prompts: (prompts,), 9, 4)
+    check_prompts("d", rows, lambda prompts: (prompts,), 10, 4)
+    assert "longest prompt in `d` (9 tokens) and `max_completion_length` (4)" in caplog.text
+
+
+def test_a_large_dataset_is_checked_evenly():
+    assert list(spread(3)) == [0, 1, 2]
+    assert len(spread(10_000)) == 10_000
+    assert 3_000 <= len(spread(33_333)) <= 10_000
+    assert spread(33_333)[-1] > 33_000
+
+
+def test_full_estimator_with_soft_caps(build, make_model):
+    capped = make_model(1)
+    capped.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        build(model=capped, config={"estimator": "full", "reference_policy": "initial"})

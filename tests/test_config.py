@@ -1,0 +1,128 @@
+"""SGOPDConfig: presets, each field's range, and the parent settings it cannot honour."""
+
+import math
+
+import pytest
+from trl import TrlParser
+
+from sg_opd import SGOPDConfig
+from sg_opd.config import PRESETS, UNUSED_BY_FULL
+
+
+def make(**kwargs):
+    return SGOPDConfig(**{"output_dir": "out", "bf16": False, "use_cpu": True, "report_to": "none", **kwargs})
+
+
+# the table of the method's page: extrapolation, interpolation, reference, phase
+TABLE = {
+    "opd": (1.0, 1.0, "current", 0),
+    "exopd": (1.25, 1.25, "initial", 0),
+    "opdvr": (1.0, 0.0, "current", 0),
+    "sg-opd": (1.8, 1.0, "current", 0.1),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_published_table(preset):
+    args = make(preset=preset)
+    values = (args.gate_extrapolation, args.gate_interpolation, args.reference_policy, args.teacher_phase_steps)
+    assert values == TABLE[preset]
+    assert args.teacher_phase_fraction == 0.25
+    assert args.teacher_phase_schedule == "linear"
+
+
+def test_the_default_is_sg_opd_and_a_given_value_wins():
+    assert make().preset == "sg-opd"
+    args = make(preset="opd", gate_extrapolation=3.0, teacher_phase_steps=7)
+    assert (args.gate_extrapolation, args.gate_interpolation, args.teacher_phase_steps) == (3.0, 1.0, 7)
+
+
+@pytest.mark.parametrize(("steps", "length"), [(0, 0), (0.1, 25), (0.001, 1), (1, 1), (40, 40), (40.0, 40)])
+def test_phase_length(steps, length):
+    assert make(teacher_phase_steps=steps).teacher_phase_length(max_steps=250) == length
+
+
+BAD = [
+    ({"preset": "sgopd"}, "preset"),
+    ({"gate_extrapolation": -1.0}, "gate_extrapolation"),
+    ({"gate_interpolation": math.inf}, "gate_interpolation"),
+    ({"gate_interpolation": 0.0, "reference_policy": "initial"}, "gate_interpolation"),
+    ({"gate_dead_zone": -0.1}, "gate_dead_zone"),
+    ({"log_ratio_clip": 0.0}, "log_ratio_clip"),
+    ({"log_ratio_clip": 2.0, "estimator": "full"}, "log_ratio_clip"),
+    ({"estimator": "topk"}, "estimator"),
+    ({"reference_policy": "base"}, "reference_policy"),
+    ({"teacher_phase_steps": 1.5}, "teacher_phase_steps"),
+    ({"teacher_phase_steps": -1}, "teacher_phase_steps"),
+    ({"teacher_phase_fraction": 1.01}, "teacher_phase_fraction"),
+    ({"teacher_phase_schedule": "step"}, "teacher_phase_schedule"),
+    ({"teacher_candidates": 0}, "teacher_candidates"),
+    ({"teacher_rollout_loss": "sft"}, "teacher_rollout_loss"),
+    ({"teacher_rollout_loss": "nll", "loss_type": "grpo"}, "teacher_rollout_loss"),
+    ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
+    ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "metric_for_best_model"),
+    ({"sync_ref_model": True, "reference_policy": "initial", "beta": 0.1}, "sync_ref_model"),
+    ({"num_generations": 0}, "num_generations|integer|division"),
+    (
+        {"vllm_importance_sampling_clip_min": 3.0, "vllm_importance_sampling_clip_max": 2.0, "num_generations": 1},
+        "clip_min",
+    ),
+    ({"generation_batch_size": 12, "num_generations": 8}, "generation_batch_size"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "name"), BAD, ids=lambda v: v if isinstance(v, str) else "+".join(v))
+def test_bad_values_are_named(kwargs, name):
+    with pytest.raises((ValueError, ZeroDivisionError), match=name):
+        make(**kwargs)
+
+
+OTHER_VALUES = {
+    "loss_type": "grpo",
+    "beta": 0.1,
+    "entropy_coef": 0.01,
+    "use_adaptive_entropy": True,
+    "top_entropy_quantile": 0.5,
+    "importance_sampling_level": "sequence",
+    "off_policy_mask_threshold": 0.5,
+    "delta": 2.0,
+    "cast_lm_head_to_fp32": True,
+}
+
+
+@pytest.mark.parametrize("name", UNUSED_BY_FULL)
+def test_the_full_estimator_refuses_what_it_cannot_honour(name):
+    make(**{name: OTHER_VALUES[name]})
+    with pytest.raises(ValueError, match=f"`{name}="):
+        make(estimator="full", **{name: OTHER_VALUES[name]})
+
+
+def test_idle_values_are_the_parents_defaults():
+    args = make()
+    assert {name: getattr(args, name) for name in UNUSED_BY_FULL} == UNUSED_BY_FULL
+
+
+def test_one_generation_is_allowed_and_plain_afterwards():
+    args = make(num_generations=1, per_device_train_batch_size=3)
+    assert args.num_generations == 1
+    assert type(args.num_generations) is int
+    assert args.to_json_string()
+
+
+def test_trls_parser_reads_every_field(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "output_dir: out\nbf16: false\nuse_cpu: true\npreset: opdvr\nlog_ratio_clip: 2.0\nteacher_phase_steps: 0.2\n"
+        "teacher_model_name_or_path: t\nteacher_model_init_kwargs: {dtype: bfloat16}\n"
+    )
+    (args,) = TrlParser(SGOPDConfig).parse_args_and_config(["--config", str(path), "--gate_dead_zone", "0.05"])
+    assert (args.preset, args.log_ratio_clip, args.teacher_phase_steps) == ("opdvr", 2.0, 0.2)
+    assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+    assert args.gate_dead_zone == 0.05
+
+
+def test_every_new_field_is_described_once():
+    new = set(SGOPDConfig.__annotations__)
+    fields = {name: f for name, f in SGOPDConfig.__dataclass_fields__.items() if name in new}
+    assert all(f.metadata.get("help") for f in fields.values())
+    assert "config" not in new  # TRL's parsers refuse it
