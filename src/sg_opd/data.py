@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ FORMS = (
     ("problem", "solution"),
     ("question", "solution"),
     ("prompt", "answer"),
+)
+# DAPO's own frame asks for a line "Answer: ...", where the verifier looks for a box
+DAPO_FRAME = re.compile(
+    r"Solve the following math problem step by step\..*?\n\n(?P<problem>.*)\n\nRemember to put your answer.*", re.DOTALL
 )
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -74,9 +79,12 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
 
 
 def as_messages(question: str | list[dict[str, str]], instruction: str | None) -> list[dict[str, str]]:
-    """A question as messages; one that is messages already stays, and so does one that asks for a box."""
+    """A question as messages that ask for a box; messages stay as they are, but for DAPO's frame around a problem."""
     if not isinstance(question, str):
-        return question
+        framed = DAPO_FRAME.fullmatch(question[0]["content"].strip()) if len(question) == 1 else None
+        if framed is None:
+            return question
+        question = framed["problem"]
     if instruction and r"\boxed" not in question:
         question = f"{question}\n{instruction}"
     return [{"role": "user", "content": question}]

@@ -1,0 +1,122 @@
+"""What a newcomer runs: examples/train.py in real processes, the demo's pieces, the notebook, the embedded world."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbconvert.preprocessors import ExecutePreprocessor
+from problems import held_out_questions, make_problems, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+ARITHMETIC = ROOT / "examples" / "arithmetic"
+
+
+def run(*command, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=540)
+
+
+def test_train_py_without_arguments_reads_the_embedded_recipe(tmp_path):
+    """Two steps of the recipe through `accelerate launch`: exit code 0, progress, a saved student that loads."""
+    from transformers import AutoModelForCausalLM
+
+    result = run(
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "examples/train.py",
+        "--config", "examples/configs/arithmetic.yaml", "--max_steps", "2", "--per_device_train_batch_size", "8",
+        "--logging_steps", "1", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2/2" in result.stderr
+    assert f"The student is saved in {tmp_path / 'out'}." in result.stdout
+    before = AutoModelForCausalLM.from_pretrained(ARITHMETIC / "student").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_train_py_with_lora_and_local_files_of_another_form(tmp_path):
+    """question/answer rows from a JSON Lines file, LoRA, a checkpoint, and a resumed run."""
+    rows = [{"question": row["question"] + r" \boxed", "answer": row["answer"]} for row in make_problems(8, seed=1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = [
+        "examples/train.py", "--config", "examples/configs/arithmetic.yaml", "--dataset_name", tmp_path / "rows.jsonl",
+        "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--per_device_train_batch_size", "8",
+        "--save_strategy", "steps", "--save_steps", "1", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    result = run(*common, "--max_steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").exists()
+    result = run(*common, "--max_steps", "2", "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_train_py_fails_loudly(tmp_path):
+    result = run("examples/train.py", "--output_dir", tmp_path, "--bf16", "false", "--use_cpu")
+    assert result.returncode != 0
+    assert "Set `dataset_name` and `model_name_or_path`" in result.stderr
+    result = run("examples/train.py", "--gate_extrapolation", "-1")
+    assert result.returncode != 0
+    assert "`gate_extrapolation` must be finite and >= 0" in result.stderr
+
+
+def test_the_demo_writes_its_result(tmp_path):
+    """The demo with two small steps: the table, result.json's keys and the curve."""
+    small = ("--max_steps", "2", "--per_device_train_batch_size", "8", "--logging_steps", "1")
+    result = run("examples/arithmetic/demo.py", "--seed", "3", "--output", tmp_path, *small)
+    assert result.returncode == 0, result.stderr
+    assert "avg@8" in result.stdout
+    summary = json.loads((tmp_path / "result.json").read_text())
+    assert summary["seed"] == 3
+    assert summary["train_seconds"] > 0
+    for name in ("student_before", "student_after", "opd", "teacher"):
+        assert 0 <= summary[name]["avg@8"] <= summary[name]["pass@8"] <= 100
+    # the shipped checkpoints: a teacher that is good but not perfect, a student that can do some
+    assert 70 <= summary["teacher"]["avg@8"] <= 90
+    assert 10 <= summary["student_before"]["avg@8"] <= 40
+    assert (tmp_path / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_embedded_data_is_what_the_script_makes():
+    train, test = ([json.loads(line) for line in open(ARITHMETIC / "data" / f"{n}.jsonl")] for n in ("train", "test"))
+    assert {row["prompt"][0]["content"] for row in test} == held_out_questions()
+    assert not held_out_questions() & {row["prompt"][0]["content"] for row in train}
+    assert (len(train), len(test)) == (4000, 200)
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.5])
+def test_problems_add_up(slip):
+    """Every line of a worked solution follows from the one before; without slips each result is right."""
+    for row in make_problems(200, seed=3, slip=slip):
+        *lines, box = row["solution"].split("\n")
+        value = row["question"].split(",")[0].removeprefix("Start with ")
+        wrong = 0
+        for line in lines:
+            left, result = line.split("=")
+            assert left.startswith(value)
+            wrong += eval(left) != int(result)  # noqa: S307
+            value = result
+        assert box == f"\\boxed{{{value}}}"
+        assert row["answer"] == value
+        if not slip:
+            assert wrong == 0
+    tokenizer = make_tokenizer()
+    ids = tokenizer(row["question"] + row["solution"])["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == row["question"] + row["solution"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_run_from_a_clean_kernel(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are stripped before a commit"
+    kernel = {"metadata": {"path": str(tmp_path)}}  # output_dir lands there
+    source = notebook.cells[1].source
+    assert "Path.cwd()" in source
+    notebook.cells[1].source = f"import os\nos.chdir({str(ROOT)!r})\n{source}\nos.chdir({str(tmp_path)!r})"
+    ExecutePreprocessor(timeout=400).preprocess(notebook, kernel)
+    text = str([cell.get("outputs") for cell in notebook.cells])
+    assert "student after" in text
+    assert "image/png" in text
