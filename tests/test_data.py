@@ -39,8 +39,8 @@ def test_dapo():
 def test_dapos_frame_around_a_problem_gives_way_to_the_box():
     frame = (
         "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its "
-        'own line after "Answer:".'
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
     )
     row = {"prompt": [{"role": "user", "content": frame.format("What is 2+2?")}], "reward_model": {"ground_truth": "4"}}
     assert prepare_dataset(Dataset.from_list([row]))[0] == {"prompt": ASKED, "solution": "4"}

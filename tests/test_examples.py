@@ -42,8 +42,9 @@ def test_train_py_with_lora_and_local_files_of_another_form(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = [
         "examples/train.py", "--config", "examples/configs/arithmetic.yaml", "--dataset_name", tmp_path / "rows.jsonl",
-        "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--per_device_train_batch_size", "8",
-        "--save_strategy", "steps", "--save_steps", "1", "--output_dir", tmp_path / "out",
+        "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj",
+        "--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "1",
+        "--output_dir", tmp_path / "out",
     ]  # fmt: skip
     result = run(*common, "--max_steps", "1")
     assert result.returncode == 0, result.stderr
@@ -57,7 +58,7 @@ def test_train_py_fails_loudly(tmp_path):
     result = run("examples/train.py", "--output_dir", tmp_path, "--bf16", "false", "--use_cpu")
     assert result.returncode != 0
     assert "Set `dataset_name` and `model_name_or_path`" in result.stderr
-    result = run("examples/train.py", "--gate_extrapolation", "-1")
+    result = run("examples/train.py", "--gate_extrapolation", "-1", "--bf16", "false", "--use_cpu", "true")
     assert result.returncode != 0
     assert "`gate_extrapolation` must be finite and >= 0" in result.stderr
 
@@ -80,7 +81,8 @@ def test_the_demo_writes_its_result(tmp_path):
 
 
 def test_the_embedded_data_is_what_the_script_makes():
-    train, test = ([json.loads(line) for line in open(ARITHMETIC / "data" / f"{n}.jsonl")] for n in ("train", "test"))
+    texts = ((ARITHMETIC / "data" / f"{name}.jsonl").read_text() for name in ("train", "test"))
+    train, test = ([json.loads(line) for line in text.splitlines()] for text in texts)
     assert {row["prompt"][0]["content"] for row in test} == held_out_questions()
     assert not held_out_questions() & {row["prompt"][0]["content"] for row in train}
     assert (len(train), len(test)) == (4000, 200)
@@ -96,7 +98,7 @@ def test_problems_add_up(slip):
         for line in lines:
             left, result = line.split("=")
             assert left.startswith(value)
-            wrong += eval(left) != int(result)  # noqa: S307
+            wrong += eval(left) != int(result)
             value = result
         assert box == f"\\boxed{{{value}}}"
         assert row["answer"] == value

@@ -20,7 +20,8 @@ SOURCE = ROOT / "src" / "sg_opd"
 LAYERS = {
     "loss": 0,
     "teacher_phase": 0,
-    "verifiers": 0,
+    "grader": 0,
+    "verifiers": 1,
     "teacher": 0,
     "config": 1,
     "divergence": 1,

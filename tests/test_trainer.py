@@ -265,7 +265,7 @@ def test_presets(preset, factors, make_model, tokenizer, dataset, tmp_path):
 
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
 def test_padded_vocabularies(estimator, make_model, tokenizer, dataset, tmp_path):
-    """A head padded to 40 ids on either side: nothing beyond the shared ids is sampled, and the update is the loss's."""
+    """A head padded to 40 ids on either side: no id beyond the shared ones is sampled; the update is the loss's."""
     size = len(tokenizer)
     for student_size, teacher_size in ((40, size), (size, 40)):
         student, teacher = make_model(1, student_size), make_model(2, teacher_size)

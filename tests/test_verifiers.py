@@ -164,7 +164,8 @@ def test_other_columns_and_extras_are_ignored(verifier):
 
 
 def test_every_embedded_gold_verifies_against_itself(verifier):
-    golds = [json.loads(line)["solution"] for name in ("train", "test") for line in open(EXAMPLES / f"{name}.jsonl")]
+    lines = [line for name in ("train", "test") for line in (EXAMPLES / f"{name}.jsonl").read_text().splitlines()]
+    golds = [json.loads(line)["solution"] for line in lines]
     assert len(golds) > 4000
     assert verifier([rf"\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
     assert verifier.unparseable(golds) == []
@@ -210,7 +211,7 @@ def test_a_time_out_abstains_and_leaves_no_process():
     verifier = MathVerifier(timeout=0.5, workers=2)
     verdicts = verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"] * 3, ["7x^2", "x+x"] * 3)
     assert verdicts == [None, 1.0] * 3
-    pids = [worker.process.pid for worker in verifier._pool]
+    pids = [worker.process.pid for worker in verifier._grader.pool]
     verifier.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -218,8 +219,8 @@ def test_a_time_out_abstains_and_leaves_no_process():
 def test_a_worker_that_dies_abstains_and_is_replaced():
     verifier = MathVerifier(workers=1)
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
-    verifier._pool[0].process.kill()
-    verifier._pool[0].process.wait()
+    verifier._grader.pool[0].process.kill()
+    verifier._grader.pool[0].process.wait()
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]  # found dead before it was given the task
     verifier.close()
 
@@ -264,7 +265,7 @@ def test_import_is_light_and_a_script_needs_no_main_guard(tmp_path):
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
         "import os, sys\nfrom sg_opd import MathVerifier\nv = MathVerifier(workers=1)\nv([r'\\boxed{2x}'], ['x+x'])\n"
-        "print(v._pool[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+        "print(v._grader.pool[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     worker = Path(f"/proc/{int(run.stdout)}")
@@ -287,11 +288,10 @@ def test_any_reward_function_of_1_0_and_none_is_a_verifier():
 
 @pytest.mark.parametrize("value", [0.5, -1, "1", float("nan")])
 def test_another_value_is_refused_with_its_row(value):
-    with pytest.raises(ValueError, match="graded answered .* for row 1"):
+    def graded(prompts, completions, **kwargs):
+        return [1, value]
 
-        def graded(prompts, completions, **kwargs):
-            return [1, value]
-
+    with pytest.raises(ValueError, match=r"graded answered .* for row 1"):
         checked_verdicts(graded, ["a", "b"], ["a", "b"])
 
 

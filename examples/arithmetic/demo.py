@@ -24,7 +24,7 @@ from sg_opd.data import load_data
 from sg_opd.evaluate import EvaluationResult, evaluate_model
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"

@@ -227,7 +227,8 @@ class SGOPDConfig(GRPOConfig):
             seed=self.seed,
         )
 
-    def method_settings(self) -> dict[str, Any]:
-        """The method's own settings by name, as a model card lists them."""
+    def card_section(self, teacher: str) -> str:
+        """The section of a model card that names the teacher and the method's settings, as Markdown."""
         own = [name for name in type(self).__annotations__ if not name.startswith("teacher_model_")]
-        return {name: getattr(self, name) for name in own}
+        rows = "\n".join(f"| `{name}` | `{getattr(self, name)}` |" for name in own)
+        return f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"

@@ -47,6 +47,14 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def sequence(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of a batch's prompts with their completions, both (B, P + T)."""
+    return (
+        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+    )
+
+
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     """The backbone's output at the positions that predict the last `keep` tokens, (B, keep, H)."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model

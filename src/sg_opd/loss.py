@@ -270,15 +270,18 @@ class SignGatedLoss(nn.Module):
             raise ValueError("`reference_logits` needs `interpolation` > 0; see the class's documentation.")
         ids = completion_ids * (completion_mask != 0)  # padding may hold any id
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-        given = (student_logits, teacher_logits, reference_logits)
-        logits = [x if x is None else _at_least_float32(x) / self.temperature for x in given]
+        cut = shared if self.estimator == "full" else None
+        student, teacher = self._scaled(student_logits, cut), self._scaled(teacher_logits, cut)
+        reference = None if reference_logits is None else self._scaled(reference_logits, cut)
+        student_logps = _token_logps(student, ids)
+        decision = self.decide(
+            student_logps.detach(),
+            _token_logps(teacher, ids).detach(),
+            verifier_labels,
+            None if reference is None else _token_logps(reference, ids),
+        )
         if self.estimator == "full":
-            logits = [x if x is None else x[..., :shared] for x in logits]
-        logps = [x if x is None else _token_logps(x, ids) for x in logits]
-        student_logps, teacher_logps, reference_logps = logps
-        decision = self.decide(student_logps.detach(), teacher_logps.detach(), verifier_labels, reference_logps)
-        if self.estimator == "full":
-            per_token = gated_divergence(logits[0], logits[1], decision.factor, logits[2])
+            per_token = gated_divergence(student, teacher, decision.factor, reference)
         else:
             per_token = policy_gradient(student_logps, decision.advantage)
         # `where`, not a product: a masked position may hold an infinite logit
@@ -286,6 +289,9 @@ class SignGatedLoss(nn.Module):
         divisor = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = torch.where(mask, per_token, 0.0).sum() / divisor
         return LossOutput(loss, gate_metrics(gate_totals(decision, mask), decision.delta[mask]))
+
+    def _scaled(self, logits: Tensor, cut: int | None) -> Tensor:
+        return _at_least_float32(logits[..., :cut]) / self.temperature
 
     @staticmethod
     def _check_inputs(

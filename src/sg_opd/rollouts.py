@@ -78,7 +78,7 @@ class Rollouts:
     def _judge(self, rows: Sequence[int], prompts: list, completions: list, ids: list, log_extra: Callable) -> list:
         """The verifier's answer to completions of some rows, with those rows' columns and TRL's extras."""
         inputs, trainer = [self.rows[row] for row in rows], self.trainer
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in NOT_FORWARDED}
+        columns: dict[str, Any] = {key: [row[key] for row in inputs] for key in inputs[0] if key not in NOT_FORWARDED}
         columns.update(trainer_state=trainer.state, log_extra=log_extra, log_metric=trainer._log_metric)
         prompts = [prompts[row] for row in rows]
         return checked_verdicts(trainer.verifier, prompts, completions, completion_ids=ids, **columns)

@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head, get_callable_name, get_config_m
 
 from .checks import check_arguments, check_dataset, check_models, check_set_up
 from .config import SGOPDConfig
-from .divergence import full_per_token, head_of, last_hidden_state
+from .divergence import full_per_token, head_of, last_hidden_state, sequence
 from .loss import GateDecision, SignGatedLoss, policy_gradient
 from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
@@ -85,6 +85,9 @@ class SGOPDTrainer(GRPOTrainer):
     trainer.train()
     ```
     """
+
+    args: SGOPDConfig
+    model: Any  # the student, of whatever class
 
     _tag_names = ["trl", "sg-opd"]
     _name = "SG-OPD"
@@ -228,7 +231,7 @@ class SGOPDTrainer(GRPOTrainer):
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, _, _ = super()._get_per_token_logps_and_entropies(
                 model,
-                *_sequence(batch),
+                *sequence(batch),
                 batch["completion_ids"].size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 **{key: batch[key] for key in FORWARD_KEYS if key in batch},
@@ -272,13 +275,13 @@ class SGOPDTrainer(GRPOTrainer):
         gated, taught = mask & ~by_likelihood, mask & by_likelihood
 
         def states(model: nn.Module) -> Tensor:
-            return self._run_within(model, last_hidden_state, *_sequence(inputs), mask.size(1))
+            return self._run_within(model, last_hidden_state, *sequence(inputs), mask.size(1))
 
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
             return self._decide(inputs, student_logps, teacher_logps).factor
 
         def per_token(student: PreTrainedModel, teacher: Tensor, reference: tuple | None) -> tuple[Tensor, Tensor]:
-            own = last_hidden_state(student, *_sequence(inputs), mask.size(1))
+            own = last_hidden_state(student, *sequence(inputs), mask.size(1))
             heads = head_of(student), head_of(self.teacher.unwrapped)
             nll = taught if self.args.teacher_rollout_loss == "nll" else None
             ids = inputs["completion_ids"]
@@ -351,16 +354,6 @@ class SGOPDTrainer(GRPOTrainer):
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "README.md"
             card = ModelCard.load(path)
-            rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in self.args.method_settings().items())
-            teacher = get_config_model_id(self.teacher.unwrapped.config) or "a model in memory"
-            section = f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"
+            section = self.args.card_section(get_config_model_id(self.teacher.unwrapped.config) or "a model in memory")
             card.text = card.text.replace("### Framework versions", section + "### Framework versions")
             card.save(path)
-
-
-def _sequence(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of prompts with their completions, (B, P + T)."""
-    return (
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-    )
