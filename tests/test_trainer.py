@@ -517,3 +517,78 @@ def test_models_by_path_in_their_checkpoints_dtype(make_model, tokenizer, datase
     assert_same_weights_exactly(frozen, trainer.model)
     trainer.train()
     assert any(not a.equal(b) for a, b in zip(frozen.parameters(), trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_gradient_checkpointing_changes_nothing(estimator, peft, make_model, tokenizer, dataset, tmp_path):
+    """TRL's default is on; the teacher and the reference are scored without it."""
+    results = []
+    for checkpointing in (False, True):
+        args = make_config(tmp_path, estimator=estimator, gradient_checkpointing=checkpointing, preset="exopd", **MIXED)
+        config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False) if peft else None
+        trainer = Recorder(
+            make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer, peft_config=config
+        )
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        results.append(trainer)
+    assert results[0].losses == pytest.approx(results[1].losses, rel=1e-6)
+    assert_same_weights(results[0].model, results[1].model, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_bf16_mixed_precision_stays_close(estimator, make_model, tokenizer, dataset, tmp_path):
+    """Under autocast the models compute in bf16: the loss on the same rollouts agrees to bf16's two to three digits."""
+    args = make_config(tmp_path, estimator=estimator, bf16=True, temperature=1.0)
+    student, teacher = make_model(1), make_model(2)
+    plain, copy_of_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    trainer = Recorder(student, teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
+    loss_fn = SignGatedLoss(estimator=estimator)
+    expected = [
+        expected_loss(plain, copy_of_teacher, None, batch, loss_fn, divisor, False).item() for batch in trainer.batches
+    ]
+    assert trainer.losses != pytest.approx(expected, rel=1e-6)  # or bf16 was not in use
+    assert trainer.losses == pytest.approx(expected, rel=0.05, abs=0.01)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])
+def test_plain_text_prompts(streamed, make_model, tokenizer, dataset, tmp_path):
+    """Prompts as text instead of messages; completions reach the verifier as text."""
+    rows = dataset.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    seen = []
+
+    def verifier(prompts, completions, completion_ids, solution, **kwargs):
+        seen.extend(completions)
+        assert all(isinstance(x, str) for x in (*prompts, *completions, *solution))
+        return coin_verifier(prompts, completions, completion_ids)
+
+    args = make_config(tmp_path, **MIXED)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    trainer = Recorder(make_model(1), make_model(2), verifier, args, rows, processing_class=tokenizer)
+    trainer.train()
+    assert len(seen) >= 8
+    assert any(batch["from_teacher"].any() for batch in trainer.batches)
+
+
+def test_more_generation_than_accumulation(make_model, tokenizer, dataset, tmp_path):
+    """`steps_per_generation` 4 with 2 accumulation steps: two optimizer steps on one generation."""
+    for estimator in ("sampled", "full"):
+        args = make_config(
+            tmp_path, estimator=estimator, steps_per_generation=4, max_steps=2, per_device_train_batch_size=2, **MIXED
+        )
+        student, teacher = make_model(1), make_model(2)
+        simulated, copy_of_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+        trainer = Recorder(student, teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+        trainer.train()
+        assert len(trainer.batches) == 4
+        tokens = sum(batch["completion_mask"].sum() for batch in trainer.batches)
+        loss_fn = SignGatedLoss(estimator=estimator, temperature=0.8)
+        # the first optimizer step: its two micro-batches, divided by their share of the generation's tokens
+        losses = [
+            expected_loss(simulated, copy_of_teacher, None, batch, loss_fn, tokens / 2, False)
+            for batch in trainer.batches[:2]
+        ]
+        assert trainer.losses[:2] == pytest.approx([loss.item() for loss in losses], rel=1e-4, abs=1e-6)

@@ -31,6 +31,9 @@ SAME_OR_NOT = [
     ("3", r"\log_2 8", 1.0),
     ("2", r"\sqrt[3]{8}", 1.0),
     ("0", "-0", 1.0),
+    ("12", "1 2", 0.0),
+    ("1, 234", "1234", 0.0),
+    ("1{,}000{,}000", "1,000,000", 1.0),
     # decimals
     ("0.5", ".5", 1.0),
     ("0.5", "0.50", 1.0),
@@ -91,6 +94,8 @@ SAME_OR_NOT = [
     (r"\text{Monday}", "Monday", 1.0),
     ("Monday", "Tuesday", 0.0),
     (r"\text{north east}", r"\text{North East}", 1.0),
+    (r"\text{north east}", "north west", 0.0),
+    ("blue", r"\mathbf{blue}.", 1.0),
 ]
 
 # gold, completion, verdict

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +15,7 @@ from .divergence import check_linear, head_of
 from .teacher import eos_set
 from .verifiers import MathVerifier
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process only
 
 ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
@@ -151,11 +151,8 @@ def check_models(
     """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
     if not hasattr(teacher, "get_output_embeddings") or teacher.get_output_embeddings() is None:
         raise ValueError(f"The teacher ({type(teacher).__name__}) has no language-model head; pass a causal LM.")
-    path = getattr(teacher.config, "_name_or_path", "")
-    if path:
-        teacher_tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-        )
+    teacher_tokenizer = tokenizer_of(teacher, args)
+    if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
     elif len(tokenizer) > teacher.config.get_text_config().vocab_size:
         raise ValueError(
@@ -171,6 +168,25 @@ def check_models(
         )
     if same_weights(student, teacher):
         logger.warning("Teacher and student have the same weights: every delta is zero and nothing will be learnt.")
+
+
+def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside the teacher; `None`, with a warning, where there is none to compare with."""
+    path = getattr(teacher.config, "_name_or_path", "")
+    if not path:
+        logger.warning(
+            "The teacher has no path to load its tokenizer from; only the sizes of vocabularies are compared."
+        )
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:  # what transformers raises where it finds no tokenizer
+        logger.warning(
+            "No tokenizer at the teacher's %r (%s); only the sizes of vocabularies are compared.", path, error
+        )
+        return None
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -21,9 +21,9 @@ THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
 BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-SPACING = re.compile(r"\s+|\\[,!;: ]|~|\\q?quad\b|\\left(?![a-z])|\\right(?![a-z])")
-LETTERED = re.compile(r"^\(([a-z])\)$")  # a choice in parentheses
-WORDS = re.compile(r"[a-z'-]{3,}")
+SPACING = re.compile(r"(?<!\d)\s+|\s+(?!\d)|\\[,!;: ]|~|\\q?quad\b|\\left(?![a-z])|\\right(?![a-z])")
+LETTERED = re.compile(r"^\(([A-Za-z])\)$")  # a choice in parentheses
+WORDS = re.compile(r"[A-Za-z'-]{3,}")
 MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
 MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
 DECIMAL_PLACES = 6  # as math-verify rounds floats
@@ -82,6 +82,7 @@ def completion_text(completion: Any) -> str:
 
 def plain_number(text: str) -> Decimal | None:
     """The value of a plain integer or decimal, with or without thousands separators; `None` for anything else."""
+    text = undecorated(text)
     if not text or not NUMBER.fullmatch(text) or not text[-1].isdigit():
         return None
     return Decimal(text.replace(",", ""))
@@ -95,11 +96,15 @@ def same_number(a: Decimal, b: Decimal) -> bool:
     return abs(a - b) < Decimal(10) ** -DECIMAL_PLACES / 2
 
 
+def undecorated(text: str) -> str:
+    """Without surrounding space, math delimiters and a final full stop."""
+    return text.strip().strip("$").strip().removesuffix(".")
+
+
 def normalised(text: str) -> str:
-    """For comparison letter by letter: without spacing, math delimiters, text commands and a final full stop."""
-    text = TEXT_COMMAND.sub(r"\1", text.replace("dfrac", "frac").replace("tfrac", "frac"))
-    text = SPACING.sub("", text).strip("$").removesuffix(".").casefold()
-    return LETTERED.sub(r"\1", text)
+    """For comparison letter by letter: besides, without text commands, and without spacing but between two digits."""
+    text = TEXT_COMMAND.sub(r"\1", undecorated(text).replace("dfrac", "frac").replace("tfrac", "frac"))
+    return LETTERED.sub(r"\1", SPACING.sub("", text))
 
 
 def quick_verdict(gold: str, answer: str) -> float | None:
@@ -109,12 +114,17 @@ def quick_verdict(gold: str, answer: str) -> float | None:
         return 1.0
     if len(answer) > MAX_ANSWER:
         return 0.0
-    x, y = plain_number(a), plain_number(b)
+    x, y = plain_number(gold), plain_number(answer)
     if x is not None and y is not None:
         return float(same_number(x, y))
-    if WORDS.fullmatch(a):  # a word is no product of letters: "was" is not "saw"
-        return 0.0
+    if is_words(gold):  # words have no case, and are no product of letters: "was" is not "saw"
+        return float(a.casefold() == b.casefold())
     return None
+
+
+def is_words(text: str) -> bool:
+    """Whether a gold is plain words, of three letters or more together, to be compared as such."""
+    return WORDS.fullmatch(normalised(text)) is not None
 
 
 class MathVerifier:
@@ -180,7 +190,7 @@ class MathVerifier:
         unsure = [
             (row, {"gold": gold})
             for row, gold in enumerate(golds)
-            if gold is not None and plain_number(normalised(gold)) is None and not WORDS.fullmatch(normalised(gold))
+            if gold is not None and plain_number(gold) is None and not is_words(gold)
         ]
         return sorted(bad | {row for row, parsed in self._grader.run(unsure).items() if parsed != 1.0})
 
