@@ -191,6 +191,16 @@ def test_expectation_of_the_sampled_gradient_is_the_full_gradient(factor):
     torch.testing.assert_close(expectation, z.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_policy_gradient_by_hand():
+    """rho = exp(log 2) = 2 and A = 3: loss -6, d/d logp = -rho A = -6. Without old log-probs rho = 1: -3 and -3."""
+    logps = torch.tensor([[math.log(0.5)]], requires_grad=True)
+    loss = policy_gradient(logps, torch.tensor([[3.0]]), torch.tensor([[math.log(0.25)]]))
+    assert loss.item() == pytest.approx(-6.0)
+    assert torch.autograd.grad(loss.sum(), logps)[0].item() == pytest.approx(-6.0)
+    loss = policy_gradient(logps, torch.tensor([[3.0]]))
+    assert (loss.item(), torch.autograd.grad(loss.sum(), logps)[0].item()) == (-3.0, -3.0)
+
+
 def test_gradient_reaches_the_student_only():
     for estimator in ("sampled", "full"):
         student, teacher, reference, ids, labels, mask = make_batch(2)

@@ -239,9 +239,16 @@ def test_a_peft_model_keeps_a_frozen_copy_of_its_adapter(make_model, tokenizer, 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     student = get_peft_model(make_model(1), config)
     initial = {name: p.detach().clone() for name, p in student.named_parameters() if ".default." in name}
-    args = make_config(tmp_path, reference_policy="initial", max_steps=2)
-    trainer = SGOPDTrainer(student, make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    reference = copy.deepcopy(student)
+    args = make_config(tmp_path, reference_policy="initial", max_steps=2, learning_rate=1.0)
+    trainer = Recorder(student, make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
     trainer.train()
+    # the second step's reference is still the adapter as it was passed in, not the base model and not the trained one
+    batch = trainer.batches[2]
+    ids = batch["completion_ids"]
+    logps = (plain_logits(reference, batch) / 0.8).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    mask = batch["completion_mask"]
+    torch.testing.assert_close(batch["ref_per_token_logps"] * mask, logps.detach() * mask, rtol=1e-4, atol=1e-5)
     now = dict(trainer.model.named_parameters())
     for name, value in initial.items():
         assert now[name.replace(".default.", ".ref.")].equal(value)

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sg_opd import MathVerifier
@@ -213,12 +214,16 @@ def test_hostile_answers_return_within_the_limit_and_are_never_correct(answer):
 
 
 def test_a_time_out_abstains_and_leaves_no_process():
+    before = [p.pid for p in psutil.Process().children()]
     verifier = MathVerifier(timeout=0.5, workers=2)
     verdicts = verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"] * 3, ["7x^2", "x+x"] * 3)
     assert verdicts == [None, 1.0] * 3
-    pids = [worker.process.pid for worker in verifier._grader.pool]
+    ours = [worker.process.pid for worker in verifier._grader.pool]
+    assert len(ours) <= 2
+    others = [p.pid for p in psutil.Process().children() if "grader.py" in str(p.cmdline()) and p.pid not in ours]
+    assert not [pid for pid in others if pid not in before]  # those that timed out are gone already
     verifier.close()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ours)
 
 
 def test_a_worker_that_dies_abstains_and_is_replaced():
