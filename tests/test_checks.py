@@ -5,10 +5,11 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.checks import check_dataset, check_prompts, check_tokenizers, spread
+from sg_opd.checks import check_arguments, check_dataset, check_prompts, check_tokenizers, has_images, spread
 
 
 def coin(prompts, completions, **kwargs):
@@ -132,6 +133,28 @@ def test_a_large_dataset_is_checked_evenly():
     assert len(spread(10_000)) == 10_000
     assert 3_000 <= len(spread(33_333)) <= 10_000
     assert spread(33_333)[-1] > 33_000
+
+
+def test_an_identical_teacher_is_warned_of_under_an_adapter_too(build, make_model, caplog):
+    build(teacher_model=make_model(1), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "the same model" in caplog.text
+    caplog.clear()
+    build(peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "the same model" not in caplog.text
+
+
+def test_a_cut_off_sampling_distribution_is_warned_of_with_an_engine_correction(tmp_path, caplog):
+    for top_p, warned in ((1.0, False), (0.9, True)):
+        args = SGOPDConfig(str(tmp_path), bf16=False, use_cpu=True, use_vllm=True, top_p=top_p, report_to="none")
+        check_arguments("teacher", "student", coin, args, None, {})
+        assert ("top_p, top_k or min_p" in caplog.text) == warned
+
+
+def test_images_within_messages_are_found():
+    text = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    image = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}
+    assert [has_images({"prompt": [m]}) for m in (text, image)] == [False, True]
+    assert not has_images({"prompt": "plain"})
 
 
 def test_full_estimator_with_soft_caps(build, make_model):

@@ -62,7 +62,7 @@ BAD = [
     ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
     ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "metric_for_best_model"),
     ({"sync_ref_model": True, "reference_policy": "initial", "beta": 0.1}, "sync_ref_model"),
-    ({"num_generations": 0}, "num_generations|integer|division"),
+    ({"reward_weights": [2.0]}, "reward_weights"),
     (
         {"vllm_importance_sampling_clip_min": 3.0, "vllm_importance_sampling_clip_max": 2.0, "num_generations": 1},
         "clip_min",
@@ -73,7 +73,7 @@ BAD = [
 
 @pytest.mark.parametrize(("kwargs", "name"), BAD, ids=lambda v: v if isinstance(v, str) else "+".join(v))
 def test_bad_values_are_named(kwargs, name):
-    with pytest.raises((ValueError, ZeroDivisionError), match=name):
+    with pytest.raises(ValueError, match=name):
         make(**kwargs)
 
 

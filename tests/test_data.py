@@ -15,6 +15,7 @@ FORMS = {
     "aime": ({"problem": "What is 2+2?", "answer": 4}, "4"),
     "deepmath": ({"question": "What is 2+2?", "final_answer": "4", "r1_solution_1": "..."}, "4"),
     "lists": ({"question": "What is 2+2?", "final_answer": ["4"]}, "4"),
+    "longer lists": ({"question": "What is 2+2?", "final_answer": ["100", "200"]}, r"\{100, 200\}"),
 }
 
 
@@ -77,6 +78,12 @@ def test_local_files(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     for suffix in ("jsonl", "json", "parquet"):
         assert load_data(str(tmp_path / f"a.{suffix}"))[2] == rows[2]
+    with pytest.raises(ValueError, match=r"one file, .*'train'; 'test' needs"):
+        load_data(str(tmp_path / "a.jsonl"), "test")
+    (tmp_path / "folder").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "folder" / f"{name}.jsonl").write_text(json.dumps({"question": name, "answer": "4"}))
+    assert load_data(str(tmp_path / "folder"), "test")["question"][:] == ["test"]
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl"):
         load_data(str(tmp_path / "b.jsonl"))
     (tmp_path / "a.csv").write_text("x")

@@ -56,6 +56,18 @@ def test_evaluate_model(make_model, tokenizer, dataset):
     assert {"avg@4", "pass@4"} <= set(result.as_dict())
 
 
+def test_a_checkpoints_own_sampling_settings_do_not_count(make_model, tokenizer, dataset):
+    """transformers fills what a generation config leaves out from the checkpoint's, which would change the figures."""
+
+    def verifier(prompts, completions, completion_ids, **kwargs):
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    plain, narrow = make_model(1), make_model(1)
+    narrow.generation_config.update(top_p=0.1, min_p=0.5, repetition_penalty=2.0, top_k=1, eos_token_id=None)
+    runs = [evaluate_model(model, tokenizer, dataset, verifier, 2, 8, progress=False) for model in (plain, narrow)]
+    assert runs[0] == runs[1]
+
+
 def test_the_same_seed_gives_the_same_figures(make_model, tokenizer, dataset):
     def verifier(prompts, completions, completion_ids, **kwargs):
         return [float(sum(ids) % 2) for ids in completion_ids]

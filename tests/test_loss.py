@@ -334,6 +334,44 @@ def test_shapes_are_enforced_by_their_annotations():
         SignGatedLoss()(student, teacher, ids[:, :2], labels, mask)
 
 
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, NAN])
+def test_masked_positions_may_hold_any_logit(value, estimator):
+    student, teacher, _, ids, labels, mask = make_batch(1)
+    assert (mask == 0).any()
+    gradients = []
+    for filler in (0.0, value):
+        z = student.masked_fill((mask == 0).unsqueeze(-1), filler).requires_grad_()
+        out = SignGatedLoss(estimator=estimator)(z, teacher, ids, labels, mask)
+        out.loss.backward()
+        gradients.append(z.grad)
+    assert gradients[0].isfinite().all()
+    assert gradients[0].equal(gradients[1])
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["current", "initial"])
+def test_an_id_suppressed_in_all_models_is_as_if_it_were_not_there(initial):
+    student, teacher, reference, ids, labels, mask = make_batch(1, width=7)
+    ids = ids.clamp(max=5)
+    results = []
+    for cut in (False, True):
+        parts = [
+            x[..., :6] if cut else x.index_fill(-1, torch.tensor([6]), -math.inf) for x in (student, teacher, reference)
+        ]
+        z = parts[0].clone().requires_grad_()
+        out = SignGatedLoss(estimator="full")(z, parts[1], ids, labels, mask, parts[2] if initial else None)
+        out.loss.backward()
+        results.append((out.loss.item(), z.grad[..., :6]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_divisor_of_zero_counts_as_one():
+    student, teacher, _, ids, labels, mask = make_batch(1)
+    for zero in (0, torch.tensor(0)):
+        assert SignGatedLoss()(student, teacher, ids, labels, mask * 0, num_items_in_batch=zero).loss.item() == 0.0
+
+
 def test_padding_may_hold_any_id():
     student, teacher, _, ids, labels, mask = make_batch(1)
     padded = ids.masked_fill(mask == 0, 99)

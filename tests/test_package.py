@@ -135,6 +135,19 @@ def test_accelerate_configs_load(path):
     assert load_config_from_file(str(path)).num_processes >= 1
 
 
+@pytest.mark.parametrize(
+    "command", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)], ids=" ".join
+)
+def test_lint(command):
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_no_figure_is_left_to_fill_in():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")):
+        assert not re.search(r"\b(DEMO|TEACHER|STUDENT)_[A-Z]+\b|TODO|FIXME", path.read_text()), path
+
+
 README = (ROOT / "README.md").read_text()
 
 

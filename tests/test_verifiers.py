@@ -1,9 +1,13 @@
 """MathVerifier: a table of verdicts, hostile answers, its workers, and the reward-function form."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -33,6 +37,13 @@ SAME_OR_NOT = [
     ("2", r"\sqrt[3]{8}", 1.0),
     ("0", "-0", 1.0),
     ("12", "1 2", 0.0),
+    ("12", "1  2", 0.0),
+    ("12", r"1\quad 2", 0.0),
+    ("11/2", "1 1/2", 0.0),
+    ("100,200", "200,100", 1.0),
+    ("100, 200", "200,100", 1.0),
+    (r"\{100, 200\}", "200,100", 1.0),
+    ("100,200", "100,300", 0.0),
     ("1, 234", "1234", 0.0),
     ("1{,}000{,}000", "1,000,000", 1.0),
     # decimals
@@ -41,6 +52,11 @@ SAME_OR_NOT = [
     ("12", "12.0", 1.0),
     ("0.333333", "0.333334", 0.0),
     ("0.001", "10^{-3}", 1.0),
+    ("0.0000001", "0", 0.0),
+    ("0.1234567", "0.1234568", 0.0),
+    (r"1.6\times10^{-19}", r"1.7\times10^{-19}", 0.0),
+    (r"1.6\times10^{-19}", r"16\cdot10^{-20}", 1.0),
+    (r"\pi", "3.141592653589793", 1.0),
     # fractions
     (r"\frac{1}{2}", "0.5", 1.0),
     (r"\frac12", "1/2", 1.0),
@@ -76,11 +92,29 @@ SAME_OR_NOT = [
     ("x=5", "5", 1.0),
     ("5", "x=5", 1.0),
     ("x<3", r"(-\infty,3)", 1.0),
+    ("m/M", "M/m", 0.0),
+    ("m/M", r"\frac{m}{M}", 1.0),
+    ("R-r", "r-R", 0.0),
+    ("R-r", "-r+R", 1.0),
+    ("2M+m", "2m+M", 0.0),
+    ("x", "X", 0.0),
+    (r"\delta+1", r"\Delta+1", 0.0),
+    (r"2\Pi", r"2\pi", 0.0),
+    (r"\Delta+\delta", r"\delta+\Delta", 1.0),
+    ("x-y", "-y+x", 1.0),
+    ("a-b", "-(b-a)", 1.0),
+    ("abc", "cab", 1.0),
+    ("xyz", r"x\cdot y\cdot z", 1.0),
+    ("abc", "abd", 0.0),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", 1.0),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", 0.0),
     # units and decorations
     ("5", r"5\text{ cm}", 1.0),
     (r"5\text{ cm}", "5", 1.0),
+    (r"5\text{ cm}", r"5\text{ m}", 0.0),
+    (r"5\text{ km}", r"5\text{ kg}", 0.0),
+    (r"5\text{ cm}", r"5\text{ centimeters}", 1.0),
+    (r"\[5\]", "5", 1.0),
     ("5", r"\$5", 1.0),
     (r"50\%", "50", 1.0),
     (r"90^\circ", "90", 1.0),
@@ -91,7 +125,11 @@ SAME_OR_NOT = [
     ("A", r"\text{(A)}", 1.0),
     ("A", "B", 0.0),
     ("yes", "Yes", 1.0),
-    ("yes", "sey", 0.0),
+    ("yes", "no", 0.0),
+    ("yes", "3", 0.0),
+    ("minimum", "3", 0.0),
+    (r"\text{was}", "saw", 0.0),
+    ("A", "a", 1.0),
     (r"\text{Monday}", "Monday", 1.0),
     ("Monday", "Tuesday", 0.0),
     (r"\text{north east}", r"\text{North East}", 1.0),
@@ -226,12 +264,45 @@ def test_a_time_out_abstains_and_leaves_no_process():
     assert not any(Path(f"/proc/{pid}").exists() for pid in ours)
 
 
-def test_a_worker_that_dies_abstains_and_is_replaced():
+def test_a_worker_found_dead_is_replaced():
     verifier = MathVerifier(workers=1)
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
     verifier._grader.pool[0].process.kill()
     verifier._grader.pool[0].process.wait()
-    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]  # found dead before it was given the task
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
+    verifier.close()
+
+
+def test_a_worker_that_dies_at_its_task_abstains():
+    verifier = MathVerifier(timeout=30.0, workers=1)
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
+    pid = verifier._grader.pool[0].process.pid
+    threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+    start = time.monotonic()
+    assert verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"], ["7x^2", "x+x"]) == [None, 1.0]
+    assert time.monotonic() - start < 25
+    verifier.close()
+
+
+def test_an_interrupt_does_not_shift_later_verdicts():
+    """Ctrl-C while a worker computes: its late answer must not be read as that of the next task."""
+    verifier = MathVerifier(timeout=30.0, workers=2)
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{3x}"] * 2, ["7x^2", "x+x"] * 2)
+    for _ in range(3):
+        assert verifier([r"\boxed{2x}", r"\boxed{3x}"], ["x+x", "x+x"]) == [1.0, 0.0]
+    verifier.close()
+
+
+def test_threads_may_share_a_verifier():
+    verifier = MathVerifier(workers=2)
+    with ThreadPoolExecutor(4) as executor:
+        jobs = [executor.submit(verifier, [rf"\boxed{{{n % 3 + 2}x}}"] * 3, ["x+x", "x+2x", "x+3x"]) for n in range(12)]
+        for n, job in enumerate(jobs):
+            assert job.result() == [float(n % 3 == m) for m in range(3)]
     verifier.close()
 
 
@@ -311,8 +382,6 @@ def test_another_number_of_values_is_refused():
 
 
 def test_works_in_a_thread():
-    from concurrent.futures import ThreadPoolExecutor
-
     verifier = MathVerifier(workers=1)
     with ThreadPoolExecutor(1) as executor:
         assert executor.submit(verifier, [r"\boxed{2x}"], ["x+x"]).result() == [1.0]

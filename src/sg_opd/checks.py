@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import SGOPDConfig
 from .divergence import check_linear, head_of
@@ -80,10 +81,17 @@ def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig
         )
     if args.remove_unused_columns and "solution" in needed:
         raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
-    if args.teacher_phase_steps > 0 and ("image" in first or "images" in first):
+    if args.teacher_phase_steps > 0 and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
     if sized and isinstance(verifier, MathVerifier):
         check_golds(name, dataset, verifier)
+
+
+def has_images(row: dict[str, Any]) -> bool:
+    """Whether a row carries images, in a column of their own or within its messages."""
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else []
+    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+    return "image" in row or "images" in row or any(part.get("type") == "image" for part in parts)
 
 
 def spread(length: int) -> range:
@@ -141,6 +149,14 @@ def check_set_up(trainer: Any) -> None:
             raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
         if trainer.aux_loss_enabled:
             raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
+        if trainer.is_fsdp_enabled:
+            raise ValueError("estimator='full' does not run under FSDP yet; use estimator='sampled', DDP or ZeRO.")
+        padded = models[0].config.get_text_config().vocab_size > models[1].config.get_text_config().vocab_size
+        if is_deepspeed_zero3_enabled() and (padded or args.reference_policy == "initial"):
+            raise ValueError(
+                "Under ZeRO-3 estimator='full' needs reference_policy='current' and a teacher whose vocabulary is not "
+                "smaller than the student's: it hands the sharded heads as they are to the kernel. Use 'sampled'."
+            )
         if args.reference_policy == "initial":
             check_linear(*map(head_of, models))
 
@@ -167,7 +183,9 @@ def check_models(
             *(sorted(end) for end in ends),
         )
     if same_weights(student, teacher):
-        logger.warning("Teacher and student have the same weights: every delta is zero and nothing will be learnt.")
+        logger.warning(
+            "Teacher and student are the same model, by path or by weights: every delta is zero and nothing is learnt."
+        )
 
 
 def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:
@@ -207,11 +225,21 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both models have equal parameters; False at the first difference, and for sharded ones (not compared)."""
-    pairs: Sequence = list(zip(student.state_dict().items(), teacher.state_dict().items(), strict=False))
-    if len(student.state_dict()) != len(teacher.state_dict()) or any(a.numel() == 0 for (_, a), _ in pairs):
+    """Whether both models come from one path or have equal parameters; sharded ones are not compared by these.
+
+    Of a student with an adapter, the model without it.
+    """
+    paths = [getattr(model.config, "_name_or_path", "") for model in (student, teacher)]
+    if paths[0] and paths[0] == paths[1]:
+        return True
+    student = student.get_base_model() if hasattr(student, "get_base_model") else student
+    ours = {
+        name.replace(".base_layer", ""): value for name, value in student.state_dict().items() if "lora_" not in name
+    }
+    theirs = teacher.state_dict()
+    if ours.keys() != theirs.keys() or any(value.numel() == 0 for value in ours.values()):
         return False
     return all(
-        name == other and a.shape == b.shape and a.device == b.device and torch.equal(a, b.to(a.dtype))
-        for (name, a), (other, b) in pairs
+        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device, value.dtype))
+        for name, value in ours.items()
     )

@@ -207,6 +207,10 @@ class SGOPDConfig(GRPOConfig):
                     "`vllm_importance_sampling_correction=True` corrects a ratio that estimator='full' does not have; "
                     "set it to False."
                 )
+        if self.reward_weights is not None:
+            raise ValueError(
+                "`reward_weights` has nothing to weigh: a verdict is a sign, not a reward. Leave it at None."
+            )
         if self.teacher_rollout_loss == "nll" and self.loss_type != "dapo":
             raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
         if self.sync_ref_model and self.reference_policy == "initial":

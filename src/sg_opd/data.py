@@ -28,14 +28,20 @@ LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 def load_data(name_or_path: str, split: str = "train", name: str | None = None) -> Dataset | IterableDataset:
     """One split of a dataset, from a local JSON, JSON Lines or Parquet file, a local folder, or the hub.
 
+    A folder's splits are its files by name (`train.jsonl`, `test.jsonl`); a single file is the split "train".
+
     Raises:
-        ValueError: a local file of another kind.
+        ValueError: a local file of another kind, or another split of a single file.
         FileNotFoundError: a name that ends like a local file which is not there.
     """
     path = Path(name_or_path)
     if path.is_file():
         if path.suffix not in LOADERS:
             raise ValueError(f"{name_or_path}: expected one of {', '.join(LOADERS)}.")
+        if split != "train":
+            raise ValueError(
+                f"{name_or_path} is one file, so only the split 'train'; {split!r} needs a folder of files."
+            )
         return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     if path.suffix in LOADERS:
         raise FileNotFoundError(f"{name_or_path} is not there (looked in {Path.cwd()}).")
@@ -95,7 +101,7 @@ def as_gold(answer: Any) -> str | None:
     if isinstance(answer, dict):
         answer = answer.get("ground_truth")
     if isinstance(answer, (list, tuple)):  # OlympiadBench; several are read as a set
-        answer = ", ".join(map(str, answer))
+        answer = str(answer[0]) if len(answer) == 1 else rf"\{{{', '.join(map(str, answer))}\}}"
     if answer is None:
         return None
     text = str(answer)

@@ -33,6 +33,11 @@ class Divergence(NamedTuple):
     target_logps: Tensor
 
 
+def vocabulary(head: Head) -> int:
+    """The number of ids of a head; ZeRO-3 leaves an empty weight, and its shape beside it."""
+    return getattr(head.weight, "ds_shape", head.weight.shape)[0]
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a model, with the scaling its configuration declares (Cohere, Falcon-H1, Granite, Gemma, ...)."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -77,8 +82,8 @@ def chunked_divergence(
     """
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    shared = min(student.weight.shape[0], target.weight.shape[0])
-    if shared < student.weight.shape[0]:  # the kernel runs over the student's ids
+    shared = min(vocabulary(student), vocabulary(target))
+    if shared < vocabulary(student):  # the kernel runs over the student's ids
         bias = None if student.bias is None else student.bias[:shared]
         student = student._replace(weight=student.weight[:shared], bias=bias)
     with torch.enable_grad():  # the normalisers are read off the graph, which a pass without gradient drops again
@@ -144,7 +149,7 @@ def tilted_target(
         ValueError: a soft-capped head, which is no linear map.
     """
     check_linear(teacher, reference)
-    shared = min(teacher.weight.shape[0], reference.weight.shape[0])
+    shared = min(vocabulary(teacher), vocabulary(reference))
     hidden, columns = [], []
     for states, head, weight in (
         (teacher_hidden, teacher, factor * teacher.scale),

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .teacher import eos_set, sample_completions
+from .teacher import WHOLE_DISTRIBUTION, eos_set, sample_completions
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -86,14 +86,15 @@ def evaluate_model(
     if len(dataset) == 0:
         raise ValueError("`dataset` is empty: there is nothing to evaluate.")
     rows = [row for row in dataset for _ in range(num_samples)]
-    eos = model.generation_config.eos_token_id
+    eos = eos_set(model.generation_config.eos_token_id) | eos_set(processing_class.eos_token_id)
+    pad = processing_class.pad_token_id
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
-        top_k=0,
         max_new_tokens=max_completion_length,
-        eos_token_id=processing_class.eos_token_id if eos is None else eos,
-        pad_token_id=processing_class.pad_token_id,
+        eos_token_id=sorted(eos),
+        pad_token_id=processing_class.eos_token_id if pad is None else pad,
+        **WHOLE_DISTRIBUTION,
     )
     prompt_ids = tokenize_prompts(processing_class, [row["prompt"] for row in rows])
     ids: list[list[int]] = []
@@ -116,7 +117,7 @@ def evaluate_model(
         pass_percent=passed,
         pass_standard_error=passed_error,
         abstained_percent=100 * sum(v is None for v in verdicts) / len(verdicts),
-        truncated_percent=100 * sum(i[-1] not in eos_set(config.eos_token_id) for i in ids) / len(ids),
+        truncated_percent=100 * sum(i[-1] not in eos for i in ids) / len(ids),
         mean_tokens=statistics.fmean(len(i) for i in ids),
     )
 

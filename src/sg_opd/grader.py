@@ -6,12 +6,14 @@ runs this very file, never the caller's main module. Standard library only; symp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import selectors
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -23,6 +25,10 @@ BOMB = re.compile(
     r"\^\s*\{?\s*-?\d{5,}|\d\s*\}*\s*\^\s*\{?\s*\d{2,}\s*\^\s*\{?\s*\d|\^[\s{]*\d+[\s}]*\^[\s{]*\d+[\s}]*\^"
     r"|\d{4,}[\s})]*!|![\s})]*!"
 )
+NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")  # a command or a letter
+GREEK_CAPITALS = {"\\Gamma", "\\Delta", "\\Theta", "\\Lambda", "\\Xi", "\\Pi", "\\Sigma", "\\Phi", "\\Psi", "\\Omega"}
+UNIT = re.compile(r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*$")
+SMALL, RELATIVE_TOLERANCE = 1e-2, 1e-5
 WORKER_START_SECONDS = 120.0
 WORKER_MEMORY_BYTES = 4 * 1024**3
 
@@ -39,6 +45,7 @@ class Grader:
         self.timeout = timeout
         self.workers = workers
         self.pool: list[_Worker] = []
+        self._lock = threading.Lock()  # a pipe carries one task at a time
         self._finalizer = weakref.finalize(self, _kill_all, self.pool)
 
     def close(self) -> None:
@@ -56,37 +63,47 @@ class Grader:
         results: dict[int, float | None] = {}
         queue = deque(tasks)
         busy: dict[_Worker, tuple[int, float]] = {}
-        with selectors.DefaultSelector() as selector:
-            while queue or busy:
-                while queue and len(busy) < self.workers:
-                    key, task = queue.popleft()
-                    worker = self._idle_worker(busy)
-                    worker.send(task)
-                    busy[worker] = (key, time.monotonic() + self.timeout)
-                    selector.register(worker.stdout, selectors.EVENT_READ, worker)
-                patience = min(deadline for _, deadline in busy.values()) - time.monotonic()
-                answered = {event.data for event, _ in selector.select(max(patience, 0.0))}
-                for worker in list(busy):
-                    key, deadline = busy[worker]
-                    if worker not in answered and time.monotonic() < deadline:
-                        continue
-                    reply = worker.receive() if worker in answered else None
-                    results[key] = None if reply is None else reply["verdict"]
-                    selector.unregister(worker.stdout)
-                    del busy[worker]
-                    if reply is None:  # timed out or died: never use it again
-                        worker.kill()
-                        self.pool.remove(worker)
+        with self._lock, selectors.DefaultSelector() as selector:
+            try:
+                while queue or busy:
+                    while queue and len(busy) < self.workers:
+                        key, task = queue.popleft()
+                        worker = self._send(task, busy)
+                        busy[worker] = (key, time.monotonic() + self.timeout)
+                        selector.register(worker.stdout, selectors.EVENT_READ, worker)
+                    patience = min(deadline for _, deadline in busy.values()) - time.monotonic()
+                    answered = {event.data for event, _ in selector.select(max(patience, 0.0))}
+                    for worker in list(busy):
+                        key, deadline = busy[worker]
+                        if worker not in answered and time.monotonic() < deadline:
+                            continue
+                        reply = worker.receive() if worker in answered else None
+                        results[key] = None if reply is None else reply["verdict"]
+                        selector.unregister(worker.stdout)
+                        del busy[worker]
+                        if reply is None:  # timed out or died: never use it again
+                            self._discard(worker)
+            finally:
+                for worker in busy:  # an interrupt: its answer must never be read as that of a later task
+                    self._discard(worker)
         return results
 
-    def _idle_worker(self, busy: dict[_Worker, tuple[int, float]]) -> _Worker:
+    def _send(self, task: dict[str, Any], busy: dict[_Worker, tuple[int, float]]) -> _Worker:
+        """Give the task to an idle worker, or to a new one where those at hand have died."""
         for worker in [w for w in self.pool if w not in busy]:
-            if worker.alive():
+            try:
+                worker.send(task)
+            except BrokenPipeError:
+                self._discard(worker)
+            else:
                 return worker
-            worker.kill()
-            self.pool.remove(worker)
         self.pool.append(_Worker(self.timeout))
+        self.pool[-1].send(task)
         return self.pool[-1]
+
+    def _discard(self, worker: _Worker) -> None:
+        worker.kill()
+        self.pool.remove(worker)
 
 
 class _Worker:
@@ -120,19 +137,52 @@ class _Worker:
         line = self.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what was not sent stays unsent
+            self.stdin.close()
         self.stdout.close()
 
 
 def _kill_all(pool: list[_Worker]) -> None:
     while pool:
         pool.pop().kill()
+
+
+def distinct_cases(*texts: str) -> list[str]:
+    """The texts with a capital renamed where its small letter occurs too: math-verify reads `M` and `m` as one.
+
+    >>> distinct_cases("m/M", r"\\Delta m")
+    ['m/b', '\\\\Delta m']
+    """
+    names = {name for text in texts for name in NAME.findall(text)}
+    free = iter(letter for letter in "bcfghjkqtuvwyzampnrsxl" if not names & {letter, letter.upper()})
+    renamed = {
+        name: f"{{{next(free)}}}" if name.startswith("\\") else next(free)
+        for name in sorted(names)
+        if name != name.lower() and name.lower() in names and (len(name) == 1 or name in GREEK_CAPITALS)
+    }
+    return [NAME.sub(lambda match: renamed.get(match[0], match[0]), text) for text in texts]
+
+
+def close(gold: Any, answer: Any) -> bool:
+    """False where two numbers agree only because both are small: math-verify rounds to six decimals."""
+    if not (getattr(gold, "is_number", False) and getattr(answer, "is_number", False)):
+        return True
+    a, b = complex(gold.doit().evalf(15)), complex(answer.doit().evalf(15))
+    size = max(abs(a), abs(b))
+    return size > SMALL or abs(a - b) <= RELATIVE_TOLERANCE * size
+
+
+def same_unit(gold: str, answer: str) -> bool:
+    """False where both end in a unit and neither abbreviates the other, as cm does centimetres."""
+    units = [UNIT.search(text) for text in (gold, answer)]
+    if not all(units):
+        return True
+    short, long = sorted((unit[1].casefold() for unit in units if unit), key=len)
+    letters = iter(long)
+    return short[0] == long[0] and all(letter in letters for letter in short.removesuffix("s"))
 
 
 def _serve(timeout: float) -> None:
@@ -176,15 +226,19 @@ def _serve(timeout: float) -> None:
     read_gold = functools.lru_cache(maxsize=65_536)(read)
 
     def judge(task: dict[str, Any]) -> float | None:
-        gold = read_gold(task["gold"])
-        if not gold or "answer" not in task:
-            return 1.0 if gold else None
+        if "answer" not in task:
+            return 1.0 if read_gold(task["gold"]) else None
+        gold_latex, answer_latex = distinct_cases(task["gold"], task["answer"])
+        gold = read_gold(gold_latex)
+        if not gold:
+            return 0.0 if task["words"] else None
         try:
-            answer = read(task["answer"])
+            answer = read(answer_latex)
         except OverflowError:
             return None
         # a symbolic comparison that fails inside sympy is no verdict, hence raise_on_error
-        return float(bool(answer) and verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+        same = bool(answer) and verify(gold, answer, timeout_seconds=None, raise_on_error=True)
+        return float(same and close(gold[0], answer[0]) and same_unit(task["gold"], task["answer"]))
 
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:

@@ -119,14 +119,17 @@ def gated_divergence(
     `q_t = pi_R^(1 - lambda_t) * pi_T^lambda_t / Z` [G]. Gradient to `student_logits` only.
     """
     student = torch.log_softmax(student_logits, dim=-1)
+    gone = torch.isneginf(student)  # an id of no probability adds nothing: p log p -> 0
     target = torch.log_softmax(teacher_logits.detach(), dim=-1)
     weight = factor.detach()
     if reference_logits is not None:
         reference = torch.log_softmax(reference_logits.detach(), dim=-1)
         tilt = weight.unsqueeze(-1)
-        target = torch.log_softmax(tilt * target + (1 - tilt) * reference, dim=-1)
+        product = (tilt * target + (1 - tilt) * reference).masked_fill(gone, -math.inf)
+        target = torch.log_softmax(product, dim=-1)
         weight = torch.ones_like(weight)
-    return weight * (student.exp() * (student - target)).sum(-1)
+    student, target = student.masked_fill(gone, 0.0), target.masked_fill(gone, 0.0)
+    return weight * torch.where(gone, 0.0, student.exp() * (student - target)).sum(-1)
 
 
 def gate_totals(decision: GateDecision, mask: Shaped[Tensor, "B T"]) -> dict[str, Tensor]:
@@ -271,8 +274,9 @@ class SignGatedLoss(nn.Module):
         ids = completion_ids * (completion_mask != 0)  # padding may hold any id
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
         cut = shared if self.estimator == "full" else None
-        student, teacher = self._scaled(student_logits, cut), self._scaled(teacher_logits, cut)
-        reference = None if reference_logits is None else self._scaled(reference_logits, cut)
+        mask = completion_mask != 0
+        student, teacher = self._scaled(student_logits, mask, cut), self._scaled(teacher_logits, mask, cut)
+        reference = None if reference_logits is None else self._scaled(reference_logits, mask, cut)
         student_logps = _token_logps(student, ids)
         decision = self.decide(
             student_logps.detach(),
@@ -284,14 +288,14 @@ class SignGatedLoss(nn.Module):
             per_token = gated_divergence(student, teacher, decision.factor, reference)
         else:
             per_token = policy_gradient(student_logps, decision.advantage)
-        # `where`, not a product: a masked position may hold an infinite logit
-        mask = completion_mask != 0
-        divisor = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = torch.where(mask, per_token, 0.0).sum() / divisor
+        divisor = torch.as_tensor(mask.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        loss = torch.where(mask, per_token, 0.0).sum() / divisor.to(per_token.device)
         return LossOutput(loss, gate_metrics(gate_totals(decision, mask), decision.delta[mask]))
 
-    def _scaled(self, logits: Tensor, cut: int | None) -> Tensor:
-        return _at_least_float32(logits[..., :cut]) / self.temperature
+    def _scaled(self, logits: Tensor, mask: Tensor, cut: int | None) -> Tensor:
+        # zeros where masked: what stands there may be infinite, and would make the gradient NaN
+        logits = torch.where(mask.unsqueeze(-1), logits[..., :cut], 0.0)
+        return _at_least_float32(logits) / self.temperature
 
     @staticmethod
     def _check_inputs(

@@ -24,8 +24,8 @@ METRICS = {
     "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
     "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
     "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
-    "loss/student": "mean loss of a trained token in the student's rollouts",
-    "loss/teacher": "mean loss of a trained token in the teacher's rollouts",
+    "loss/student": "mean loss of a trained token in the student's rollouts, before the parent's clip and corrections",
+    "loss/teacher": "the same in the teacher's rollouts",
 }
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
@@ -86,7 +86,8 @@ class GateMeter:
             totals[f"{name}_tokens"] = of_rows.sum()
         totals["entropy"] = torch.where(mask, entropy, 0.0).sum() if entropy is not None else loss.new_zeros(())
         for name, value in totals.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value.detach().double()
+            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
         flat = decision.delta.masked_fill(~gated, math.nan).flatten()
         # strided, not drawn: metrics must not move the random state that a resumed run relies on
         self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())

@@ -75,5 +75,10 @@ class InitialPolicy:
             yield self.frozen
             return
         student = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with use_adapter(student, ADAPTER if ADAPTER in student.peft_config else None):
-            yield self.trainer.model
+        training = student.training
+        student.eval()  # a reference has no dropout
+        try:
+            with use_adapter(student, ADAPTER if ADAPTER in student.peft_config else None):
+                yield self.trainer.model
+        finally:
+            student.train(training)

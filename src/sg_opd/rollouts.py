@@ -45,10 +45,13 @@ class Rollouts:
         trainer, local = self.trainer, len(prompts)
         prompt_ids, completion_ids, _, completions, logprobs, *_ = output
         phase, step, group = trainer.teacher_phase, trainer.state.global_step, trainer.num_generations
-        num_prompts = local * trainer.accelerator.num_processes // group
-        if not phase.slots(step, num_prompts, group).any():
+        everywhere = local * trainer.accelerator.num_processes
+        # an optimizer step may take several generations, one after another: their prompts have different places
+        earlier = trainer._step % trainer.args.gradient_accumulation_steps // trainer.args.steps_per_generation
+        num_prompts = everywhere * (earlier + 1) // group
+        if not phase.slots(step, num_prompts, group)[everywhere * earlier // group :].any():
             return
-        first = trainer.accelerator.process_index * local
+        first = everywhere * earlier + trainer.accelerator.process_index * local
         self.slots = phase.slot_rows(step, num_prompts, group, range(first, first + local))
         if trainer.teacher.sharded and not self.slots:
             trainer.teacher.propose(prompt_ids[:1])  # every rank holds a part of the weights: take part, keep nothing
@@ -63,7 +66,7 @@ class Rollouts:
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             judged, ids = [p.completion for p in proposals], [p.token_ids for p in proposals]
-            return self._judge(rows, prompts, judged, ids, log_extra=_discard)
+            return self._judge(rows, prompts, judged, ids, log_extra=_discard, log_metric=_discard)
 
         self.taken = phase.fill(self.slots, propose, endorse)
         for row, proposal in self.taken.items():
@@ -75,11 +78,13 @@ class Rollouts:
         text = self.trainer.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
-    def _judge(self, rows: Sequence[int], prompts: list, completions: list, ids: list, log_extra: Callable) -> list:
+    def _judge(
+        self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable
+    ) -> list[float | None]:
         """The verifier's answer to completions of some rows, with those rows' columns and TRL's extras."""
         inputs, trainer = [self.rows[row] for row in rows], self.trainer
         columns: dict[str, Any] = {key: [row[key] for row in inputs] for key in inputs[0] if key not in NOT_FORWARDED}
-        columns.update(trainer_state=trainer.state, log_extra=log_extra, log_metric=trainer._log_metric)
+        columns.update(trainer_state=trainer.state, **extras)
         prompts = [prompts[row] for row in rows]
         return checked_verdicts(trainer.verifier, prompts, completions, completion_ids=ids, **columns)
 
@@ -98,7 +103,9 @@ class Rollouts:
                 by_row = dict(zip(rows, values, strict=True))
                 self.trainer._log_completion_extra(column, [by_row.get(row) for row in range(len(prompts))])
 
-            for row, verdict in zip(rows, self._judge(rows, prompts, own, ids, log_extra) if rows else [], strict=True):
+            extras = {"log_extra": log_extra, "log_metric": self.trainer._log_metric}
+            graded = self._judge(rows, prompts, own, ids, **extras) if rows else []
+            for row, verdict in zip(rows, graded, strict=True):
                 self.verdicts[row] = verdict
         return [0.0 if verdict is None else verdict for verdict in self.verdicts]
 
@@ -120,5 +127,5 @@ class Rollouts:
         }
 
 
-def _discard(column: str, values: list) -> None:
-    """Takes the extra columns a verifier logs for proposals, which have no row in the table."""
+def _discard(name: str, value: Any) -> None:
+    """Takes what a verifier logs of proposals, which are no rows of the batch."""

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+# said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
+WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 def load_teacher(
     teacher_model: str | PreTrainedModel, revision: str | None, init_kwargs: dict[str, Any] | None, **defaults: Any
@@ -110,13 +113,11 @@ class LocalTeacher:
 
     def __init__(self, model: PreTrainedModel, trainer: Any, shared: int) -> None:
         args = trainer.args
+        given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
         self.generation_config = GenerationConfig(
             do_sample=True,
             temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
+            **WHOLE_DISTRIBUTION | given,
             max_new_tokens=args.max_completion_length,
             eos_token_id=trainer.eos_token_ids,
             pad_token_id=trainer._tokenizer.pad_token_id,
@@ -124,6 +125,7 @@ class LocalTeacher:
             disable_compile=True,
         )
         self.accelerator = trainer.accelerator
+        self.backend = trainer._dist
         self.gather_for_generation = args.ds3_gather_for_generation
         self.sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         self.model = prepare_frozen(model, trainer)
@@ -140,11 +142,12 @@ class LocalTeacher:
         from trl.models import unwrap_model_for_generation
 
         config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
-        with unwrap_model_for_generation(
-            self.model,
-            self.accelerator,
-            gather_deepspeed3_params=self.gather_for_generation,
-        ) as model:
+        with (
+            unwrap_model_for_generation(
+                self.model, self.accelerator, gather_deepspeed3_params=self.gather_for_generation
+            ) as model,
+            self.backend.summon_full_params(self.model, recurse=False),
+        ):
             completions = sample_completions(model, prompt_ids, config)
         return [completions[i : i + candidates] for i in range(0, len(completions), candidates)]
 

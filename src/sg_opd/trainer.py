@@ -172,9 +172,11 @@ class SGOPDTrainer(GRPOTrainer):
         shared = shared_vocabulary(student, teacher)
         unshared = padding_ids(student, shared)
         if unshared and self.use_vllm:
-            self.vllm_generation.generation_kwargs["logit_bias"] = dict.fromkeys(unshared, -100.0)
+            kwargs = self.vllm_generation.generation_kwargs
+            kwargs["logit_bias"] = {**(kwargs.get("logit_bias") or {}), **dict.fromkeys(unshared, -100.0)}
         elif unshared:
-            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = unshared
+            suppressed = [*(self.generation_config.suppress_tokens or []), *unshared]
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
         add_fused_lm_head(freeze(teacher), temperature=self.temperature)
         self.teacher = LocalTeacher(teacher, self, shared)
 
@@ -220,9 +222,9 @@ class SGOPDTrainer(GRPOTrainer):
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "sampled":
             output["teacher_per_token_logps"] = self._score(self.teacher.model, output)
-            if self.args.reference_policy == "initial" and "ref_per_token_logps" not in output:
+            if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
                 with self.initial_policy.lend() as model:
-                    output["ref_per_token_logps"] = self._score(model, output)
+                    output["initial_per_token_logps"] = self._score(model, output)
         return output
 
     @torch.no_grad()
@@ -259,7 +261,7 @@ class SGOPDTrainer(GRPOTrainer):
         """Set the advantages of the sampled estimator, and take the metrics."""
         old_logps = inputs.get("old_per_token_logps")
         old_logps = logps.detach() if old_logps is None else old_logps
-        reference = inputs["ref_per_token_logps"] if self.args.reference_policy == "initial" else None
+        reference = inputs.get("initial_per_token_logps")
         decision = self._decide(inputs, old_logps, inputs["teacher_per_token_logps"], reference)
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
         inputs["advantages"] = decision.advantage.masked_fill(by_likelihood, 0.0)

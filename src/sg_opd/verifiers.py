@@ -20,13 +20,14 @@ from .grader import Grader
 THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
 BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
+INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)+")
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-SPACING = re.compile(r"(?<!\d)\s+|\s+(?!\d)|\\[,!;: ]|~|\\q?quad\b|\\left(?![a-z])|\\right(?![a-z])")
-LETTERED = re.compile(r"^\(([A-Za-z])\)$")  # a choice in parentheses
-WORDS = re.compile(r"[A-Za-z'-]{3,}")
+NO_SPACE = re.compile(r"\\[,!]|\\left(?![a-z])|\\right(?![a-z])")
+WIDE_SPACE = re.compile(r"~|\\[;: ]|\\q?quad\b")
+LONE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+CHOICE = re.compile(r"^\(([A-Za-z])\)$")  # one letter in parentheses
 MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
 MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
-DECIMAL_PLACES = 6  # as math-verify rounds floats
 
 
 def extract_answer(completion: str) -> str | None:
@@ -88,43 +89,54 @@ def plain_number(text: str) -> Decimal | None:
     return Decimal(text.replace(",", ""))
 
 
-def same_number(a: Decimal, b: Decimal) -> bool:
-    if a == b:
-        return True
-    if a == a.to_integral_value() and b == b.to_integral_value():
-        return False
-    return abs(a - b) < Decimal(10) ** -DECIMAL_PLACES / 2
+def integer_list(text: str) -> list[int] | None:
+    r"""The sorted members of `1, 2` or `\{1, 2\}`; `None` for anything else."""
+    text = undecorated(text).removeprefix("\\{").removesuffix("\\}")
+    return sorted(map(int, text.split(","))) if INTEGERS.fullmatch(text) else None
 
 
 def undecorated(text: str) -> str:
     """Without surrounding space, math delimiters and a final full stop."""
-    return text.strip().strip("$").strip().removesuffix(".")
+    text = text.strip().removesuffix(".").strip()
+    for left, right in (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$")):
+        if text.startswith(left) and text.endswith(right) and len(text) >= len(left) + len(right):
+            text = text[len(left) : -len(right)].strip()
+    return text.removesuffix(".")
 
 
 def normalised(text: str) -> str:
     """For comparison letter by letter: besides, without text commands, and without spacing but between two digits."""
     text = TEXT_COMMAND.sub(r"\1", undecorated(text).replace("dfrac", "frac").replace("tfrac", "frac"))
-    return LETTERED.sub(r"\1", SPACING.sub("", text))
+    text = " ".join(WIDE_SPACE.sub(" ", NO_SPACE.sub("", text)).split())
+    return CHOICE.sub(r"\1", LONE_SPACE.sub("", text))
 
 
 def quick_verdict(gold: str, answer: str) -> float | None:
     """The verdict where no sympy is needed, else `None`: equal texts, plain numbers, words, over-long answers."""
     a, b = normalised(gold), normalised(answer)
-    if a == b:
+    if a == b or (len(a) == 1 and a in "ABCDEFGHIJ" and a == b.upper()):
         return 1.0
     if len(answer) > MAX_ANSWER:
         return 0.0
+    members = integer_list(gold)
+    if members is not None and members == integer_list(answer):
+        return 1.0
     x, y = plain_number(gold), plain_number(answer)
     if x is not None and y is not None:
-        return float(same_number(x, y))
-    if is_words(gold):  # words have no case, and are no product of letters: "was" is not "saw"
+        return float(x == y)
+    if is_text(gold):
         return float(a.casefold() == b.casefold())
+    if a.isalpha() and b.isalpha() and len(a) > 2:  # words, but for anagrams, which may be products
+        if a.casefold() == b.casefold():
+            return 1.0
+        if sorted(a.casefold()) != sorted(b.casefold()):
+            return 0.0
     return None
 
 
-def is_words(text: str) -> bool:
-    """Whether a gold is plain words, of three letters or more together, to be compared as such."""
-    return WORDS.fullmatch(normalised(text)) is not None
+def is_text(gold: str) -> bool:
+    """Whether a gold is nothing but words in text commands."""
+    return TEXT_COMMAND.sub("", undecorated(gold)).strip() == "" and any(map(str.isalpha, gold))
 
 
 class MathVerifier:
@@ -178,7 +190,8 @@ class MathVerifier:
             answer = extract_answer(completion_text(completion))
             verdicts[row] = 0.0 if not answer else quick_verdict(gold, answer)
             if verdicts[row] is None:
-                tasks.append((row, {"gold": gold, "answer": answer}))
+                words = normalised(gold).isalpha() and len(normalised(gold)) > 2
+                tasks.append((row, {"gold": gold, "answer": answer, "words": words}))
         for row, verdict in self._grader.run(tasks).items():
             verdicts[row] = verdict
         return verdicts
@@ -190,7 +203,7 @@ class MathVerifier:
         unsure = [
             (row, {"gold": gold})
             for row, gold in enumerate(golds)
-            if gold is not None and plain_number(gold) is None and not is_words(gold)
+            if gold is not None and plain_number(gold) is None and not is_text(gold) and not normalised(gold).isalpha()
         ]
         return sorted(bad | {row for row, parsed in self._grader.run(unsure).items() if parsed != 1.0})
 
