@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from .loss import check_settings
+from .loss import SignGatedLoss, check_settings
 from .teacher_phase import SCHEDULES, TeacherPhaseSampler
 
 # every known variant is a point of this table; sources in the documentation's page on the method
@@ -215,6 +215,17 @@ class SGOPDConfig(GRPOConfig):
             raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
         if self.sync_ref_model and self.reference_policy == "initial":
             raise ValueError("`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.")
+
+    def sign_gated_loss(self) -> SignGatedLoss:
+        """The loss these settings describe."""
+        return SignGatedLoss(
+            self.gate_extrapolation,
+            self.gate_interpolation,
+            self.estimator,
+            self.gate_dead_zone,
+            self.log_ratio_clip,
+            self.temperature,
+        )
 
     def teacher_phase_length(self, max_steps: int) -> int:
         """The phase's length in optimizer steps, for a run of `max_steps`; a share is rounded up."""

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # what sympy would evaluate for ever: huge exponents, towers of powers, huge or repeated factorials
@@ -185,22 +185,10 @@ def same_unit(gold: str, answer: str) -> bool:
     return short[0] == long[0] and all(letter in letters for letter in short.removesuffix("s"))
 
 
-def _serve(timeout: float) -> None:
-    """A worker's life: parse and compare until standard input ends."""
-    import functools
-    import logging
-    import resource
-    import signal
-    import warnings
-
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for a reply
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-
+def _reader() -> Callable[[str], list[Any]]:
+    """The function that parses LaTeX into sympy objects; an empty list where it cannot."""
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse
 
     # the lenient reading: \frac13, units and malformed operators are understood
     lenient = LatexExtractionConfig(
@@ -223,6 +211,26 @@ def _serve(timeout: float) -> None:
             raise_on_error=True,
         )
 
+    return read
+
+
+def _serve(timeout: float) -> None:
+    """A worker's life: parse and compare until standard input ends."""
+    import functools
+    import logging
+    import resource
+    import signal
+    import warnings
+
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not be taken for a reply
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+
+    from math_verify import verify
+
+    read = _reader()
     read_gold = functools.lru_cache(maxsize=65_536)(read)
 
     def judge(task: dict[str, Any]) -> float | None:

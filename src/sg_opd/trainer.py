@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head, get_callable_name, get_config_m
 from .checks import check_arguments, check_dataset, check_models, check_set_up
 from .config import SGOPDConfig
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
-from .loss import GateDecision, SignGatedLoss, policy_gradient
+from .loss import GateDecision, policy_gradient
 from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
 from .rollouts import Rollouts
@@ -127,14 +127,7 @@ class SGOPDTrainer(GRPOTrainer):
         check_dataset("eval_dataset", eval_dataset, verifier, args)
         self.verifier = verifier
         self._rollouts = Rollouts(self)
-        self.sign_gated_loss = SignGatedLoss(
-            args.gate_extrapolation,
-            args.gate_interpolation,
-            args.estimator,
-            args.gate_dead_zone,
-            args.log_ratio_clip,
-            args.temperature,
-        )
+        self.sign_gated_loss = args.sign_gated_loss()
         self._meter = GateMeter()
         self._gate_inputs: dict[str, Any] | None = None
         self._row_advantages: Tensor | None = None
