@@ -8,6 +8,7 @@ ModelConfig and of SGOPDConfig can stand in the recipe or on the command line; `
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.data import load_data, prepare_dataset
 
-EMBEDDED = Path(__file__).parent / "configs" / "arithmetic.yaml"
+EMBEDDED = Path(__file__).resolve().parent / "configs" / "arithmetic.yaml"
 
 
 def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfig) -> None:
@@ -49,5 +50,9 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
 
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not arguments:
+        os.chdir(EMBEDDED.parents[2])  # its paths begin at the repository's root
+        arguments = ["--config", str(EMBEDDED)]
     parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
-    main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", str(EMBEDDED)]))
+    main(*parser.parse_args_and_config(arguments))

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
@@ -30,6 +30,14 @@ HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"
 SAMPLES = 8
 GATE = ("gate/consensus", "gate/conflict", "gate/neutral", "gate/factor")
+
+
+class Bar(ProgressCallback):
+    """The usual progress bar, with the accuracy beside it instead of every metric below it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "verdict/correct" in (logs or {}):
+            self.training_bar.set_postfix(correct=f"{logs['verdict/correct']:.0%}")
 
 
 def evaluate(model, tokenizer, verifier: MathVerifier, completion_length: int) -> EvaluationResult:
@@ -49,6 +57,8 @@ def train(preset: str, verifier: MathVerifier, seed: int, output: Path, extra: l
         args=args,
         train_dataset=load_data(str(HERE / "data"), "train"),
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
     start = time.perf_counter()
     trainer.train()
     return trainer, time.perf_counter() - start
