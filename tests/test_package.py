@@ -153,7 +153,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_readme_commands_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"\bmake ([\w-]+)", README))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", README, re.M))
     assert {"demo", "test"} <= named <= targets
     for path in re.findall(r"\b((?:examples|notebooks|benchmarks|docs|tests)/[\w./-]+\.\w+)", README):
         assert (ROOT / path).exists(), path
