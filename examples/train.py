@@ -2,8 +2,8 @@
 
     accelerate launch examples/train.py --config examples/configs/<recipe>.yaml [--any_field value ...]
 
-Without arguments it trains the embedded arithmetic recipe on the CPU. Every field of TRL's ScriptArguments and
-ModelConfig and of SGOPDConfig can stand in the recipe or on the command line; `--help` lists them.
+Without a recipe or a model it trains the embedded arithmetic recipe on the CPU. Every field of TRL's ScriptArguments
+and ModelConfig and of SGOPDConfig can stand in the recipe or on the command line; `--help` lists them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if not arguments:
+    if not {"--config", "--model_name_or_path", "--help", "-h"} & set(arguments):
         os.chdir(EMBEDDED.parents[2])  # its paths begin at the repository's root
-        arguments = ["--config", str(EMBEDDED)]
+        arguments = ["--config", str(EMBEDDED), *arguments]
     parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments))

@@ -48,6 +48,10 @@ def test_arguments_that_cannot_work(build, make_model, tmp_path):
         build(args=GRPOConfig(str(tmp_path), bf16=False, use_cpu=True))
     with pytest.raises(TypeError, match="`verifier`"):
         build(verifier="math")
+    with pytest.raises(ValueError, match=r"`teacher_model`: there is no folder '/nowhere/teacher'"):
+        build(teacher_model="/nowhere/teacher")
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        build(train_dataset=None)
     with pytest.raises(TypeError, match="`teacher_model`"):
         build(teacher_model=3)
     with pytest.raises(ValueError, match=r"`tools`.*teacher_phase_steps=0"):

@@ -24,7 +24,7 @@ def test_train_py_without_arguments_reads_the_embedded_recipe(tmp_path):
 
     result = run(
         "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "examples/train.py",
-        "--config", "examples/configs/arithmetic.yaml", "--max_steps", "2", "--per_device_train_batch_size", "8",
+        "--max_steps", "2", "--per_device_train_batch_size", "8",
         "--logging_steps", "1", "--output_dir", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -55,12 +55,15 @@ def test_train_py_with_lora_and_local_files_of_another_form(tmp_path):
 
 
 def test_train_py_fails_loudly(tmp_path):
-    result = run("examples/train.py", "--output_dir", tmp_path, "--bf16", "false", "--use_cpu")
+    result = run("examples/train.py", "--model_name_or_path", "x", "--bf16", "false", "--use_cpu", "true")
     assert result.returncode != 0
     assert "Set `dataset_name` and `model_name_or_path`" in result.stderr
-    result = run("examples/train.py", "--gate_extrapolation", "-1", "--bf16", "false", "--use_cpu", "true")
+    result = run("examples/train.py", "--gate_extrapolation", "-1")
     assert result.returncode != 0
-    assert "`gate_extrapolation` must be finite and >= 0" in result.stderr
+    assert "`gate_extrapolation` must be a number, finite and >= 0" in result.stderr
+    result = run("examples/train.py", "--teacher_model_name_or_path", "examples/nope")
+    assert result.returncode != 0
+    assert "`teacher_model`: there is no folder 'examples/nope'" in result.stderr
 
 
 def test_the_demo_writes_its_result(tmp_path):

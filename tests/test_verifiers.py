@@ -115,6 +115,32 @@ SAME_OR_NOT = [
     (r"5\text{ km}", r"5\text{ kg}", 0.0),
     (r"5\text{ cm}", r"5\text{ centimeters}", 1.0),
     (r"\[5\]", "5", 1.0),
+    ("25", "25 dollars", 1.0),
+    ("25", r"25~\text{eggs}", 1.0),
+    ("25", r"\text{25 dollars}", 1.0),
+    ("25 dollars", "25", 1.0),
+    ("25", "26 dollars", 0.0),
+    ("5", "€5", 1.0),
+    (r"5\text{ m}^2", r"5\text{ m}^3", 0.0),
+    (r"5\text{ cm}^2", r"5\text{ m}^2", 0.0),
+    (r"5\text{ m}^2", r"5\text{ m}^{2}", 1.0),
+    (r"4\frac{2}{3}", "4 2/3", 1.0),
+    ("1 1/2", "1.5", 1.0),
+    ("22/7", "3 1/7", 1.0),
+    ("-1 1/2", r"-\frac{3}{2}", 1.0),
+    (r"\frac{25}{2}\%", r"12.5\%", 1.0),
+    (r"33\frac{1}{3}\%", r"\frac{100}{3}\%", 1.0),
+    (r"12.5\text{ percent}", r"12.5\%", 1.0),
+    ("1,234", r"1\,234", 1.0),
+    (r"60^\circ", "60°", 1.0),
+    (r"\frac12", "½", 1.0),
+    (r"\sqrt{2}", "√2", 1.0),
+    ("17", r"\approx 17", 1.0),
+    ("204", r"204 \\", 1.0),
+    (r"\emptyset", r"\varnothing", 1.0),
+    (r"(2,\infty)", "x>2", 1.0),
+    ("[1,5)", r"1\leq x<5", 1.0),
+    ("[1,5)", r"1\leq x\leq 5", 0.0),
     ("5", r"\$5", 1.0),
     (r"50\%", "50", 1.0),
     (r"90^\circ", "90", 1.0),
@@ -126,6 +152,7 @@ SAME_OR_NOT = [
     ("A", "B", 0.0),
     ("yes", "Yes", 1.0),
     ("yes", "no", 0.0),
+    ("No", "no", 1.0),
     ("yes", "3", 0.0),
     ("minimum", "3", 0.0),
     (r"\text{was}", "saw", 0.0),
@@ -379,6 +406,11 @@ def test_another_value_is_refused_with_its_row(value):
 def test_another_number_of_values_is_refused():
     with pytest.raises(ValueError, match="1 values for 2"):
         checked_verdicts(lambda prompts, completions: [1], ["a", "b"], ["a", "b"])
+
+
+def test_a_verifier_that_answers_no_list_is_refused():
+    with pytest.raises(ValueError, match="answered None; it must return a list"):
+        checked_verdicts(lambda prompts, completions: None, ["a"], ["a"])
 
 
 def test_works_in_a_thread():

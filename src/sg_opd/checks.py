@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ def check_arguments(
         raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
     if teacher is None:
         raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
+    for name, value in (("model", model), ("teacher_model", teacher)):
+        check_path(name, value)
     if teacher is model and not isinstance(model, str):
         raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
     if not callable(verifier):
@@ -45,7 +48,7 @@ def check_arguments(
                     "Set `teacher_phase_steps=0`."
                 )
     if args.eval_strategy != "no" and eval_dataset is None:
-        raise ValueError(f"`eval_strategy={str(args.eval_strategy)!r}` needs an `eval_dataset`.")
+        raise ValueError(f"`eval_strategy={args.eval_strategy.value!r}` needs an `eval_dataset`.")
     if args.use_vllm and args.vllm_importance_sampling_correction and truncated_sampling(args):
         logger.warning(
             "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
@@ -53,14 +56,25 @@ def check_arguments(
         )
 
 
+def check_path(name: str, value: Any) -> None:
+    """Refuse a local path that is not there, which would be looked for on the hub and answered with a riddle."""
+    if not isinstance(value, str) or Path(value).is_dir():
+        return
+    local = Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1
+    if local or ("/" in value and Path(value).parent.is_dir()):
+        raise ValueError(f"`{name}`: there is no folder {value!r} (looked in {Path.cwd()}).")
+
+
 def truncated_sampling(args: SGOPDConfig) -> bool:
     """Whether rollouts come from a cut-off distribution instead of the student's own."""
     return args.top_p < 1 or args.top_k > 0 or bool(args.min_p)
 
 
-def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig) -> None:
+def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig, environments: Any = None) -> None:
     """Columns, emptiness and golds of one dataset, or of each in a dict; a streaming one by its first row only."""
     if dataset is None:
+        if name == "train_dataset" and environments is None:
+            raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
         return
     if isinstance(dataset, dict):
         for key, part in dataset.items():

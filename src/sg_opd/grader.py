@@ -27,7 +27,7 @@ BOMB = re.compile(
 )
 NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")  # a command or a letter
 GREEK_CAPITALS = {"\\Gamma", "\\Delta", "\\Theta", "\\Lambda", "\\Xi", "\\Pi", "\\Sigma", "\\Phi", "\\Psi", "\\Omega"}
-UNIT = re.compile(r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*$")
+UNIT = re.compile(r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?\s*$")
 SMALL, RELATIVE_TOLERANCE = 1e-2, 1e-5
 WORKER_START_SECONDS = 120.0
 WORKER_MEMORY_BYTES = 4 * 1024**3
@@ -177,10 +177,13 @@ def close(gold: Any, answer: Any) -> bool:
 
 def same_unit(gold: str, answer: str) -> bool:
     """False where both end in a unit and neither abbreviates the other, as cm does centimetres."""
-    units = [UNIT.search(text) for text in (gold, answer)]
-    if not all(units):
-        return True
-    short, long = sorted((unit[1].casefold() for unit in units if unit), key=len)
+    a, b = UNIT.search(gold), UNIT.search(answer)
+    return a is None or b is None or (a[2] == b[2] and units_agree(a[1], b[1]))
+
+
+def units_agree(a: str, b: str) -> bool:
+    """Whether one unit is the other or abbreviates it."""
+    short, long = sorted((a.casefold(), b.casefold()), key=len)
     letters = iter(long)
     return short[0] == long[0] and all(letter in letters for letter in short.removesuffix("s"))
 
@@ -245,7 +248,9 @@ def _serve(timeout: float) -> None:
         except OverflowError:
             return None
         # a symbolic comparison that fails inside sympy is no verdict, hence raise_on_error
-        same = bool(answer) and verify(gold, answer, timeout_seconds=None, raise_on_error=True)
+        same = bool(answer) and verify(
+            gold, answer, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+        )
         return float(same and close(gold[0], answer[0]) and same_unit(task["gold"], task["answer"]))
 
     print(json.dumps({"ready": True}), file=replies, flush=True)

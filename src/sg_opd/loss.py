@@ -168,8 +168,8 @@ def check_settings(
 ) -> None:
     """Raise `ValueError` naming the first setting out of range; `names` are what the caller calls the gate's three."""
     for name, value in zip(names, (extrapolation, interpolation, dead_zone), strict=True):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"`{name}` must be a number, finite and >= 0; got {value!r}.")
     if estimator not in ("sampled", "full"):
         raise ValueError(f"`estimator` must be 'sampled' or 'full', got {estimator!r}.")
     if log_ratio_clip is not None and not (math.isfinite(log_ratio_clip) and log_ratio_clip > 0):
@@ -203,6 +203,20 @@ class SignGatedLoss(nn.Module):
 
     Raises:
         ValueError: a setting out of its range, or inputs whose shapes or labels do not fit.
+
+    Example:
+
+    ```python
+    import torch
+    from sg_opd import SignGatedLoss
+
+    student_logits = torch.randn(2, 5, 11, requires_grad=True)
+    teacher_logits = torch.randn(2, 5, 11)
+    ids, mask = torch.randint(0, 11, (2, 5)), torch.ones(2, 5)
+    out = SignGatedLoss()(student_logits, teacher_logits, ids, torch.tensor([1.0, 0.0]), mask)
+    out.loss.backward()
+    out.metrics["gate/consensus"]
+    ```
     """
 
     def __init__(
@@ -256,7 +270,7 @@ class SignGatedLoss(nn.Module):
         reference_logits: Float[Tensor, "B T V"] | None = None,
         num_items_in_batch: Num[Tensor, ""] | int | float | None = None,
     ) -> LossOutput:
-        """The loss over the trained tokens and the gate's metrics.
+        """`LossOutput(loss, metrics)`: the loss over the trained tokens, and the gate's metrics.
 
         Args:
             student_logits: (B, T, V), position t predicts `completion_ids[:, t]`; the only input to get a gradient.

@@ -116,11 +116,23 @@ class TeacherPhaseSampler:
 
         Args:
             rows: the slots, as the caller numbers them.
-            propose: `(rows, candidates)` -> for each row its proposals.
+            propose: `(rows, candidates)` -> for each row its proposals, as `sg_opd.teacher_phase.Proposal`.
             endorse: `(rows, proposals)`, one row a proposal -> 1.0, 0.0 or `None` each; only 1.0 endorses.
 
         Returns:
             row -> the first of its proposals that ended with EOS and was endorsed.
+
+        Example:
+
+        ```python
+        from sg_opd import TeacherPhaseSampler
+        from sg_opd.teacher_phase import Proposal
+
+        phase = TeacherPhaseSampler(fraction=0.5, steps=10)
+        rows = phase.slot_rows(step=0, num_prompts=2, num_generations=4, rows=range(8))  # [2, 3, 6, 7]
+        answer = Proposal(token_ids=[5, 1], completion="4", terminated=True)
+        phase.fill(rows, lambda rows, n: [[answer]] * len(rows), lambda rows, proposals: [1.0] * len(rows))
+        ```
         """
         if not rows:
             return {}

@@ -123,7 +123,7 @@ class SGOPDTrainer(GRPOTrainer):
         verifier = MathVerifier() if verifier is None else verifier
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
-        check_dataset("train_dataset", train_dataset, verifier, args)
+        check_dataset("train_dataset", train_dataset, verifier, args, kwargs.get("environment_factory"))
         check_dataset("eval_dataset", eval_dataset, verifier, args)
         self.verifier = verifier
         self._rollouts = Rollouts(self)

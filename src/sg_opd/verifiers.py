@@ -13,15 +13,29 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
-from .grader import Grader
+from .grader import Grader, units_agree
 
 THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
 BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)+")
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+QUANTITY = re.compile(
+    r"(?:\\?\$|\\pounds|[€£])?\s*(?P<number>[+-]?[\d.,{}\\]*\d)\s*~?\s*"
+    r"(?:(?P<words>(?<=[\s~])[A-Za-z]{3,}(?: [A-Za-z]+)*)"
+    r"|\\(?:text|mathrm)\s*\{\s*(?P<text>[A-Za-z]+(?: [A-Za-z]+)*)\s*\})?"
+)
+RATIONAL = re.compile(
+    r"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)(?:\s+(?=\d)|\s*(?=\\)))?"
+    r"(?:(?P<n>\d+)\s*/\s*(?P<d>\d+)|\\[dt]?frac\s*\{\s*(?P<top>\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\})"
+)
+PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|percent)\s*$")
+# what people type for LaTeX, in the forms math-verify does not read
+TYPED = {"°": r"^\circ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", r"\varnothing": r"\emptyset"}
+ROOT = re.compile(r"√\s*\(?(\w+)\)?")
 NO_SPACE = re.compile(r"\\[,!]|\\left(?![a-z])|\\right(?![a-z])")
 WIDE_SPACE = re.compile(r"~|\\[;: ]|\\q?quad\b")
 LONE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
@@ -66,7 +80,14 @@ def gold_answer(gold: Any) -> str | None:
         return None
     text = str(gold).strip()
     boxed = last_box(text)
-    return (text if boxed is None else boxed) or None
+    return as_latex(text if boxed is None else boxed) or None
+
+
+def as_latex(text: str) -> str:
+    """The text with signs that people type, such as ° or √, as LaTeX."""
+    for sign, latex in TYPED.items():
+        text = text.replace(sign, latex)
+    return ROOT.sub(r"\\sqrt{\1}", text)
 
 
 def completion_text(completion: Any) -> str:
@@ -83,10 +104,35 @@ def completion_text(completion: Any) -> str:
 
 def plain_number(text: str) -> Decimal | None:
     """The value of a plain integer or decimal, with or without thousands separators; `None` for anything else."""
-    text = undecorated(text)
+    text = undecorated(text).replace("\\,", "").replace("{,}", ",")
     if not text or not NUMBER.fullmatch(text) or not text[-1].isdigit():
         return None
     return Decimal(text.replace(",", ""))
+
+
+def quantity(text: str) -> tuple[Decimal, str] | None:
+    r"""A plain number and its unit, which may be empty: `25 dollars`, `5\text{ cm}`, `\$5`, `5`."""
+    text = undecorated(text)
+    whole = TEXT_COMMAND.fullmatch(text)
+    match = QUANTITY.fullmatch(whole[1] if whole else text)
+    number = plain_number(match["number"]) if match else None
+    return None if match is None or number is None else (number, (match["text"] or match["words"] or "").strip())
+
+
+def rational(text: str) -> Fraction | None:
+    r"""The exact value of a number, `a/b`, `\frac{a}{b}`, a mixed number of these, or any of them in per cent."""
+    text = undecorated(text)
+    bare = PERCENT.sub("", text)
+    number, match = plain_number(bare), RATIONAL.fullmatch(bare)
+    if number is not None:
+        return Fraction(number)
+    if match is None:
+        return None
+    top, bottom = (int(match[a] or match[b]) for a, b in (("n", "top"), ("d", "bottom")))
+    if bottom == 0:
+        return None
+    value = int(match["whole"] or 0) + Fraction(top, bottom)
+    return -value if match["sign"] == "-" else value
 
 
 def integer_list(text: str) -> list[int] | None:
@@ -97,7 +143,7 @@ def integer_list(text: str) -> list[int] | None:
 
 def undecorated(text: str) -> str:
     """Without surrounding space, math delimiters and a final full stop."""
-    text = text.strip().removesuffix(".").strip()
+    text = text.strip().removesuffix("\\\\").removesuffix(".").removeprefix("\\approx").strip()
     for left, right in (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("$", "$")):
         if text.startswith(left) and text.endswith(right) and len(text) >= len(left) + len(right):
             text = text[len(left) : -len(right)].strip()
@@ -124,8 +170,20 @@ def quick_verdict(gold: str, answer: str) -> float | None:
     x, y = plain_number(gold), plain_number(answer)
     if x is not None and y is not None:
         return float(x == y)
+    some, other = quantity(gold), quantity(answer)
+    if some is not None and other is not None:
+        agree = not some[1] or not other[1] or units_agree(some[1], other[1])
+        return float(some[0] == other[0] and agree)
+    p, q = rational(gold), rational(answer)
+    if p is not None and q is not None:
+        if p == q:
+            return 1.0
+        if "." not in gold + answer and "%" not in gold + answer:  # else a matter of rounding, or of per cent
+            return 0.0
     if is_text(gold):
         return float(a.casefold() == b.casefold())
+    if a.casefold() == b.casefold() == "no":
+        return 1.0
     if a.isalpha() and b.isalpha() and len(a) > 2:  # words, but for anagrams, which may be products
         if a.casefold() == b.casefold():
             return 1.0
@@ -188,6 +246,7 @@ class MathVerifier:
             if gold is None:
                 continue
             answer = extract_answer(completion_text(completion))
+            answer = as_latex(answer or "")
             verdicts[row] = 0.0 if not answer else quick_verdict(gold, answer)
             if verdicts[row] is None:
                 words = normalised(gold).isalpha() and len(normalised(gold)) > 2
@@ -203,7 +262,9 @@ class MathVerifier:
         unsure = [
             (row, {"gold": gold})
             for row, gold in enumerate(golds)
-            if gold is not None and plain_number(gold) is None and not is_text(gold) and not normalised(gold).isalpha()
+            if gold is not None
+            and not any(read(gold) for read in (is_text, lambda g: normalised(g).isalpha()))
+            and all(read(gold) is None for read in (quantity, rational))
         ]
         return sorted(bad | {row for row, parsed in self._grader.run(unsure).items() if parsed != 1.0})
 
@@ -223,6 +284,8 @@ def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Se
         with ThreadPoolExecutor(1) as executor:  # a notebook's own event loop is running in this thread
             answer = executor.submit(asyncio.run, _awaited(answer)).result()
     name = getattr(verifier, "__name__", type(verifier).__name__)
+    if not hasattr(answer, "__len__"):
+        raise ValueError(f"The verifier {name} answered {answer!r}; it must return a list, one verdict a completion.")
     if len(answer) != len(completions):
         raise ValueError(f"The verifier {name} answered {len(answer)} values for {len(completions)} completions.")
     for row, value in enumerate(answer):
