@@ -9,7 +9,7 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.checks import check_arguments, check_dataset, check_prompts, check_tokenizers, has_images, spread
+from sg_opd.checks import check_arguments, check_dataset, check_prompts, check_tokenizers, has_images, rows_to_check
 
 
 def coin(prompts, completions, **kwargs):
@@ -133,10 +133,10 @@ def test_prompts_and_the_context(build, make_model, caplog):
 
 
 def test_a_large_dataset_is_checked_evenly():
-    assert list(spread(3)) == [0, 1, 2]
-    assert len(spread(10_000)) == 10_000
-    assert 3_000 <= len(spread(33_333)) <= 10_000
-    assert spread(33_333)[-1] > 33_000
+    assert list(rows_to_check(3)) == [0, 1, 2]
+    assert len(rows_to_check(10_000)) == 10_000
+    assert 3_000 <= len(rows_to_check(33_333)) <= 10_000
+    assert rows_to_check(33_333)[-1] > 33_000
 
 
 def test_an_identical_teacher_is_warned_of_under_an_adapter_too(build, make_model, caplog):

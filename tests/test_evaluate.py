@@ -78,6 +78,14 @@ def test_the_same_seed_gives_the_same_figures(make_model, tokenizer, dataset):
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_verdict_is_checked_as_in_training(make_model, tokenizer, dataset):
+    def graded(prompts, completions, **kwargs):
+        return [0.5 for _ in completions]
+
+    with pytest.raises(ValueError, match=r"graded answered 0\.5 for row 0"):
+        evaluate_model(make_model(1), tokenizer, dataset, graded, 1, 2, progress=False)
+
+
 def test_an_empty_dataset_is_refused(make_model, tokenizer):
     with pytest.raises(ValueError, match="empty"):
         evaluate_model(make_model(1), tokenizer, [], lambda **_: [])

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import SGOPDConfig
 from .divergence import check_linear, head_of
-from .teacher import eos_set
+from .teacher import eos_set, padding_ids, shared_vocabulary
 from .verifiers import MathVerifier
 
 logger = get_logger(__name__)  # of the main process only
@@ -108,14 +108,14 @@ def has_images(row: dict[str, Any]) -> bool:
     return "image" in row or "images" in row or any(part.get("type") == "image" for part in parts)
 
 
-def spread(length: int) -> range:
+def rows_to_check(length: int) -> range:
     """At most `ROWS_CHECKED` places, evenly spread over `length` rows."""
     return range(0, length, max(1, -(-length // ROWS_CHECKED)))
 
 
 def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
     """Warn once of golds on which every verdict would abstain; an error where it is all of them."""
-    rows = spread(len(dataset))
+    rows = rows_to_check(len(dataset))
     golds = [dataset[row]["solution"] for row in rows]
     bad = verifier.unparseable(golds)
     if not bad:
@@ -135,7 +135,7 @@ def check_prompts(name: str, dataset: Any, tokenize: Callable[[list], tuple], co
         context: the shorter context of both models, in tokens.
         completion: `max_completion_length`.
     """
-    rows = spread(len(dataset))
+    rows = rows_to_check(len(dataset))
     lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])[0]]
     too_long = [rows[i] for i, length in enumerate(lengths) if length >= context]
     if too_long:
@@ -165,8 +165,8 @@ def check_set_up(trainer: Any) -> None:
             raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
         if trainer.is_fsdp_enabled:
             raise ValueError("estimator='full' does not run under FSDP yet; use estimator='sampled', DDP or ZeRO.")
-        padded = models[0].config.get_text_config().vocab_size > models[1].config.get_text_config().vocab_size
-        if is_deepspeed_zero3_enabled() and (padded or args.reference_policy == "initial"):
+        padding = padding_ids(models[0], shared_vocabulary(*models))
+        if is_deepspeed_zero3_enabled() and (padding or args.reference_policy == "initial"):
             raise ValueError(
                 "Under ZeRO-3 estimator='full' needs reference_policy='current' and a teacher whose vocabulary is not "
                 "smaller than the student's: it hands the sharded heads as they are to the kernel. Use 'sampled'."

@@ -170,12 +170,7 @@ class SGOPDConfig(GRPOConfig):
 
     def _check_fields(self) -> None:
         check_settings(
-            self.gate_extrapolation,
-            self.gate_interpolation,
-            self.estimator,
-            self.gate_dead_zone,
-            self.log_ratio_clip,
-            self.temperature,
+            *self._loss_settings(),
             initial_reference=self.reference_policy == "initial",
             names=("gate_extrapolation", "gate_interpolation", "gate_dead_zone"),
         )
@@ -218,7 +213,10 @@ class SGOPDConfig(GRPOConfig):
 
     def sign_gated_loss(self) -> SignGatedLoss:
         """The loss these settings describe."""
-        return SignGatedLoss(
+        return SignGatedLoss(*self._loss_settings())
+
+    def _loss_settings(self) -> tuple[float | None, float | None, str, float, float | None, float]:
+        return (
             self.gate_extrapolation,
             self.gate_interpolation,
             self.estimator,

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .teacher import WHOLE_DISTRIBUTION, eos_set, sample_completions
+from .verifiers import as_completion, checked_verdicts, columns_of
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -131,9 +132,5 @@ def grade(
     """The verifier's answer to each completion, with the columns of its row, as in training."""
     texts = processing_class.batch_decode(completion_ids, skip_special_tokens=True)
     prompts = [row["prompt"] for row in rows]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    return verifier(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return checked_verdicts(verifier, prompts, completions, completion_ids=completion_ids, **columns_of(rows))

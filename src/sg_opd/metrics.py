@@ -84,7 +84,8 @@ class GateMeter:
             of_rows = mask & rows.unsqueeze(1)
             totals[f"loss/{name}"] = torch.where(of_rows, loss, 0.0).sum()
             totals[f"{name}_tokens"] = of_rows.sum()
-        totals["entropy"] = torch.where(mask, entropy, 0.0).sum() if entropy is not None else loss.new_zeros(())
+        if entropy is not None:
+            totals["entropy"] = torch.where(mask, entropy, 0.0).sum()
         for name, value in totals.items():
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
             self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
@@ -92,7 +93,7 @@ class GateMeter:
         # strided, not drawn: metrics must not move the random state that a resumed run relies on
         self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())
 
-    def compute(self, accelerator: Any, with_entropy: bool = False) -> dict[str, float]:
+    def compute(self, accelerator: Any) -> dict[str, float]:
         """The metrics since the last call, over all ranks; every rank must call this."""
         if not self.totals:
             return {}
@@ -112,7 +113,7 @@ class GateMeter:
             if totals[f"{name}_tokens"] > 0:
                 metrics[f"loss/{name}"] = (totals[f"loss/{name}"] / totals[f"{name}_tokens"]).item()
         trained = totals["student_tokens"] + totals["teacher_tokens"]
-        if with_entropy and trained > 0:
+        if "entropy" in totals and trained > 0:
             metrics["entropy"] = (totals["entropy"] / trained).item()
         self.totals, self.deltas = {}, []
         return metrics

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from .teacher_phase import Proposal
-from .verifiers import checked_verdicts
+from .verifiers import as_completion, checked_verdicts, columns_of
 
-# what TRL does not hand to a reward function as a column
-NOT_FORWARDED = ("prompt", "completion", "completion_ids")
 VERDICT_WORDS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 
 
@@ -76,17 +74,15 @@ class Rollouts:
 
     def _as_completion(self, prompt: Any, ids: list[int]) -> Any:
         text = self.trainer.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
-        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        return as_completion(prompt, text)
 
     def _judge(
         self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable
     ) -> list[float | None]:
         """The verifier's answer to completions of some rows, with those rows' columns and TRL's extras."""
-        inputs, trainer = [self.rows[row] for row in rows], self.trainer
-        columns: dict[str, Any] = {key: [row[key] for row in inputs] for key in inputs[0] if key not in NOT_FORWARDED}
-        columns.update(trainer_state=trainer.state, **extras)
+        columns = {**columns_of([self.rows[row] for row in rows]), "trainer_state": self.trainer.state, **extras}
         prompts = [prompts[row] for row in rows]
-        return checked_verdicts(trainer.verifier, prompts, completions, completion_ids=ids, **columns)
+        return checked_verdicts(self.trainer.verifier, prompts, completions, completion_ids=ids, **columns)
 
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
         """The reward function given to the parent: keeps the verdicts, and answers a number for each row."""

@@ -333,7 +333,7 @@ class SGOPDTrainer(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         training = self.model.training
         if training:
-            for name, value in self._meter.compute(self.accelerator, self.args.estimator == "full").items():
+            for name, value in self._meter.compute(self.accelerator).items():
                 self._metrics["train"][name].append(value)
         if self.log_completions:  # in place of the parent's advantages, which SG-OPD does not train on
             shown = [math.nan] * len(self._logs["advantages"])

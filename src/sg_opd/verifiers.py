@@ -40,6 +40,8 @@ NO_SPACE = re.compile(r"\\[,!]|\\left(?![a-z])|\\right(?![a-z])")
 WIDE_SPACE = re.compile(r"~|\\[;: ]|\\q?quad\b")
 LONE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
 CHOICE = re.compile(r"^\(([A-Za-z])\)$")  # one letter in parentheses
+# columns that a reward function is given under these names anyway
+NOT_FORWARDED = ("prompt", "completion", "completion_ids")
 MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
 MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
 
@@ -167,9 +169,6 @@ def quick_verdict(gold: str, answer: str) -> float | None:
     members = integer_list(gold)
     if members is not None and members == integer_list(answer):
         return 1.0
-    x, y = plain_number(gold), plain_number(answer)
-    if x is not None and y is not None:
-        return float(x == y)
     some, other = quantity(gold), quantity(answer)
     if some is not None and other is not None:
         agree = not some[1] or not other[1] or units_agree(some[1], other[1])
@@ -190,6 +189,11 @@ def quick_verdict(gold: str, answer: str) -> float | None:
         if sorted(a.casefold()) != sorted(b.casefold()):
             return 0.0
     return None
+
+
+def is_readable(gold: str) -> bool:
+    """Whether a gold can be compared without sympy: words, a number with or without a unit, a fraction."""
+    return is_text(gold) or normalised(gold).isalpha() or quantity(gold) is not None or rational(gold) is not None
 
 
 def is_text(gold: str) -> bool:
@@ -259,18 +263,22 @@ class MathVerifier:
         """The rows whose gold is missing or cannot be parsed, so that every verdict on them would abstain."""
         golds = [gold_answer(gold) for gold in solution]
         bad = {row for row, gold in enumerate(golds) if gold is None}
-        unsure = [
-            (row, {"gold": gold})
-            for row, gold in enumerate(golds)
-            if gold is not None
-            and not any(read(gold) for read in (is_text, lambda g: normalised(g).isalpha()))
-            and all(read(gold) is None for read in (quantity, rational))
-        ]
+        unsure = [(row, {"gold": gold}) for row, gold in enumerate(golds) if gold is not None and not is_readable(gold)]
         return sorted(bad | {row for row, parsed in self._grader.run(unsure).items() if parsed != 1.0})
 
     def close(self) -> None:
         """End the workers; the next answer that needs one starts them again."""
         self._grader.close()
+
+
+def as_completion(prompt: Any, text: str) -> Any:
+    """A completion's text in the form of its prompt: plain, or as the assistant's message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of a dataset's rows that TRL hands to a reward function."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_FORWARDED}
 
 
 def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
