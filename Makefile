@@ -7,7 +7,7 @@ CONSTRAINT := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cp
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-integration lint format clean
 
 install: $(VENV)/installed
 
@@ -21,7 +21,10 @@ demo: install
 	$(BIN)/python examples/arithmetic/demo.py
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration"
+
+test-integration: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration
 
 lint: install
 	$(BIN)/ruff check .
