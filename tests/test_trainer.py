@@ -237,7 +237,7 @@ def test_an_adapter_lent_as_reference_has_no_dropout(make_model, tokenizer, data
     trainer.train()
     trainer.model.train()
     with trainer.initial_policy.lend() as policy:
-        scores = [trainer._score(policy, trainer.batches[0]) for _ in range(2)]
+        scores = [trainer.completion_logps(policy, trainer.batches[0]) for _ in range(2)]
     assert scores[0].equal(scores[1])
     assert trainer.model.training
 

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import SGOPDConfig
+from .data import COLLECTED
 from .divergence import check_linear, head_of
-from .teacher import eos_set, padding_ids, shared_vocabulary
+from .teacher import LocalTeacher, eos_set, padding_ids, shared_vocabulary
+from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
 
 logger = get_logger(__name__)  # of the main process only
@@ -32,10 +34,18 @@ def check_arguments(
             raise ValueError(f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.")
     if not isinstance(args, SGOPDConfig):
         raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
-    if teacher is None:
-        raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
-    for name, value in (("model", model), ("teacher_model", teacher)):
-        check_path(name, value)
+    if teacher is None and args.teacher_server_url is None:
+        raise ValueError(
+            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in `args`."
+        )
+    if args.teacher_server_url is not None and not isinstance(teacher, str | None):
+        raise ValueError(
+            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {type(teacher).__name__}; pass "
+            "the id of the served model, or nothing."
+        )
+    check_path("model", model)
+    if args.teacher_server_url is None:
+        check_path("teacher_model", teacher)
     if teacher is model and not isinstance(model, str):
         raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
     if not callable(verifier):
@@ -95,10 +105,31 @@ def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig
         )
     if args.remove_unused_columns and "solution" in needed:
         raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
+    check_collected(name, dataset if sized else [first])
     if args.teacher_phase_steps > 0 and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
     if sized and isinstance(verifier, MathVerifier):
         check_golds(name, dataset, verifier)
+
+
+def check_collected(name: str, dataset: Any) -> None:
+    """Refuse a column `teacher_completions` that is no list of texts, or of lists of token ids, in each row."""
+    if COLLECTED not in dataset[0]:
+        return
+    for row in rows_to_check(len(dataset)):
+        collected = dataset[row][COLLECTED]
+        fits = collected is None or (
+            isinstance(collected, list)
+            and all(
+                isinstance(one, str) or (isinstance(one, list) and one and all(isinstance(t, int) for t in one))
+                for one in collected
+            )
+        )
+        if not fits:
+            raise ValueError(
+                f"`{COLLECTED}` in `{name}`, row {row}: expected a list of texts, or of non-empty lists of token ids, "
+                f"got {str(collected)[:80]!r}."
+            )
 
 
 def has_images(row: dict[str, Any]) -> bool:
@@ -127,13 +158,21 @@ def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
     logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)
 
 
-def check_prompts(name: str, dataset: Any, tokenize: Callable[[list], tuple], context: int, completion: int) -> None:
+def check_prompts(
+    name: str,
+    dataset: Any,
+    tokenize: Callable[[list], tuple],
+    context: int,
+    completion: int,
+    server_context: int | None = None,
+) -> None:
     """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
 
     Args:
         tokenize: prompts -> token ids and more, the trainer's own.
         context: the shorter context of both models, in tokens.
         completion: `max_completion_length`.
+        server_context: of a teacher's server, which refuses a longer sequence and needs room for a token more.
     """
     rows = rows_to_check(len(dataset))
     lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])[0]]
@@ -142,6 +181,13 @@ def check_prompts(name: str, dataset: Any, tokenize: Callable[[list], tuple], co
         raise ValueError(
             f"{len(too_long)} prompts in `{name}` fill the models' context of {context} tokens, first row "
             f"{too_long[0]}. Filter the dataset by prompt length."
+        )
+    needed = max(lengths) + completion + 1
+    if server_context and needed > server_context:
+        raise ValueError(
+            f"The longest prompt in `{name}` ({max(lengths)} tokens), `max_completion_length` ({completion}) and one "
+            f"more token pass the {server_context} of the teacher's server: start it with --max-model-len {needed}, "
+            "shorten `max_completion_length`, or filter the dataset."
         )
     if max(lengths) + completion > context:
         logger.warning(
@@ -153,12 +199,22 @@ def check_prompts(name: str, dataset: Any, tokenize: Callable[[list], tuple], co
 def check_set_up(trainer: Any) -> None:
     """What needs both models in place: prompts against the shorter context, and what the full estimator can do."""
     args, dataset = trainer.args, trainer.train_dataset
-    models = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.unwrapped
-    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher
+    contexts = getattr(student.config.get_text_config(), "max_position_embeddings", None), teacher.context
     context = min((size for size in contexts if size), default=None)
     if context and isinstance(dataset, Dataset) and not trainer._is_vlm and trainer.environment_factories is None:
-        check_prompts("train_dataset", dataset, trainer._tokenize_prompts, context, args.max_completion_length)
+        # a server refuses what is longer than its context, in the middle of a run
+        strict = teacher.context if isinstance(teacher, ServerTeacher) else None
+        check_prompts("train_dataset", dataset, trainer._tokenize_prompts, context, args.max_completion_length, strict)
+    if isinstance(teacher, ServerTeacher) and trainer._is_vlm:
+        raise ValueError("`teacher_server_url` takes token ids only; a multimodal student needs a teacher in process.")
     if args.estimator == "full":
+        if not isinstance(teacher, LocalTeacher):
+            raise ValueError(
+                f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
+                "estimator='sampled'."
+            )
+        models = student, teacher.unwrapped
         if trainer._is_vlm:
             raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
         if trainer.aux_loss_enabled:

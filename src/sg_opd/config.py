@@ -147,8 +147,31 @@ class SGOPDConfig(GRPOConfig):
         default=None,
         metadata={"help": "Keyword arguments for the teacher's from_pretrained. dtype defaults to the checkpoint's."},
     )
+    teacher_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base URL of a `vllm serve` endpoint that holds the teacher, as http://host:8000; several share "
+            "the load. `teacher_model_name_or_path` is then the id of the served model, for servers that have several."
+        },
+    )
+    teacher_server_timeout: float = field(
+        default=300.0,
+        metadata={"help": "Seconds one request to the teacher's server may take; above the server's warm-up."},
+    )
+    teacher_server_concurrency: int = field(
+        default=8,
+        metadata={"help": "Requests of one process to the teacher's server in flight at a time, >= 1."},
+    )
+    teacher_server_retries: int = field(
+        default=5,
+        metadata={
+            "help": "Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.teacher_server_url, str):  # as one URL in a recipe is
+            self.teacher_server_url = [self.teacher_server_url]
         self._fill_from_preset()
         single = self.num_generations == 1
         if single:
@@ -157,6 +180,7 @@ class SGOPDConfig(GRPOConfig):
         if single:
             self.num_generations = 1
         self._check_fields()
+        self._check_server_fields()
         self._check_parent_fields()
 
     def _fill_from_preset(self) -> None:
@@ -183,6 +207,31 @@ class SGOPDConfig(GRPOConfig):
             raise ValueError(f"`teacher_phase_fraction` must be in [0, 1], got {self.teacher_phase_fraction!r}.")
         if self.teacher_candidates < 1:
             raise ValueError(f"`teacher_candidates` must be >= 1, got {self.teacher_candidates!r}.")
+
+    def _check_server_fields(self) -> None:
+        for name, least in (("teacher_server_concurrency", 1), ("teacher_server_retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
+        if not self.teacher_server_timeout > 0:
+            raise ValueError(f"`teacher_server_timeout` must be > 0 seconds, got {self.teacher_server_timeout!r}.")
+        if self.teacher_server_url is None:
+            return
+        for url in self.teacher_server_url or [""]:
+            if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
+                raise ValueError(f"`teacher_server_url` must hold URLs as http://host:8000, got {url!r}.")
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"`temperature={self.temperature!r}` and `teacher_server_url` do not go together: a server scores at "
+                "temperature 1, and student and teacher must be compared at the same one. Set temperature=1.0."
+            )
+        if self.estimator == "full":
+            raise ValueError(
+                "estimator='full' needs the teacher's whole distributions, which no server returns: use "
+                "estimator='sampled' with `teacher_server_url`, or a teacher in this process."
+            )
+        for name in ("teacher_model_revision", "teacher_model_init_kwargs"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is for loading a teacher, but `teacher_server_url` has it loaded already.")
 
     def _check_parent_fields(self) -> None:
         if self.metric_for_best_model in ("loss", "eval_loss"):
@@ -242,6 +291,8 @@ class SGOPDConfig(GRPOConfig):
 
     def card_section(self, teacher: str) -> str:
         """The section of a model card that names the teacher and the method's settings, as Markdown."""
-        own = [name for name in type(self).__annotations__ if not name.startswith("teacher_model_")]
+        own = [
+            name for name in type(self).__annotations__ if not name.startswith(("teacher_model_", "teacher_server_"))
+        ]
         rows = "\n".join(f"| `{name}` | `{getattr(self, name)}` |" for name in own)
         return f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"

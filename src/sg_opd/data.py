@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
 # (question column, gold column), the first pair that a dataset has; GSM8K, MATH, AIME, DeepMath, Open-R1 and their kin
 FORMS = (
     ("problem", "answer"),
@@ -49,7 +50,9 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
 
 
 def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
-    r"""A dataset with the columns `prompt` (one user message) and `solution` (the gold, as text), and no others.
+    r"""A dataset with the columns `prompt` (one user message) and `solution` (the gold, as text).
+
+    Of the others only `teacher_completions` is kept.
 
     Understood are the columns of `FORMS`, DAPO's (`prompt`, `reward_model.ground_truth`), and `prompt` with `solution`,
     which stays as it is. GSM8K's `answer` is cut to what follows `####`.
@@ -81,7 +84,9 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[gold])}
 
-    return dataset.map(convert, remove_columns=[name for name in columns if name not in ("prompt", "solution")])
+    return dataset.map(
+        convert, remove_columns=[name for name in columns if name not in ("prompt", "solution", COLLECTED)]
+    )
 
 
 def as_messages(question: str | list[dict[str, str]], instruction: str | None) -> list[dict[str, str]]:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from torch import Tensor
 
+from .data import COLLECTED
+from .teacher import eos_set, up_to_eos
 from .teacher_phase import Proposal
 from .verifiers import as_completion, checked_verdicts, columns_of
 
@@ -51,30 +54,60 @@ class Rollouts:
             return
         first = everywhere * earlier + trainer.accelerator.process_index * local
         self.slots = phase.slot_rows(step, num_prompts, group, range(first, first + local))
-        if trainer.teacher.sharded and not self.slots:
-            trainer.teacher.propose(prompt_ids[:1])  # every rank holds a part of the weights: take part, keep nothing
-            return
+        counts = phase.slots(step, num_prompts, group).tolist()
+
+        def stored(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
+            """Each slot's part of its row's collected completions: no two slots of a prompt take the same."""
+            proposed = []
+            for row in rows:
+                slots, place = counts[(first + row) // group], (first + row) % group
+                collected = (self.rows[row].get(COLLECTED) or [])[place - (group - slots) :: slots]
+                proposed.append([self._proposal(prompts[row], self._as_ids(text)) for text in collected])
+            return proposed
 
         def propose(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
             proposed = trainer.teacher.propose([prompt_ids[row] for row in rows], candidates)
             return [
-                [Proposal(ids, self._as_completion(prompts[row], ids), trainer.teacher.ended(ids)) for ids in some]
-                for row, some in zip(rows, proposed, strict=True)
+                [self._proposal(prompts[row], ids) for ids in some] for row, some in zip(rows, proposed, strict=True)
             ]
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             judged, ids = [p.completion for p in proposals], [p.token_ids for p in proposals]
             return self._judge(rows, prompts, judged, ids, log_extra=_discard, log_metric=_discard)
 
-        self.taken = phase.fill(self.slots, propose, endorse)
+        self.taken = phase.fill(self.slots, stored, endorse)
+        unfilled = [row for row in self.slots if row not in self.taken]
+        if self._teacher_is_asked(unfilled, prompt_ids):
+            with trainer.agreed():
+                self.taken |= phase.fill(unfilled, propose, endorse)
         for row, proposal in self.taken.items():
             completion_ids[row], completions[row] = proposal.token_ids, proposal.completion
             if logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of the parent's modes
                 logprobs[row] = [math.nan] * len(proposal.token_ids)
 
-    def _as_completion(self, prompt: Any, ids: list[int]) -> Any:
-        text = self.trainer.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
-        return as_completion(prompt, text)
+    def _teacher_is_asked(self, unfilled: list[int], prompt_ids: list[list[int]]) -> bool:
+        """Whether this rank asks for proposals now; under a sharded teacher it takes part wherever any rank asks."""
+        trainer = self.trainer
+        if not trainer.teacher.sharded:
+            return True
+        anywhere = gather(torch.tensor([len(unfilled)], device=trainer.accelerator.device)).sum() > 0
+        if anywhere and not unfilled:
+            trainer.teacher.propose(prompt_ids[:1])  # every rank holds a part of the weights: take part, keep nothing
+        return bool(anywhere)
+
+    def _proposal(self, prompt: Any, ids: list[int]) -> Proposal:
+        """Token ids as a proposal; it counts as ended with an EOS, in time, and within the student's vocabulary."""
+        trainer = self.trainer
+        text = trainer.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
+        ended = ids[-1] in trainer.eos_token_ids and max(ids) < trainer.shared_vocabulary
+        return Proposal(ids, as_completion(prompt, text), ended and len(ids) <= trainer.args.max_completion_length)
+
+    def _as_ids(self, completion: str | list[int]) -> list[int]:
+        """A collected completion as token ids; to text, which has no end, the tokenizer's EOS is added."""
+        if not isinstance(completion, str):
+            return up_to_eos(completion, eos_set(self.trainer.eos_token_ids))
+        tokenizer = self.trainer._tokenizer
+        return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
     def _judge(
         self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable
@@ -121,6 +154,18 @@ class Rollouts:
             "verdict": [VERDICT_WORDS[verdict] for verdict in self.verdicts],
             "source": ["teacher" if row in self.taken else "student" for row in range(len(self.verdicts))],
         }
+
+
+def suppress(trainer: Any, ids: list[int] | None) -> None:
+    """Have the student never sample some ids, whichever engine generates."""
+    if not ids:
+        return
+    if trainer.use_vllm:
+        kwargs = trainer.vllm_generation.generation_kwargs
+        kwargs["logit_bias"] = {**(kwargs.get("logit_bias") or {}), **dict.fromkeys(ids, -100.0)}
+    else:
+        suppressed = [*(trainer.generation_config.suppress_tokens or []), *ids]
+        trainer.generation_config.suppress_tokens = trainer.generation_kwargs["suppress_tokens"] = suppressed
 
 
 def _discard(name: str, value: Any) -> None:

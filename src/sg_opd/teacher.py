@@ -1,16 +1,41 @@
-"""What a teacher is: a frozen model in this process that scores token ids and proposes completions."""
+"""What a teacher is: it scores token ids and proposes completions. Here, a frozen model in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 # said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """What the trainer asks of a teacher; any object with these can be its `teacher_model` (sampled estimator)."""
+
+    sharded: bool
+    """Whether every rank must enter `score` and `propose` equally often, each with at least one row."""
+
+    context: int | None
+    """Longest sequence of prompt and completion it can take, in tokens; `None` where it is not known."""
+
+    name: str
+    """What a model card calls it."""
+
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **inputs: Any
+    ) -> list[Tensor]:
+        """Log-probabilities in nats of each completion's tokens after its prompt, float32, (T_i,) each.
+
+        At the training temperature. A completion may be empty. `inputs` is what a multimodal batch carries beside ids.
+        """
+
+    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
+        """`candidates` sampled completions of each prompt as token ids, each up to and with its first EOS."""
 
 
 def load_teacher(
@@ -68,15 +93,9 @@ def sample_completions(
 
     `config.num_return_sequences` of them a prompt, those of one prompt together.
     """
-    longest = max(len(ids) for ids in prompt_ids)
-    padded = [[config.pad_token_id] * (longest - len(ids)) + list(ids) for ids in prompt_ids]
-    attended = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids]
-    output = model.generate(
-        input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(attended, device=model.device),
-        generation_config=config,
-    )
-    return [up_to_eos(ids, eos_set(config.eos_token_id)) for ids in output[:, longest:].tolist()]
+    ids, mask = padded(prompt_ids, config.pad_token_id, "left", model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return [up_to_eos(sample, eos_set(config.eos_token_id)) for sample in output[:, ids.size(1) :].tolist()]
 
 
 def eos_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
@@ -102,8 +121,36 @@ def padding_ids(model: PreTrainedModel, shared: int) -> list[int] | None:
     return list(range(shared, model.config.get_text_config().vocab_size)) or None
 
 
+def proposal_sampling(args: Any) -> dict[str, Any]:
+    """How proposals are sampled: as the student's rollouts, by a trainer's settings."""
+    given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
+    return {"temperature": args.temperature, **WHOLE_DISTRIBUTION, **given}
+
+
+def as_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token ids of each row where `mask` is set; both (B, L)."""
+    return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
+
+
+def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows of unequal length as one (B, width) tensor, zero to the right of each."""
+    filled = rows[0].new_zeros(len(rows), width)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row)] = row
+    return filled
+
+
+def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, both (B, L), from rows of unequal length, padded at `side`."""
+    from trl.trainer.utils import pad
+
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad([torch.ones_like(row) for row in ids], 0, side)
+    return pad(ids, pad_token_id, side).to(device), mask.to(device)
+
+
 class LocalTeacher:
-    """A frozen teacher in this process.
+    """A frozen teacher in this process; implements `Teacher`.
 
     Args:
         model: the teacher, frozen.
@@ -113,17 +160,16 @@ class LocalTeacher:
 
     def __init__(self, model: PreTrainedModel, trainer: Any, shared: int) -> None:
         args = trainer.args
-        given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
         self.generation_config = GenerationConfig(
             do_sample=True,
-            temperature=args.temperature,
-            **WHOLE_DISTRIBUTION | given,
+            **proposal_sampling(args),
             max_new_tokens=args.max_completion_length,
             eos_token_id=trainer.eos_token_ids,
             pad_token_id=trainer._tokenizer.pad_token_id,
             suppress_tokens=padding_ids(model, shared),
             disable_compile=True,
         )
+        self.trainer = trainer
         self.accelerator = trainer.accelerator
         self.backend = trainer._dist
         self.gather_for_generation = args.ds3_gather_for_generation
@@ -134,11 +180,28 @@ class LocalTeacher:
     def unwrapped(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
 
-    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
-        """`candidates` completions of each prompt as token ids, from one batched generation.
+    @property
+    def context(self) -> int | None:
+        return getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
 
-        Under a sharded teacher every rank must call this equally often, each with at least one prompt.
-        """
+    @property
+    def name(self) -> str:
+        return getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
+
+    def score(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **inputs: Any
+    ) -> list[Tensor]:
+        """As `Teacher.score`; on the trainer's device, in chunks of its micro-batches, never whole logits."""
+        pad, device = self.generation_config.pad_token_id, self.accelerator.device
+        prompts = padded(prompt_ids, pad, "left", device)
+        completions = padded([ids or [pad] for ids in completion_ids], pad, "right", device)
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        batch = dict(zip(keys, (*prompts, *completions), strict=True))
+        logps = self.trainer.completion_logps(self.model, {**batch, **inputs})
+        return [row[: len(ids)] for row, ids in zip(logps.float(), completion_ids, strict=True)]
+
+    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
+        """As `Teacher.propose`, from one batched generation."""
         from trl.models import unwrap_model_for_generation
 
         config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
@@ -150,7 +213,3 @@ class LocalTeacher:
         ):
             completions = sample_completions(model, prompt_ids, config)
         return [completions[i : i + candidates] for i in range(0, len(completions), candidates)]
-
-    def ended(self, completion_ids: Sequence[int]) -> bool:
-        """Whether a completion ended with EOS rather than at the length limit."""
-        return completion_ids[-1] in eos_set(self.generation_config.eos_token_id)

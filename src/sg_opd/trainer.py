@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from trl.trainer.utils import add_fused_lm_head, get_callable_name, get_config_m
 from .checks import check_arguments, check_dataset, check_models, check_set_up
 from .config import SGOPDConfig
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
+from .faults import agreed
 from .loss import GateDecision, policy_gradient
 from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
-from .rollouts import Rollouts
-from .teacher import LocalTeacher, freeze, load_teacher, padding_ids, shared_vocabulary
+from .rollouts import Rollouts, suppress
+from .server_checks import check_server
+from .teacher import LocalTeacher, Teacher, as_lists, as_rectangle, freeze, load_teacher, padding_ids, shared_vocabulary
 from .teacher_phase import TeacherPhaseSampler
+from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
 
 # what a multimodal batch carries beside token ids, as the parent's forward takes it
@@ -56,8 +60,9 @@ class SGOPDTrainer(GRPOTrainer):
 
     Args:
         model: the student; a path, a hub id, a `PreTrainedModel` or a `PeftModel`.
-        teacher_model: the teacher; a path, a hub id or a `PreTrainedModel`. Default: `args.teacher_model_name_or_path`.
-            Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs` asks for another.
+        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teacher.Teacher`. Default:
+            `args.teacher_model_name_or_path`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
+            asks for another. With `args.teacher_server_url` it is the id of the served model, and optional.
         verifier: judges completions in TRL's reward-function form, answering 1 (correct), 0 (incorrect) or `None`
             (abstained) each. Default: `MathVerifier()`, which needs the column `solution`.
         args: an [`SGOPDConfig`].
@@ -105,7 +110,7 @@ class SGOPDTrainer(GRPOTrainer):
     def __init__(
         self,
         model: Any,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
         verifier: Callable[..., list[float | None]] | None = None,
         args: SGOPDConfig | None = None,
         train_dataset: Any = None,
@@ -131,6 +136,7 @@ class SGOPDTrainer(GRPOTrainer):
         self._meter = GateMeter()
         self._gate_inputs: dict[str, Any] | None = None
         self._row_advantages: Tensor | None = None
+        self.saved_step: int | None = None  # the last one with a checkpoint
         self._redirect = _ForwardRedirection()
         captured = capture(model, peft_config, args)
         super().__init__(
@@ -155,23 +161,24 @@ class SGOPDTrainer(GRPOTrainer):
             self.initial_policy = InitialPolicy(captured, self, loading)
         check_set_up(self)
 
-    def _set_up_teacher(self, teacher_model: str | PreTrainedModel) -> None:
-        args = self.args
-        teacher = load_teacher(
-            teacher_model, args.teacher_model_revision, args.teacher_model_init_kwargs, **self._loading_defaults()
-        )
-        student = self.accelerator.unwrap_model(self.model)
-        check_models(student, teacher, self._tokenizer, args)
-        shared = shared_vocabulary(student, teacher)
-        unshared = padding_ids(student, shared)
-        if unshared and self.use_vllm:
-            kwargs = self.vllm_generation.generation_kwargs
-            kwargs["logit_bias"] = {**(kwargs.get("logit_bias") or {}), **dict.fromkeys(unshared, -100.0)}
-        elif unshared:
-            suppressed = [*(self.generation_config.suppress_tokens or []), *unshared]
-            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
-        add_fused_lm_head(freeze(teacher), temperature=self.temperature)
-        self.teacher = LocalTeacher(teacher, self, shared)
+    def _set_up_teacher(self, teacher_model: str | PreTrainedModel | Teacher | None) -> None:
+        args, student = self.args, self.accelerator.unwrap_model(self.model)
+        self.shared_vocabulary = max(self._tokenizer.get_vocab().values()) + 1
+        if isinstance(teacher_model, Teacher):
+            self.teacher: Any = teacher_model
+        elif args.teacher_server_url:
+            self.teacher = ServerTeacher.of(self, teacher_model)
+            with self.agreed():
+                self.teacher.connect()
+                check_server(self)
+        else:
+            settings = args.teacher_model_revision, args.teacher_model_init_kwargs
+            teacher = load_teacher(teacher_model, *settings, **self._loading_defaults())
+            check_models(student, teacher, self._tokenizer, args)
+            self.shared_vocabulary = shared_vocabulary(student, teacher)
+            add_fused_lm_head(freeze(teacher), temperature=self.temperature)
+            self.teacher = LocalTeacher(teacher, self, self.shared_vocabulary)
+        suppress(self, padding_ids(student, self.shared_vocabulary))
 
     def _loading_defaults(self) -> dict[str, Any]:
         defaults = {"trust_remote_code": self.args.trust_remote_code}
@@ -183,6 +190,14 @@ class SGOPDTrainer(GRPOTrainer):
     def teacher_phase(self) -> TeacherPhaseSampler:
         """The teacher phase of this run; a phase that is a share of the steps has its length once training began."""
         return self.args.teacher_phase_sampler(self.state.max_steps)
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Around every question to a teacher that may fail on one rank alone: see `sg_opd.faults.agreed`."""
+        return agreed(self)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.saved_step = self.state.global_step
 
     def _generate(self, prompts: list) -> tuple:
         output = super()._generate(prompts)
@@ -214,14 +229,22 @@ class SGOPDTrainer(GRPOTrainer):
         output["row"] = torch.arange(len(inputs), device=device)
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "sampled":
-            output["teacher_per_token_logps"] = self._score(self.teacher.model, output)
+            output["teacher_per_token_logps"] = self._ask_teacher(output)
             if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
                 with self.initial_policy.lend() as model:
-                    output["initial_per_token_logps"] = self._score(model, output)
+                    output["initial_per_token_logps"] = self.completion_logps(model, output)
         return output
 
+    def _ask_teacher(self, batch: dict[str, Any]) -> Tensor:
+        """The teacher's log-probabilities of the batch's completion tokens, (B, T), zero where masked."""
+        ids = [as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion")]
+        inputs = {key: batch[key] for key in FORWARD_KEYS if key in batch}
+        with self.agreed():
+            logps = as_rectangle(self.teacher.score(*ids, **inputs), batch["completion_ids"].size(1))
+        return logps.to(batch["completion_ids"].device)
+
     @torch.no_grad()
-    def _score(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def completion_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of the batch's completion tokens under a frozen policy, (B, T)."""
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, _, _ = super()._get_per_token_logps_and_entropies(
@@ -349,6 +372,6 @@ class SGOPDTrainer(GRPOTrainer):
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "README.md"
             card = ModelCard.load(path)
-            section = self.args.card_section(get_config_model_id(self.teacher.unwrapped.config) or "a model in memory")
+            section = self.args.card_section(self.teacher.name)
             card.text = card.text.replace("### Framework versions", section + "### Framework versions")
             card.save(path)
