@@ -18,7 +18,7 @@ def test_rows_become_a_rectangle_and_rows_again():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_local_scores_are_the_models(temperature, make_model, tokenizer, dataset, tmp_path):
-    """Rows of unequal length, one of them empty, in chunks of two: log-softmax(logits / temperature) of the plain model."""
+    """Rows of unequal length, one empty, in chunks of two: log-softmax(logits / temperature) of the plain model."""
     args = make_config(tmp_path, temperature=temperature, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     teacher = make_model(2)
     plain = make_model(2)
