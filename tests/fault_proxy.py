@@ -18,7 +18,7 @@ Upstream = Callable[[str, str, dict | None], tuple[int, bytes]]
 class FaultProxy:
     """`faults` holds what happens to the next POSTs, in turn: `None` passes one on, as all do once it is empty.
 
-    Faults: a status ("429", "500", ...), "refuse" (connection closed before a byte), "drop" (in mid-body), "slow" (first
+    Faults: a status ("429", "500", ...), "refuse" (closed before a byte), "drop" (in mid-body), "slow" (first
     byte after `delay` seconds), "trickle" (a byte each tenth of a second), "truncated" (half the JSON, as if whole),
     "short" (a log-prob too few), "shifted" (log-probs of other ids), "nan".
     """

@@ -133,9 +133,8 @@ def check_vocabulary(
     url: str, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], served: Sequence[str | None]
 ) -> None:
     """Refuse a server that decodes token ids to other texts than the student's tokenizer does."""
-    pairs = [
-        (token, tokenizer.decode([token]), text or "") for token, text in dict(zip(ids, served, strict=True)).items()
-    ]
+    said = dict(zip(ids, served, strict=True))
+    pairs = [(token, tokenizer.decode([token]), text or "") for token, text in said.items()]
     # parts of a character are shown by each side in its own way
     comparable = [pair for pair in pairs if pair[2] and pair[1].isascii() and pair[2].isascii()]
     different = [pair for pair in comparable if pair[1].strip() != pair[2].strip()]
