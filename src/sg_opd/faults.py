@@ -24,7 +24,7 @@ def agreed(trainer: Any) -> Iterator[None]:
         failure = error
     failures = [message for message in gather_object([failure and str(failure)]) if message]
     if failures:
-        raise TeacherServerError(f"{failures[0]}. {save_last_good_step(trainer)}") from failure
+        raise TeacherServerError(f"{failures[0]}. {save_last_good_step(trainer)}") from None  # it repeats its words
 
 
 def save_last_good_step(trainer: Any) -> str:
