@@ -17,7 +17,7 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer):
     """A factory of tiny Qwen3 models with random weights: `make_model(seed, vocab_size=None, **config)`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -47,7 +47,7 @@ def make_model(tokenizer):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dataset():
     """Sixteen problems as rows of `prompt` (messages) and `solution`."""
     from datasets import Dataset

@@ -219,13 +219,9 @@ def check_set_up(trainer: Any) -> None:
             raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
         if trainer.aux_loss_enabled:
             raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
-        if trainer.is_fsdp_enabled:
-            raise ValueError("estimator='full' does not run under FSDP yet; use estimator='sampled', DDP or ZeRO.")
-        padding = padding_ids(models[0], shared_vocabulary(*models))
-        if is_deepspeed_zero3_enabled() and (padding or args.reference_policy == "initial"):
+        if trainer._dist.fsdp_version == 1:
             raise ValueError(
-                "Under ZeRO-3 estimator='full' needs reference_policy='current' and a teacher whose vocabulary is not "
-                "smaller than the student's: it hands the sharded heads as they are to the kernel. Use 'sampled'."
+                "estimator='full' does not run under FSDP version 1: set `fsdp_version: 2`, or use 'sampled'."
             )
         if args.reference_policy == "initial":
             check_linear(*map(head_of, models))

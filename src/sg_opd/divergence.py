@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 REVERSE_KL = 1.0  # the kernel's beta for KL(student || target)
 
@@ -84,8 +86,8 @@ def chunked_divergence(
 
     shared = min(vocabulary(student), vocabulary(target))
     if shared < vocabulary(student):  # the kernel runs over the student's ids
-        bias = None if student.bias is None else student.bias[:shared]
-        student = student._replace(weight=student.weight[:shared], bias=bias)
+        bias = None if student.bias is None else _first_rows(student.bias, shared)
+        student = student._replace(weight=_first_rows(student.weight, shared), bias=bias)
     with torch.enable_grad():  # the normalisers are read off the graph, which a pass without gradient drops again
         if not (student_hidden.requires_grad or student.weight.requires_grad):
             student_hidden = student_hidden.detach().requires_grad_()
@@ -148,20 +150,23 @@ def tilted_target(
     Raises:
         ValueError: a soft-capped head, which is no linear map.
     """
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
     check_linear(teacher, reference)
     shared = min(vocabulary(teacher), vocabulary(reference))
     hidden, columns = [], []
-    for states, head, weight in (
-        (teacher_hidden, teacher, factor * teacher.scale),
-        (reference_hidden, reference, (1 - factor) * reference.scale),
-    ):
-        weight = weight.unsqueeze(1).to(states.dtype)
-        hidden.append(weight * states)
-        columns.append(head.weight[:shared].to(states.dtype))
-        if head.bias is not None:
-            hidden.append(weight)
-            columns.append(head.bias[:shared, None].to(states.dtype))
-    return torch.cat(hidden, dim=1), Head(torch.cat(columns, dim=1), None)
+    with torch.no_grad(), maybe_gather_lm_head_ctx(teacher.weight, teacher.bias, reference.weight, reference.bias):
+        for states, head, weight in (
+            (teacher_hidden, teacher, factor * teacher.scale),
+            (reference_hidden, reference, (1 - factor) * reference.scale),
+        ):
+            weight = weight.unsqueeze(1).to(states.dtype)
+            hidden.append(weight * states)
+            columns.append(head.weight[:shared].to(states.dtype))
+            if head.bias is not None:
+                hidden.append(weight)
+                columns.append(head.bias[:shared, None].to(states.dtype))
+        return torch.cat(hidden, dim=1), Head(_whole(torch.cat(columns, dim=1)), None)
 
 
 def full_per_token(
@@ -188,6 +193,7 @@ def full_per_token(
         reference: states (B, T, H_r) and head of the initial policy; `None` is the current one.
         taught: (B, T), the tokens trained by maximum likelihood; `None` for none.
     """
+    student, teacher = unsharded(student), unsharded(teacher)
     states, targets, tokens = student_states[gated], teacher_states[gated], ids[gated]
     # under the initial reference this pass only decides, and the next one is differentiated
     given = states if reference is None else states.detach()
@@ -196,7 +202,7 @@ def full_per_token(
     if reference is None:
         divergence = factor * current.divergence
     else:
-        tilted = tilted_target(targets, teacher, reference[0][gated], reference[1], factor)
+        tilted = tilted_target(targets, teacher, reference[0][gated], unsharded(reference[1]), factor)
         divergence = chunked_divergence(states, student, *tilted, tokens, temperature).divergence
     per_token = spread(divergence, gated)
     if taught is not None:
@@ -207,6 +213,60 @@ def full_per_token(
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """`values` (N,) at the N true places of `mask` (B, T), zero elsewhere; keeps the graph where N is 0."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def unsharded(head: Head) -> Head:
+    """The head with plain tensors in place of FSDP2's DTensors; every rank must call it equally often.
+
+    Raises:
+        ValueError: a trained head that stays sharded within the forward, which would lose other ranks' gradients.
+    """
+    if not isinstance(head.weight, DTensor):
+        return head
+    if head.weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "estimator='full' under FSDP needs the student's head in the group of the whole model or of its last "
+            "norm, as accelerate makes them; take the head out of `fsdp_config['transformer_layer_cls_to_wrap']`."
+        )
+    bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+    return head._replace(weight=head.weight.full_tensor(), bias=bias)
+
+
+def _first_rows(parameter: Tensor, rows: int) -> Tensor:
+    """`parameter[:rows]`; of one that ZeRO-3 shards, a whole copy that lives until the backward pass."""
+    if not hasattr(parameter, "ds_status"):
+        return parameter[:rows]
+    return _whole(_GatheredRows.apply(parameter, rows))
+
+
+class _GatheredRows(torch.autograd.Function):
+    """The first rows of a parameter that ZeRO-3 shards; its gradient arrives in the parameter's own shape.
+
+    Autograd's own slice would not do: the parameter is empty again by the time its gradient comes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, rows: int) -> Tensor:
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+        with maybe_gather_lm_head_ctx(parameter):
+            ctx.shape = parameter.shape
+            return parameter[:rows].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        whole = gradient.new_zeros(ctx.shape)
+        whole[: len(gradient)] = gradient
+        return whole, None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """`tensor`, marked as gathered: under ZeRO-3 the kernel asks every head for its status."""
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        tensor.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+    return tensor
 
 
 def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:

@@ -298,7 +298,7 @@ class SGOPDTrainer(GRPOTrainer):
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
             return self._decide(inputs, student_logps, teacher_logps).factor
 
-        def per_token(student: PreTrainedModel, teacher: Tensor, reference: tuple | None) -> tuple[Tensor, Tensor]:
+        def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
             own = last_hidden_state(student, *sequence(inputs), mask.size(1))
             heads = head_of(student), head_of(self.teacher.unwrapped)
             nll = taught if self.args.teacher_rollout_loss == "nll" else None
@@ -314,7 +314,7 @@ class SGOPDTrainer(GRPOTrainer):
                 if self.args.reference_policy == "initial":
                     with self.initial_policy.lend() as policy:
                         reference = states(policy), head_of(self.accelerator.unwrap_model(policy))
-            losses, entropy = self._run_within(model, per_token, teacher, reference)
+            losses, entropy = self._run_within(model, per_token)
         self._meter.update(inputs["decision"], losses, mask, inputs["from_teacher"], gated, entropy)
         return losses.sum() / self._divisor(inputs)
 

@@ -1,0 +1,269 @@
+"""Two processes do what one does: DDP, ZeRO-3 and FSDP2 on the CPU with gloo, in real subprocesses.
+
+Each backend is one launch of `distributed_worker.py`, which trains all scenarios one after another: greedy decoding,
+plain SGD, two prompts of four rollouts a step, one prompt a rank. The single process is the reference.
+"""
+
+import functools
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from sg_opd.metrics import METRICS
+
+pytestmark = pytest.mark.integration
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+LIMIT = 280  # seconds for one launch, measured at 30 to 60
+SHARDED = ("zero3", "fsdp2")
+PHASE = {"teacher_phase_steps": 8, "teacher_phase_fraction": 0.375, "teacher_candidates": 1}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
+# every pair of {whole, lora} x {sampled, full} x {current, initial} x {no phase, phase}
+SCENARIOS = {
+    "whole-sampled-current": {
+        "settings": {
+            "mask_truncated_completions": True,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+    },
+    "whole-full-initial-phase": {
+        "student": "padded",
+        "settings": {"estimator": "full", "reference_policy": "initial", "gate_extrapolation": 1.2, **PHASE},
+    },
+    "lora-sampled-initial-phase": {
+        "lora": LORA,
+        "settings": {"reference_policy": "initial", "learning_rate": 0.5, **PHASE},
+    },
+    "lora-full-current-phase": {
+        "lora": LORA,
+        "student": "padded",
+        "settings": {"estimator": "full", "learning_rate": 0.2, "teacher_rollout_loss": "nll", **PHASE},
+    },
+    "lora-full-initial": {
+        "lora": LORA,
+        "settings": {
+            "estimator": "full",
+            "reference_policy": "initial",
+            "gate_extrapolation": 1.2,
+            "learning_rate": 0.2,
+            "mask_truncated_completions": True,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+    },
+    # beside the pairs: an embedding that is the head too, and activations computed twice
+    "whole-full-tied": {"student": "tied", "settings": {"estimator": "full", "gradient_checkpointing": True}},
+    "whole-full-tied-padded": {"student": "tied-padded", "settings": {"estimator": "full"}},
+}
+RESUMED = ("whole-sampled-current", "lora-full-initial")
+MASKED = ("whole-sampled-current", "lora-full-initial")
+WITH_PHASE = [name for name in SCENARIOS if name.endswith("phase")]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tokenizer, make_model, dataset):
+    """A folder with the models and the data that every launch reads; EOS comes early for some prompts only."""
+    folder = tmp_path_factory.mktemp("distributed")
+    models = {"student": make_model(4), "teacher": make_model(4, hidden_size=48), "tied": tied(make_model, 4)}
+    models["padded"], models["tied-padded"] = make_model(5, 40), tied(make_model, 5, 40)
+    for name, model in models.items():
+        with torch.no_grad():
+            if not name.startswith("tied"):
+                model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 2
+            if name.endswith("padded"):  # the same model with 40 - 27 more ids
+                base = models["student" if name == "padded" else "tied"].state_dict()
+                for key, value in model.state_dict().items():
+                    value[: len(base[key])] = base[key]
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    dataset.to_json(folder / "data.jsonl")
+    return folder
+
+
+def tied(make_model, seed, vocab_size=None):
+    return make_model(seed, vocab_size, scale=8.0, tie_word_embeddings=True)
+
+
+def launch(world, backend, scenarios, out):
+    """Run the worker to its end, or fail with what it printed."""
+    job = {"backend": backend, "out": str(out), "data": str(world / "data.jsonl"), "scenarios": {}}
+    for name, scenario in scenarios.items():
+        models = {"teacher": str(world / "teacher"), "student": str(world / scenario.get("student", "student"))}
+        job["scenarios"][name] = {**scenario, **models}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "job.json").write_text(json.dumps(job))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [sys.executable, *([] if backend == "single" else torchrun), str(WORKER), str(out / "job.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: torchrun and both ranks
+            process.wait()
+            code = "time-out"
+    assert code == 0, f"{backend}: {code}\n{(out / 'log.txt').read_text()[-6000:]}"
+
+
+@pytest.fixture(scope="session")
+def outcome(world):
+    """`outcome(backend, scenario)`: the ranks' notes and the trained weights, from one launch of each backend."""
+
+    @functools.cache
+    def launched(backend):
+        out = world / backend
+        again = {
+            f"{name}-resumed": {**SCENARIOS[name], "resume": str(out / name / "checkpoint-2")}
+            for name in RESUMED
+        }
+        try:
+            launch(world, backend, SCENARIOS | again, out)
+        except AssertionError as error:  # cached, so that one failed launch is not repeated for every test
+            return error
+        return out
+
+    def get(backend, name):
+        out = launched(backend)
+        if isinstance(out, AssertionError):
+            pytest.fail(str(out))
+        ranks = [json.loads(path.read_text()) for path in sorted((out / name).glob("rank*.json"))]
+        return ranks, torch.load(out / name / "weights.pt")
+
+    return get
+
+
+def logged(ranks, wanted):
+    """The logged values of some metrics, one dict a log entry; NaN where there was nothing to measure."""
+    logs = [{k: v for k, v in entry.items() if wanted(k)} for entry in ranks[0]["logs"]]
+    return [{k: math.nan if v is None else v for k, v in entry.items()} for entry in logs]
+
+
+def generations(ranks):
+    """The rows of each generation in the order of the global batch."""
+    return [[row for rows in parts for row in rows] for parts in zip(*(rank["rows"] for rank in ranks), strict=True)]
+
+
+def farthest(weights, others):
+    assert weights.keys() == others.keys()
+    return max((weights[name] - others[name]).abs().max().item() for name in weights)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_the_backend_is_what_it_says(backend, outcome):
+    """Two ranks; under ZeRO-3 and FSDP2 each holds half of the student, of the teacher and of the initial policy."""
+    for name in SCENARIOS:
+        ranks, _ = outcome(backend, name)
+        assert [rank["world"] for rank in ranks] == [2, 2]
+        kind = {"ddp": "MULTI_CPU", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}[backend]
+        assert {rank["backend"] for rank in ranks} == {f"DistributedType.{kind}"}
+        third = {"initial"} if SCENARIOS[name]["settings"].get("reference_policy") and "lora" not in name else set()
+        for rank in ranks:
+            assert rank["shares"].keys() == {"student", "teacher"} | third
+            for share in rank["shares"].values():
+                assert share == pytest.approx(0.5 if backend in SHARDED else 1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_losses_metrics_and_weights_are_a_single_processs(backend, name, outcome, world):
+    """Within 1e-5 after four steps, which moved the weights a thousand times as far."""
+    (one, expected), (two, weights) = outcome("single", name), outcome(backend, name)
+    initial = AutoModelForCausalLM.from_pretrained(world / SCENARIOS[name].get("student", "student"))
+    if "lora" not in name:
+        assert farthest(dict(initial.named_parameters()), expected) > 1e-2
+    assert farthest(expected, weights) < 1e-5
+    for got, want in zip(logged(two, lambda k: k == "loss"), logged(one, lambda k: k == "loss"), strict=True):
+        assert got == pytest.approx(want, abs=1e-5, rel=1e-5)
+    ours = lambda key: key in METRICS or key in ("reward", "eval_reward", "completions/mean_length")  # noqa: E731
+    for got, want in zip(logged(two, ours), logged(one, ours), strict=True):
+        assert got == pytest.approx(want, abs=2e-4, rel=1e-4, nan_ok=True)
+    assert any(entry.get("gate/consensus", 0) > 0.1 for entry in one[0]["logs"])
+    assert any(entry.get("gate/conflict", 0) > 0.1 for entry in one[0]["logs"])
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_rows_verdicts_and_slots_are_the_global_batchs(backend, name, outcome):
+    """Row i of the global batch has the same rollout, verdict, slot and source however many ranks there are."""
+    (one, _), (two, _) = outcome("single", name), outcome(backend, name)
+    expected, got = generations(one), generations(two)
+    assert len(got) == len(expected) == 4
+    for ours, theirs in zip(got, expected, strict=True):
+        assert [row | {"ids": row["ids"][: row["kept"]]} for row in ours] == [
+            row | {"ids": row["ids"][: row["kept"]]} for row in theirs
+        ]
+    assert len({row["verdict"] for rows in got for row in rows}) == 3
+    halves = [[{row["verdict"] for row in rows} for rows in rank["rows"]] for rank in two]
+    assert any(first != second for first, second in zip(*halves, strict=True))  # or a wrong slice would not show
+
+
+@pytest.mark.parametrize("name", WITH_PHASE)
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_every_rank_enters_the_sharded_teacher(backend, name, outcome):
+    """Equally often, in a generation where only one rank has slots too, and never without any slot."""
+    ranks, _ = outcome(backend, name)
+    assert ranks[0]["teacher_calls"] == ranks[1]["teacher_calls"]
+    slots = [[sum(row["slot"] for row in rows) for rows in rank["rows"]] for rank in ranks]
+    assert any((first == 0) != (second == 0) for first, second in zip(*slots, strict=True))
+    assert [calls > 0 for calls in ranks[0]["teacher_calls"]] == [any(both) for both in zip(*slots, strict=True)]
+    assert any(row["from_teacher"] for rank in ranks for rows in rank["rows"] for row in rows)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_ranks_of_unequal_lengths_go_on(backend, outcome):
+    """Some generation ended on one rank well before the other's, and training went on to the last step."""
+    unequal = 0
+    for name in SCENARIOS:
+        ranks, _ = outcome(backend, name)
+        lengths = [[max(row["kept"] for row in rows) for rows in rank["rows"]] for rank in ranks]
+        unequal += sum(abs(first - second) > 2 for first, second in zip(*lengths, strict=True))
+        assert ranks[0]["logs"][-1]["step"] == 4
+    assert unequal > 2
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_a_rank_of_masked_rows_runs_its_backward(backend, name, outcome):
+    """In some micro-batch one rank trained no token and the other did; the weights are compared above."""
+    ranks, _ = outcome(backend, name)
+    tokens = list(zip(*(rank["trained_tokens"] for rank in ranks), strict=True))
+    assert any((first == 0) != (second == 0) for first, second in tokens)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_resuming_is_bit_identical(backend, name, outcome):
+    (whole, weights), (resumed, again) = outcome(backend, name), outcome(backend, f"{name}-resumed")
+    assert [entry["step"] for entry in resumed[0]["logs"] if "loss" in entry] == [1, 2, 3, 4]
+    assert generations(resumed) == generations(whole)[2:]
+    assert farthest(weights, again) == 0.0
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_the_saved_model_is_the_trained_one(backend, name, outcome, world):
+    _, weights = outcome(backend, name)
+    saved = world / backend / name / "saved"
+    if "lora" in name:
+        model = AutoModelForCausalLM.from_pretrained(world / SCENARIOS[name].get("student", "student"))
+        model = PeftModel.from_pretrained(model, saved)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(saved)
+    assert farthest(dict(model.named_parameters()), weights) == 0.0
