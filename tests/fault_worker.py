@@ -1,6 +1,6 @@
 """Run by test_faults.py under torchrun: a few steps with the teacher behind URLs, whatever comes of it.
 
-    torchrun --nproc_per_node 2 fault_worker.py FOLDER URL [URL ...]
+torchrun --nproc_per_node 2 fault_worker.py FOLDER URL [URL ...]
 """
 
 import sys

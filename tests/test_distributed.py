@@ -129,10 +129,7 @@ def outcome(world):
     @functools.cache
     def launched(backend):
         out = world / backend
-        again = {
-            f"{name}-resumed": {**SCENARIOS[name], "resume": str(out / name / "checkpoint-2")}
-            for name in RESUMED
-        }
+        again = {f"{name}-resumed": {**SCENARIOS[name], "resume": str(out / name / "checkpoint-2")} for name in RESUMED}
         try:
             launch(world, backend, SCENARIOS | again, out)
         except AssertionError as error:  # cached, so that one failed launch is not repeated for every test

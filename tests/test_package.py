@@ -98,12 +98,12 @@ def test_trl_hooks(name):
 
 
 def test_trl_forward_hook():
-    from sg_opd.trainer import FORWARD_KEYS
+    from sg_opd.teacher import MULTIMODAL_KEYS
 
     hook = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
     parameters = list(inspect.signature(hook).parameters)
     assert parameters[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
-    assert set(FORWARD_KEYS) == set(parameters[8:])
+    assert set(MULTIMODAL_KEYS) == set(parameters[8:])
 
 
 def test_the_trainer_takes_grpos_arguments():

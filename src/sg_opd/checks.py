@@ -10,12 +10,11 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import SGOPDConfig
 from .data import COLLECTED
 from .divergence import check_linear, head_of
-from .teacher import LocalTeacher, eos_set, padding_ids, shared_vocabulary
+from .teacher import LocalTeacher, eos_set
 from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
 

@@ -11,6 +11,19 @@ from transformers import GenerationConfig, PreTrainedModel
 
 # said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# what a multimodal batch carries beside token ids, as the parent's forward takes it
+MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 @runtime_checkable
@@ -31,7 +44,7 @@ class Teacher(Protocol):
     ) -> list[Tensor]:
         """Log-probabilities in nats of each completion's tokens after its prompt, float32, (T_i,) each.
 
-        At the training temperature. A completion may be empty. `inputs` is what a multimodal batch carries beside ids.
+        At the training temperature. A completion may be empty. `inputs` are some of `MULTIMODAL_KEYS`.
         """
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
@@ -67,6 +80,14 @@ def load_teacher(
             "`teacher_model` is a model already. Drop one of them."
         )
     return teacher_model
+
+
+def loading_defaults(args: Any) -> dict[str, Any]:
+    """Keyword arguments for loading a frozen model, under those a user gives."""
+    defaults = {"trust_remote_code": args.trust_remote_code}
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
+    return defaults
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -153,12 +174,14 @@ class LocalTeacher:
     """A frozen teacher in this process; implements `Teacher`.
 
     Args:
-        model: the teacher, frozen.
+        model: the teacher; frozen here, and its head fused as the student's is.
         trainer: the trainer whose accelerator, generation settings and EOS ids it shares.
         shared: the number of ids that student and teacher share.
     """
 
     def __init__(self, model: PreTrainedModel, trainer: Any, shared: int) -> None:
+        from trl.trainer.utils import add_fused_lm_head
+
         args = trainer.args
         self.generation_config = GenerationConfig(
             do_sample=True,
@@ -174,6 +197,7 @@ class LocalTeacher:
         self.backend = trainer._dist
         self.gather_for_generation = args.ds3_gather_for_generation
         self.sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        add_fused_lm_head(freeze(model), temperature=args.temperature)
         self.model = prepare_frozen(model, trainer)
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, get_callable_name, get_config_model_id
+from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from .checks import check_arguments, check_dataset, check_models, check_set_up
 from .config import SGOPDConfig
@@ -27,24 +27,10 @@ from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
 from .rollouts import Rollouts, suppress
 from .server_checks import check_server
-from .teacher import LocalTeacher, Teacher, as_lists, as_rectangle, freeze, load_teacher, padding_ids, shared_vocabulary
+from .teacher import LocalTeacher, Teacher, as_lists, as_rectangle, load_teacher, padding_ids, shared_vocabulary
 from .teacher_phase import TeacherPhaseSampler
 from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
-
-# what a multimodal batch carries beside token ids, as the parent's forward takes it
-FORWARD_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
 
 
 class SGOPDTrainer(GRPOTrainer):
@@ -155,7 +141,7 @@ class SGOPDTrainer(GRPOTrainer):
         self.reward_func_names[0] = get_callable_name(verifier)
         self._set_up_teacher(teacher_model)
         if args.reference_policy == "initial":
-            loading = {**self._loading_defaults(), "dtype": self.model.dtype, **(args.model_init_kwargs or {})}
+            loading = {**loading_defaults(args), "dtype": self.model.dtype, **(args.model_init_kwargs or {})}
             if quantization_config is not None:
                 loading["quantization_config"] = quantization_config
             self.initial_policy = InitialPolicy(captured, self, loading)
@@ -173,18 +159,11 @@ class SGOPDTrainer(GRPOTrainer):
                 check_server(self)
         else:
             settings = args.teacher_model_revision, args.teacher_model_init_kwargs
-            teacher = load_teacher(teacher_model, *settings, **self._loading_defaults())
+            teacher = load_teacher(teacher_model, *settings, **loading_defaults(args))
             check_models(student, teacher, self._tokenizer, args)
             self.shared_vocabulary = shared_vocabulary(student, teacher)
-            add_fused_lm_head(freeze(teacher), temperature=self.temperature)
             self.teacher = LocalTeacher(teacher, self, self.shared_vocabulary)
         suppress(self, padding_ids(student, self.shared_vocabulary))
-
-    def _loading_defaults(self) -> dict[str, Any]:
-        defaults = {"trust_remote_code": self.args.trust_remote_code}
-        if self.args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-            defaults["device_map"] = None  # as the parent does: "auto" fails there
-        return defaults
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:
@@ -238,7 +217,7 @@ class SGOPDTrainer(GRPOTrainer):
     def _ask_teacher(self, batch: dict[str, Any]) -> Tensor:
         """The teacher's log-probabilities of the batch's completion tokens, (B, T), zero where masked."""
         ids = [as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion")]
-        inputs = {key: batch[key] for key in FORWARD_KEYS if key in batch}
+        inputs = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
         with self.agreed():
             logps = as_rectangle(self.teacher.score(*ids, **inputs), batch["completion_ids"].size(1))
         return logps.to(batch["completion_ids"].device)
@@ -252,7 +231,7 @@ class SGOPDTrainer(GRPOTrainer):
                 *sequence(batch),
                 batch["completion_ids"].size(1),
                 batch_size=self.args.per_device_train_batch_size,
-                **{key: batch[key] for key in FORWARD_KEYS if key in batch},
+                **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
             )
         return logps
 
