@@ -18,6 +18,7 @@ from vllm_server import ENVIRONMENT, VLLMServer, vllm_python
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd import endpoints as endpoints_module
 from sg_opd.endpoints import TeacherServerError
+from sg_opd.teacher import ask
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
@@ -101,7 +102,7 @@ def test_log_probs_and_gate_signs_are_those_of_the_teacher_in_process(build, url
     tokens = flipped = 0
     for batch in local.batches:
         mask = batch["completion_mask"].bool()
-        theirs = served._ask_teacher(batch)
+        theirs = ask(served.teacher, batch)
         assert (theirs - batch["teacher_per_token_logps"])[mask].abs().max() <= 1e-4
         student = batch["teacher_per_token_logps"] - batch["decision"].delta
         flipped += ((theirs - student).sign() != batch["sign"])[mask].sum().item()
@@ -170,14 +171,14 @@ def test_a_run_through_faults_equals_one_without(build, url, proxy):
 def test_a_fault_that_stays_ends_in_the_documented_error(fault, build, proxy, tmp_path):
     """In the second step: the URL, the status or what was wrong, the last good step, and its checkpoint."""
     trainer = build(proxy.url, teacher_server_timeout=5.0, teacher_server_retries=1, max_steps=2)
-    original = trainer._ask_teacher
+    original = trainer.teacher.score
 
-    def ask(batch):
+    def score(*ids):
         if trainer.state.global_step == 1:
             proxy.faults = [fault] * 100
-        return original(batch)
+        return original(*ids)
 
-    trainer._ask_teacher = ask
+    trainer.teacher.score = score
     proxy.delay = 6.0
     with pytest.raises(TeacherServerError) as caught:
         trainer.train()
@@ -216,14 +217,14 @@ def test_an_engine_in_bf16_is_warned_of_with_a_dead_zone(build, servers, caplog)
 def test_a_server_that_dies_in_the_run(build, servers, tmp_path):
     """The bf16 server is ended after the first step; last in this file, for it does not come back."""
     trainer = build(servers["bfloat16"].url, teacher_server_retries=1)
-    original = trainer._ask_teacher
+    original = trainer.teacher.score
 
-    def ask(batch):
+    def score(*ids):
         if trainer.state.global_step == 1:
             servers["bfloat16"].stop()
-        return original(batch)
+        return original(*ids)
 
-    trainer._ask_teacher = ask
+    trainer.teacher.score = score
     with pytest.raises(TeacherServerError, match=rf"ConnectError.*step is 1, saved in {tmp_path}/checkpoint-1"):
         trainer.train()
 

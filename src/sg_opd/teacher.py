@@ -161,6 +161,14 @@ def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
     return filled
 
 
+def ask(teacher: Teacher, batch: dict[str, Any]) -> Tensor:
+    """The teacher's log-probabilities of a batch's completion tokens, (B, T), zero where masked."""
+    ids = [as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion")]
+    inputs = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
+    completions = batch["completion_ids"]
+    return as_rectangle(teacher.score(*ids, **inputs), completions.size(1)).to(completions.device)
+
+
 def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and their mask, both (B, L), from rows of unequal length, padded at `side`."""
     from trl.trainer.utils import pad
@@ -176,20 +184,20 @@ class LocalTeacher:
     Args:
         model: the teacher; frozen here, and its head fused as the student's is.
         trainer: the trainer whose accelerator, generation settings and EOS ids it shares.
-        shared: the number of ids that student and teacher share.
     """
 
-    def __init__(self, model: PreTrainedModel, trainer: Any, shared: int) -> None:
+    def __init__(self, model: PreTrainedModel, trainer: Any) -> None:
         from trl.trainer.utils import add_fused_lm_head
 
         args = trainer.args
+        self.shared_vocabulary = shared_vocabulary(trainer.accelerator.unwrap_model(trainer.model), model)
         self.generation_config = GenerationConfig(
             do_sample=True,
             **proposal_sampling(args),
             max_new_tokens=args.max_completion_length,
             eos_token_id=trainer.eos_token_ids,
             pad_token_id=trainer._tokenizer.pad_token_id,
-            suppress_tokens=padding_ids(model, shared),
+            suppress_tokens=padding_ids(model, self.shared_vocabulary),
             disable_compile=True,
         )
         self.trainer = trainer

@@ -27,7 +27,7 @@ from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
 from .rollouts import Rollouts, suppress
 from .server_checks import check_server
-from .teacher import LocalTeacher, Teacher, as_lists, as_rectangle, load_teacher, padding_ids, shared_vocabulary
+from .teacher import MULTIMODAL_KEYS, LocalTeacher, Teacher, ask, load_teacher, loading_defaults, padding_ids
 from .teacher_phase import TeacherPhaseSampler
 from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
@@ -161,8 +161,8 @@ class SGOPDTrainer(GRPOTrainer):
             settings = args.teacher_model_revision, args.teacher_model_init_kwargs
             teacher = load_teacher(teacher_model, *settings, **loading_defaults(args))
             check_models(student, teacher, self._tokenizer, args)
-            self.shared_vocabulary = shared_vocabulary(student, teacher)
-            self.teacher = LocalTeacher(teacher, self, self.shared_vocabulary)
+            self.teacher = LocalTeacher(teacher, self)
+            self.shared_vocabulary = self.teacher.shared_vocabulary
         suppress(self, padding_ids(student, self.shared_vocabulary))
 
     @property
@@ -208,19 +208,12 @@ class SGOPDTrainer(GRPOTrainer):
         output["row"] = torch.arange(len(inputs), device=device)
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "sampled":
-            output["teacher_per_token_logps"] = self._ask_teacher(output)
+            with self.agreed():
+                output["teacher_per_token_logps"] = ask(self.teacher, output)
             if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
                 with self.initial_policy.lend() as model:
                     output["initial_per_token_logps"] = self.completion_logps(model, output)
         return output
-
-    def _ask_teacher(self, batch: dict[str, Any]) -> Tensor:
-        """The teacher's log-probabilities of the batch's completion tokens, (B, T), zero where masked."""
-        ids = [as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion")]
-        inputs = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
-        with self.agreed():
-            logps = as_rectangle(self.teacher.score(*ids, **inputs), batch["completion_ids"].size(1))
-        return logps.to(batch["completion_ids"].device)
 
     @torch.no_grad()
     def completion_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
