@@ -19,8 +19,8 @@ class FaultProxy:
     """`faults` holds what happens to the next POSTs, in turn: `None` passes one on, as all do once it is empty.
 
     Faults: a status ("429", "500", ...), "refuse" (closed before a byte), "drop" (in mid-body), "slow" (first
-    byte after `delay` seconds), "trickle" (a byte each tenth of a second), "truncated" (half the JSON, as if whole),
-    "short" (a log-prob too few), "shifted" (log-probs of other ids), "nan".
+    byte after `delay` seconds), "trickle" (all of it, in ten parts), "truncated" (half the JSON, as if whole),
+    "short" (a log-prob too few), "shifted" (log-probs of other ids), "nan", "-inf".
     """
 
     def __init__(self, upstream: Upstream) -> None:
@@ -100,11 +100,11 @@ class FaultProxy:
             handler.send_response(status)
             handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
-            for byte in body[: int(10 * self.delay)]:
-                handler.wfile.write(bytes([byte]))
+            part = -(-len(body) // 10)
+            for start in range(0, len(body), part):
+                time.sleep(self.delay / 10)
+                handler.wfile.write(body[start : start + part])
                 handler.wfile.flush()
-                time.sleep(0.1)
-            handler.hang_up()
         elif fault == "truncated":
             handler.reply(status, body[: len(body) // 2])
         else:
@@ -126,9 +126,9 @@ def spoilt(answer: dict, fault: str) -> dict:
         entries.pop()
     elif fault == "shifted":
         entries[-1] = {str(int(token) + 1000): value for token, value in entries[-1].items()}
-    elif fault == "nan":
+    else:
         for value in entries[-1].values():
-            value["logprob"] = float("nan")
+            value["logprob"] = float(fault)
     return answer
 
 

@@ -151,7 +151,7 @@ def test_proposals_come_back_as_ids_and_are_endorsed_or_not(build, url, caplog):
             assert "\\boxed{" in solved
 
 
-FAULTS = ["429", "500", "502", "503", "refuse", "slow", "drop", "truncated", "short", "shifted", "nan"]
+FAULTS = ["429", "500", "502", "503", "refuse", "slow", "drop", "truncated", "short", "shifted", "nan", "-inf"]
 
 
 def test_a_run_through_faults_equals_one_without(build, url, proxy):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .endpoints import Endpoints
-from .teacher import proposal_sampling, up_to_eos
+from .teacher import proposal_sampling
 
 COMPLETIONS = "/v1/completions"
 SEQUENCES_PER_REQUEST = 8  # long answers: some 100 bytes a token
@@ -123,7 +123,7 @@ class ServerTeacher:
         return scored
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
-        """`candidates` completions of each prompt as token ids, up to and with the first EOS.
+        """As `Teacher.propose`; a server ends a completion at the first EOS by itself.
 
         Seeds are drawn from torch's generator, so that a resumed run asks the same.
 
@@ -136,7 +136,7 @@ class ServerTeacher:
             ({**self._sampling(ids), "n": candidates, "seed": seed}, read)
             for ids, seed in zip(prompt_ids, seeds, strict=True)
         ]
-        return [[up_to_eos(ids, self.eos) for ids in some] for some in self.endpoints.ask_all(COMPLETIONS, requests)]
+        return self.endpoints.ask_all(COMPLETIONS, requests)
 
     def score_at(self, url: str, ids: list[int], others: int = 0) -> list[dict[str, Any]]:
         """One server's entries for a sequence's tokens but the first: by token id `logprob`, `decoded_token` and more.
