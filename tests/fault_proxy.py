@@ -98,6 +98,7 @@ class FaultProxy:
             handler.hang_up()
         elif fault == "trickle":
             handler.send_response(status)
+            handler.send_header("Content-Type", "application/json")
             handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
             part = -(-len(body) // 10)
