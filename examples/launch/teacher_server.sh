@@ -3,7 +3,7 @@
 # Hardware: by default 8 GPUs of 80 GB, two for the server and six for the trainer. Not run here on GPUs.
 #
 #     bash examples/launch/teacher_server.sh [--any_field value ...]                # both on this machine
-#     TEACHER_URL=http://host:8000 bash examples/launch/teacher_server.sh [...]     # the server runs already, elsewhere
+#     TEACHER_URL="http://host:8000" bash examples/launch/teacher_server.sh [...]   # servers that run, one URL or several
 #
 # Further arguments go to examples/train.py. To set, in the environment:
 #   TEACHER        path or hub id of the teacher                   RECIPE          recipe of the trainer
@@ -47,17 +47,22 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
-healthy() { curl --fail --silent --max-time 5 --output /dev/null "$url/health"; }
+healthy() {
+    local url
+    for url in "${urls[@]}"; do
+        curl --fail --silent --max-time 5 --output /dev/null "$url/health" || return 1
+    done
+}
 
 if [[ -n ${TEACHER_URL:-} ]]; then
-    url=$TEACHER_URL
+    read -ra urls <<<"$TEACHER_URL"
 else
-    url=http://127.0.0.1:$PORT
+    urls=("http://127.0.0.1:$PORT")
     if healthy; then
-        echo "Something answers at $url already: set PORT, or TEACHER_URL=$url to use it." >&2
+        echo "Something answers at ${urls[*]} already: set PORT, or TEACHER_URL=${urls[*]} to use it." >&2
         exit 1
     fi
-    echo "Serving $TEACHER at $url, output in $LOG"
+    echo "Serving $TEACHER at ${urls[*]}, output in $LOG"
     CUDA_VISIBLE_DEVICES=$SERVER_GPUS "${serve[@]}" "$TEACHER" --host 127.0.0.1 --port "$PORT" \
         --max-model-len "$MAX_MODEL_LEN" "${serve_args[@]}" >"$LOG" 2>&1 &
     server=$!
@@ -71,12 +76,12 @@ until healthy; do
         exit 1
     fi
     if ((SECONDS >= deadline)); then
-        echo "No answer from $url/health after $WAIT s." >&2
+        echo "No answer from ${urls[*]} (/health) after $WAIT s." >&2
         exit 1
     fi
     sleep 2
 done
-echo "The teacher answers at $url after $SECONDS s"
+echo "The teacher answers at ${urls[*]} after $SECONDS s"
 
 CUDA_VISIBLE_DEVICES=$TRAINER_GPUS "${launch[@]}" examples/train.py --config "$RECIPE" \
-    --teacher_model_name_or_path "$TEACHER" --teacher_server_url "$url" "$@"
+    --teacher_model_name_or_path "$TEACHER" --teacher_server_url "${urls[@]}" "$@"
