@@ -132,11 +132,60 @@ def test_there_are_configs():
     assert len(CONFIGS) >= 3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
-def test_accelerate_configs_load(path):
+ACCELERATE = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+# what each name promises: distributed type, and within it the stage, the device of offloading, or the version
+TOPOLOGIES = {
+    "single_gpu": ("NO", {}),
+    "ddp": ("MULTI_GPU", {}),
+    "zero2": ("DEEPSPEED", {"zero_stage": 2, "offload_optimizer_device": "none", "offload_param_device": "none"}),
+    "zero3": ("DEEPSPEED", {"zero_stage": 3, "offload_optimizer_device": "none", "offload_param_device": "none"}),
+    "zero3_offload": ("DEEPSPEED", {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"}),
+    "fsdp2": ("FSDP", {"fsdp_version": 2, "fsdp_reshard_after_forward": True, "fsdp_cpu_ram_efficient_loading": False}),
+}
+
+
+def test_every_topology_has_its_config():
+    assert {path.stem for path in ACCELERATE} == set(TOPOLOGIES)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)
+def test_accelerate_configs_are_what_their_names_say(path):
+    """Loaded by accelerate, which refuses unknown keys; those within a section are compared with its launcher's flags,
+    where accelerate itself would hand an unknown one on in silence."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    kind, promised = TOPOLOGIES[path.stem]
+    section = {"DEEPSPEED": config.deepspeed_config, "FSDP": config.fsdp_config}.get(kind, {})
+    assert config.distributed_type.value == kind
+    assert promised.items() <= section.items()
+    assert section.keys() <= vars(launch_command_parser().parse_args(["script.py"])).keys()
+    assert config.deepspeed_config == (section if kind == "DEEPSPEED" else {})
+    assert config.fsdp_config == (section if kind == "FSDP" else {})
+    assert config.mixed_precision == "bf16"
+    assert config.use_cpu is False
+    assert (config.num_processes > 1) == (kind != "NO")
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)
+def test_accelerate_configs_name_their_command(path):
+    command = path.read_text().splitlines()[0]
+    found = re.fullmatch(
+        r"# accelerate launch --config_file (\S+) examples/train\.py --config (examples/configs/\w+\.yaml)", command
+    )
+    assert found, command
+    assert found[1] == f"examples/accelerate/{path.name}"
+    assert (ROOT / found[2]).exists()
+
+
+def test_an_unknown_key_of_accelerate_is_refused(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert load_config_from_file(str(path)).num_processes >= 1
+    path = tmp_path / "ddp.yaml"
+    path.write_text((ROOT / "examples" / "accelerate" / "ddp.yaml").read_text() + "number_of_processes: 8\n")
+    with pytest.raises(ValueError, match="number_of_processes"):
+        load_config_from_file(str(path))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +194,21 @@ def test_accelerate_configs_load(path):
 def test_lint(command):
     run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def documents():
+    return [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_named_paths_exist(path):
+    """Relative links from the document's folder; paths in code from the repository's root."""
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (path.parent / target).exists(), target
+    for named in re.findall(r"\b((?:examples|notebooks|benchmarks|docs|tests|src)/[\w./-]+\.\w+)", text):
+        made_by_a_run = named.startswith("benchmarks/results/")
+        assert made_by_a_run or (ROOT / named).exists(), named
 
 
 def test_no_figure_is_left_to_fill_in():

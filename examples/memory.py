@@ -1,0 +1,185 @@
+"""How much GPU memory a recipe needs: an ESTIMATE from formulas; no GPU was at hand to check it against.
+
+    python examples/memory.py --config examples/configs/X.yaml --accelerate_config examples/accelerate/Y.yaml
+
+Checked on the CPU are parameter counts, LoRA's, the bytes of 4-bit weights, gradients, optimizer and KV cache, and the
+activations a layer stores. Assumed are what a library keeps for itself and how an allocator fragments: OVERHEAD, SLACK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+from geometry import Geometry
+
+GIB = 2**30
+VOCAB_TILE, TOKEN_TILE = 32768, 4096  # TRL's fused head and divergence kernel: never more logits than one such tile
+ZERO_BUCKET, ZERO_LIVE = 5e8, 1e9  # elements: DeepSpeed's defaults for reduce_bucket_size, stage3_max_live_parameters
+OVERHEAD, OVERHEAD_NCCL, SLACK = 1.0, 1.0, 0.10  # GiB of a CUDA context; of NCCL; share lost to fragmentation
+PROMPT = 512  # tokens, assumed of the longest prompt
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as one GPU sees it: `rows` are sequences generated at once, `batch` those of one backward pass."""
+
+    student: Geometry
+    teacher: Geometry | None  # None: on a server
+    rows: int
+    batch: int
+    completion: int
+    prompt: int = PROMPT
+    weight_bytes: int = 4  # of the student as loaded: 4 (fp32 masters, bf16 autocast) or 2
+    lora_rank: int = 0
+    student_4bit: bool = False
+    teacher_4bit: bool = False
+    teacher_rows: int = 0  # sequences the teacher generates at once in its phase
+    checkpointing: bool = True
+    full: bool = False  # the full estimator
+    initial_copy: bool = False  # a frozen copy of the student as the reference
+    sharding: str = "none"  # "none", "ddp", "zero2", "zero3", "fsdp"
+    offload: bool = False  # ZeRO: weights, gradients and optimizer in the host's memory
+    world: int = 1
+    vllm: float = 0.0  # GiB given to a colocated vLLM, which then generates and holds the KV cache
+    vllm_sleeps: bool = False  # and gives them back while the student is trained
+
+
+def resident(run: Run) -> dict[str, float]:
+    """Bytes held through a step, by part. Mixed-precision Adam: 16 a trained parameter (arXiv 1910.02054, section 3).
+
+    fp32 masters under autocast: weights 4, gradients 4, moments 8. DeepSpeed in bf16: 2, 2, and 4 + 8 in fp32. LoRA:
+    adapters in fp32 (4, 4, 8), on a 4-bit student in bf16 (2, 2, 4). ZeRO-2 divides gradients and optimizer by
+    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients.
+    """
+    zero, sharded = run.sharding.startswith("zero"), run.sharding in ("zero3", "fsdp")
+    base = 2 if zero else run.weight_bytes
+    each = base if zero or not run.lora_rank else 2 if run.student_4bit else 4
+    trained = run.student.lora(run.lora_rank) if run.lora_rank else run.student.parameters
+    split = run.world if sharded else 1
+    later = run.world if sharded or run.sharding == "zero2" else 1
+    on_gpu = 0 if run.offload else 1
+    own = run.student.weights(base, run.student_4bit)
+    parts = {"student weights": own / split * on_gpu, "LoRA weights": each * trained / split if run.lora_rank else 0.0}
+    parts["gradients"] = each * trained / later * on_gpu
+    parts["optimizer"] = (12 if zero else 2 * each) * trained / later * on_gpu
+    parts["initial policy"] = own / split * on_gpu if run.initial_copy else 0.0
+    parts["communication buffers"] = 2 * ZERO_BUCKET if zero else each * trained if run.sharding == "ddp" else 0.0
+    parts["teacher weights"] = run.teacher.weights(2, run.teacher_4bit) / split * on_gpu if run.teacher else 0.0
+    parts["vLLM"] = run.vllm * GIB * (not run.vllm_sleeps)
+    return parts
+
+
+def passing(run: Run) -> dict[str, float]:
+    """Bytes of each phase of a step, by part; phases follow one another, so the largest one counts.
+
+    Sharded weights are gathered: by ZeRO-3 whole to generate, at most ZERO_LIVE otherwise; by FSDP2 the tables and two
+    layers of the student, all of the teacher (TRL shards it as one unit). Generation holds the cache of every row of a
+    step at once, and scores the last position only, three times in fp32 (scores, filtered scores, probabilities).
+    """
+    student, length, zero3 = run.student, run.prompt + run.completion, run.sharding == "zero3"
+    tokens, completions = run.batch * length, run.batch * run.completion
+    computing = run.weight_bytes if run.sharding in ("none", "ddp") else 2  # bytes of a weight in use
+    layer = student.in_layers / student.layers
+    tables = 2 * (student.parameters - student.in_layers)
+    gathered = tables + 4 * layer if run.sharding == "fsdp" else 2 * min(student.parameters, ZERO_LIVE) * zero3
+    work = run.rows * (run.prompt * student.passing() + 12 * student.vocab)
+    generation = {"KV cache": student.kv_bytes(run.rows, length, computing), "logits and prefill": work}
+    if run.vllm:
+        generation = {"vLLM": run.vllm * GIB * run.vllm_sleeps}
+    generation["gathered weights"] = 2 * student.parameters if zero3 else gathered
+    tile = min(completions, TOKEN_TILE) * VOCAB_TILE * (10 if run.full else 2)
+    head = tile + completions * student.hidden * 4 + (0 if run.lora_rank else 4 * student.vocab * student.hidden)
+    per_layer = student.stored(computing, bool(run.lora_rank))
+    kept = tokens * student.layers * (student.hidden * computing if run.checkpointing else per_layer)
+    in_flight = tokens * (student.passing() + (per_layer if run.checkpointing else 0))
+    copies = 2 * student.parameters if computing == 4 and not run.lora_rank else 0
+    training = {"activations": kept + in_flight, "head": head, "autocast copies": copies, "gathered weights": gathered}
+    phases = {"generation": generation, "training": training}
+    if run.teacher:
+        whole = 2 * run.teacher.parameters
+        brought = whole if run.sharding == "fsdp" else min(whole, 2 * ZERO_LIVE) * zero3
+        work = tokens * run.teacher.passing()
+        phases["scoring"] = {"activations": work, "head": tile, "gathered weights": brought}
+        cache = run.teacher.kv_bytes(run.teacher_rows, length, 2) + run.teacher_rows * 12 * run.teacher.vocab
+        held = whole if run.sharding in ("fsdp", "zero3") else 0
+        phases["teacher phase"] = {"KV cache and logits": cache, "gathered weights": held} if run.teacher_rows else {}
+    return {f"{phase}: {part}": size for phase, parts in phases.items() for part, size in parts.items()}
+
+
+def estimate(run: Run) -> dict[str, float]:
+    """GiB by part on one GPU, an estimate: what is held, each phase's own, `overhead`, and `peak`.
+
+    The peak adds up what is held, the largest phase and the overhead.
+    """
+    parts = {name: size / GIB for name, size in (resident(run) | passing(run)).items() if size}
+    held = sum(size for name, size in parts.items() if ": " not in name)
+    phases: dict[str, float] = {}
+    for name, size in parts.items():
+        if ": " in name:
+            phases[name.split(": ")[0]] = phases.get(name.split(": ")[0], 0.0) + size
+    used = held + max(phases.values())
+    parts["overhead"] = OVERHEAD + OVERHEAD_NCCL * (run.world > 1) + SLACK * used
+    return {**parts, "peak": used + parts["overhead"]}
+
+
+def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int = PROMPT) -> Run:
+    """The run of a recipe under an accelerate configuration, on GPUs of `gpu` GiB; LoRA is taken as all-linear."""
+    from trl import ModelConfig
+
+    from sg_opd import SGOPDConfig
+
+    given = {field.name: field.default for cls in (SGOPDConfig, ModelConfig) for field in fields(cls)}
+    given |= yaml.safe_load(recipe.read_text())
+    launch = yaml.safe_load(accelerate_config.read_text())
+    zero = launch.get("deepspeed_config", {})
+    kinds = {"NO": "none", "MULTI_GPU": "ddp", "FSDP": "fsdp", "DEEPSPEED": f"zero{zero.get('zero_stage')}"}
+    rows = given["per_device_train_batch_size"] * (
+        given["steps_per_generation"] or given["gradient_accumulation_steps"]
+    )
+    phase = given["preset"] == "sg-opd" if given["teacher_phase_steps"] is None else given["teacher_phase_steps"] > 0
+    quantised = (given["teacher_model_init_kwargs"] or {}).get("quantization_config", {})
+    lora_rank = given["lora_r"] if given["use_peft"] else 0
+    initial = (given["reference_policy"] or ("initial" if given["preset"] == "exopd" else "current")) == "initial"
+    return Run(
+        student=Geometry.of(given["model_name_or_path"]),
+        teacher=None if given.get("teacher_server_url") else Geometry.of(given["teacher_model_name_or_path"]),
+        rows=rows,
+        batch=given["per_device_train_batch_size"],
+        completion=given["max_completion_length"],
+        prompt=prompt,
+        weight_bytes=4 if given["dtype"] == "float32" else 2,
+        lora_rank=lora_rank,
+        student_4bit=given["load_in_4bit"],
+        teacher_4bit=quantised.get("load_in_4bit", False),
+        teacher_rows=math.ceil(rows * given["teacher_phase_fraction"]) * given["teacher_candidates"] * phase,
+        checkpointing=given["gradient_checkpointing"],
+        full=given["estimator"] == "full",
+        initial_copy=initial and not lora_rank,
+        sharding=kinds[launch["distributed_type"]],
+        offload=zero.get("offload_param_device") == "cpu",
+        world=launch["num_processes"],
+        vllm=gpu * given["vllm_gpu_memory_utilization"] * (given["use_vllm"] and given["vllm_mode"] == "colocate"),
+        vllm_sleeps=given["vllm_enable_sleep_mode"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Estimate the GPU memory of a recipe; an estimate, not measured.")
+    parser.add_argument("--config", type=Path, required=True, help="a recipe of examples/configs")
+    parser.add_argument("--accelerate_config", type=Path, required=True, help="a file of examples/accelerate")
+    parser.add_argument(
+        "--gpu", type=float, default=80.0, help="GiB of one GPU, of which a colocated vLLM takes a share"
+    )
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of the longest prompt")
+    args = parser.parse_args()
+    for name, size in estimate(read(args.config, args.accelerate_config, args.gpu, args.prompt)).items():
+        print(f"{size:8.2f} GiB  {name}")
+    print("Of one GPU; an estimate, not measured.")
+
+
+if __name__ == "__main__":
+    main()
