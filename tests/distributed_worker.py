@@ -139,7 +139,8 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def configuration(name: str, folder: Path, world: int, settings: dict[str, Any]) -> SGOPDConfig:
+def configuration(folder: Path, world: int, settings: dict[str, Any]) -> SGOPDConfig:
+    """Two micro-batches of one prompt's four rollouts, or of half of that on each of two ranks, a step."""
     args = SGOPDConfig(
         **{
             "output_dir": str(folder),
@@ -149,8 +150,8 @@ def configuration(name: str, folder: Path, world: int, settings: dict[str, Any])
             "num_generations": 4,
             "max_completion_length": 12,
             "generation_kwargs": {"do_sample": False},
-            "learning_rate": 0.05,
-            "optim": "sgd",
+            "learning_rate": 0.03,
+            "adam_epsilon": 1.0,  # far above the gradients' noise, which AdamW would otherwise turn into whole steps
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
             "gate_interpolation": 0.6,
@@ -176,7 +177,7 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     """Train one scenario and write down what this rank saw."""
     folder = OUT / name
     folder.mkdir(parents=True, exist_ok=True)
-    args = configuration(name, folder, world, scenario.get("settings", {}))
+    args = configuration(folder, world, scenario.get("settings", {}))
     data = load_dataset("json", data_files=JOB["data"], split="train")
     lora = scenario.get("lora")
     trainer = Witness(
