@@ -15,18 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
-
-torch.set_num_threads(1)
-JOB = json.loads(Path(sys.argv[1]).read_text())
-BACKEND, OUT = JOB["backend"], Path(JOB["out"])
-if BACKEND == "zero3":
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it: plain gloo will do
-
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import load_dataset
@@ -35,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 
+JOB = json.loads(Path(sys.argv[1]).read_text())
+BACKEND, OUT = JOB["backend"], Path(JOB["out"])
 # with DeepSpeed's own thresholds a model as tiny as this would not be sharded at all
 ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -198,6 +189,7 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
         "world": trainer.accelerator.num_processes,
         "backend": str(trainer.accelerator.distributed_type),
         "shares": {which: local_share(model) for which, model in models.items()},
+        "device_map": trainer._loading_defaults().get("device_map", "auto"),
         "rows": trainer.rows,
         "trained_tokens": trainer.trained_tokens,
         "teacher_calls": trainer.teacher_calls,
@@ -213,6 +205,11 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    if BACKEND == "zero3":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, scenario in JOB["scenarios"].items():
         run(name, scenario, world)

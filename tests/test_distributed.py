@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +41,14 @@ SCENARIOS = {
     },
     "whole-full-initial-phase": {
         "student": "padded",
-        "settings": {"estimator": "full", "reference_policy": "initial", "gate_extrapolation": 1.2, **PHASE},
+        "settings": {
+            "estimator": "full",
+            "reference_policy": "initial",
+            "gate_extrapolation": 1.2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **PHASE,
+        },
     },
     "lora-sampled-initial-phase": {
         "lora": LORA,
@@ -71,7 +77,7 @@ SCENARIOS = {
 }
 TIED = {"seed": 5, "scale": 1.0, "tie_word_embeddings": True, "initializer_range": 0.2}
 BASE = {"padded": "student", "tied-padded": "tied"}
-RESUMED = ("whole-sampled-current", "lora-full-initial")
+RESUMED = ("whole-sampled-current", "whole-full-initial-phase", "lora-full-initial")
 MASKED = ("whole-sampled-current", "lora-full-initial")
 WITH_PHASE = [name for name in SCENARIOS if name.endswith("phase")]
 
@@ -110,14 +116,14 @@ def launch(world, backend, scenarios, out):
         port = probe.getsockname()[1]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     command = [sys.executable, *([] if backend == "single" else torchrun), str(WORKER), str(out / "job.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with (out / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
         try:
             code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: torchrun and both ranks
-            process.wait()
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            process.wait(60)
             code = "time-out"
     assert code == 0, f"{backend}: {code}\n{(out / 'log.txt').read_text()[-6000:]}"
 
@@ -129,10 +135,7 @@ def outcome(world):
     @functools.cache
     def launched(backend):
         out = world / backend
-        again = {
-            f"{name}-resumed": {**SCENARIOS[name], "resume": str(out / name / "checkpoint-2")}
-            for name in RESUMED
-        }
+        again = {f"{name}-resumed": {**SCENARIOS[name], "resume": str(out / name / "checkpoint-2")} for name in RESUMED}
         try:
             launch(world, backend, SCENARIOS | again, out)
         except AssertionError as error:  # cached, so that one failed launch is not repeated for every test
@@ -175,6 +178,7 @@ def test_the_backend_is_what_it_says(backend, outcome):
         assert {rank["backend"] for rank in ranks} == {f"DistributedType.{kind}"}
         third = {"initial"} if SCENARIOS[name]["settings"].get("reference_policy") and "lora" not in name else set()
         for rank in ranks:
+            assert (rank["device_map"] is None) == (backend in SHARDED)  # "auto" would spread a shard over all GPUs
             assert rank["shares"].keys() == {"student", "teacher"} | third
             for share in rank["shares"].values():
                 assert share == pytest.approx(0.5 if backend in SHARDED else 1.0, abs=0.02)

@@ -10,11 +10,10 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import SGOPDConfig
 from .divergence import check_linear, head_of
-from .teacher import eos_set, padding_ids, shared_vocabulary
+from .teacher import eos_set
 from .verifiers import MathVerifier
 
 logger = get_logger(__name__)  # of the main process only
@@ -165,7 +164,8 @@ def check_set_up(trainer: Any) -> None:
             raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
         if trainer._dist.fsdp_version == 1:
             raise ValueError(
-                "estimator='full' does not run under FSDP version 1: set `fsdp_version: 2`, or use 'sampled'."
+                "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
+                "set `fsdp_version: 2`, or use estimator='sampled'."
             )
         if args.reference_policy == "initial":
             check_linear(*map(head_of, models))

@@ -175,7 +175,7 @@ class SGOPDTrainer(GRPOTrainer):
 
     def _loading_defaults(self) -> dict[str, Any]:
         defaults = {"trust_remote_code": self.args.trust_remote_code}
-        if self.args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        if self.args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
             defaults["device_map"] = None  # as the parent does: "auto" fails there
         return defaults
 
