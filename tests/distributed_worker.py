@@ -15,18 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
-
-torch.set_num_threads(1)
-JOB = json.loads(Path(sys.argv[1]).read_text())
-BACKEND, OUT = JOB["backend"], Path(JOB["out"])
-if BACKEND == "zero3":
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it: plain gloo will do
-
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import load_dataset
@@ -35,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 
+JOB = json.loads(Path(sys.argv[1]).read_text())
+BACKEND, OUT = JOB["backend"], Path(JOB["out"])
 # with DeepSpeed's own thresholds a model as tiny as this would not be sharded at all
 ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -139,7 +130,8 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def configuration(name: str, folder: Path, world: int, settings: dict[str, Any]) -> SGOPDConfig:
+def configuration(folder: Path, world: int, settings: dict[str, Any]) -> SGOPDConfig:
+    """Two micro-batches of one prompt's four rollouts, or of half of that on each of two ranks, a step."""
     args = SGOPDConfig(
         **{
             "output_dir": str(folder),
@@ -149,8 +141,8 @@ def configuration(name: str, folder: Path, world: int, settings: dict[str, Any])
             "num_generations": 4,
             "max_completion_length": 12,
             "generation_kwargs": {"do_sample": False},
-            "learning_rate": 0.05,
-            "optim": "sgd",
+            "learning_rate": 0.03,
+            "adam_epsilon": 1.0,  # far above the gradients' noise, which AdamW would otherwise turn into whole steps
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
             "gate_interpolation": 0.6,
@@ -176,7 +168,7 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     """Train one scenario and write down what this rank saw."""
     folder = OUT / name
     folder.mkdir(parents=True, exist_ok=True)
-    args = configuration(name, folder, world, scenario.get("settings", {}))
+    args = configuration(folder, world, scenario.get("settings", {}))
     data = load_dataset("json", data_files=JOB["data"], split="train")
     lora = scenario.get("lora")
     trainer = Witness(
@@ -197,6 +189,7 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
         "world": trainer.accelerator.num_processes,
         "backend": str(trainer.accelerator.distributed_type),
         "shares": {which: local_share(model) for which, model in models.items()},
+        "device_map": trainer._loading_defaults().get("device_map", "auto"),
         "rows": trainer.rows,
         "trained_tokens": trainer.trained_tokens,
         "teacher_calls": trainer.teacher_calls,
@@ -212,6 +205,11 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    if BACKEND == "zero3":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, scenario in JOB["scenarios"].items():
         run(name, scenario, world)

@@ -9,7 +9,15 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.checks import check_arguments, check_dataset, check_prompts, check_tokenizers, has_images, rows_to_check
+from sg_opd.checks import (
+    check_arguments,
+    check_dataset,
+    check_prompts,
+    check_set_up,
+    check_tokenizers,
+    has_images,
+    rows_to_check,
+)
 
 
 def coin(prompts, completions, **kwargs):
@@ -166,3 +174,13 @@ def test_full_estimator_with_soft_caps(build, make_model):
     capped.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         build(model=capped, config={"estimator": "full", "reference_policy": "initial"})
+
+
+def test_full_estimator_under_fsdp(build):
+    """Version 2 is fine, version 1 is refused; neither can be switched on without several processes."""
+    trainer = build(config={"estimator": "full"})
+    trainer._dist.fsdp_version = 2
+    check_set_up(trainer)
+    trainer._dist.fsdp_version = 1
+    with pytest.raises(ValueError, match=r"FSDP version 1.*fsdp_version: 2.*'sampled'"):
+        check_set_up(trainer)

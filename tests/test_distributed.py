@@ -1,14 +1,13 @@
 """Two processes do what one does: DDP, ZeRO-3 and FSDP2 on the CPU with gloo, in real subprocesses.
 
 Each backend is one launch of `distributed_worker.py`, which trains all scenarios one after another: greedy decoding,
-plain SGD, two prompts of four rollouts a step, one prompt a rank. The single process is the reference.
+two prompts of four rollouts a step, one prompt a rank. The single process is the reference.
 """
 
 import functools
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,12 +25,13 @@ pytestmark = pytest.mark.integration
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LIMIT = 280  # seconds for one launch, measured at 30 to 60
 SHARDED = ("zero3", "fsdp2")
-PHASE = {"teacher_phase_steps": 8, "teacher_phase_fraction": 0.375, "teacher_candidates": 1}
+PHASE = {"teacher_phase_steps": 6, "teacher_phase_fraction": 0.25, "teacher_candidates": 1}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
 # every pair of {whole, lora} x {sampled, full} x {current, initial} x {no phase, phase}
 SCENARIOS = {
     "whole-sampled-current": {
         "settings": {
+            "learning_rate": 0.003,
             "mask_truncated_completions": True,
             "save_strategy": "steps",
             "save_steps": 2,
@@ -41,7 +41,14 @@ SCENARIOS = {
     },
     "whole-full-initial-phase": {
         "student": "padded",
-        "settings": {"estimator": "full", "reference_policy": "initial", "gate_extrapolation": 1.2, **PHASE},
+        "settings": {
+            "estimator": "full",
+            "reference_policy": "initial",
+            "gate_extrapolation": 1.2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **PHASE,
+        },
     },
     "lora-sampled-initial-phase": {
         "lora": LORA,
@@ -68,7 +75,9 @@ SCENARIOS = {
     "whole-full-tied": {"student": "tied", "settings": {"estimator": "full", "gradient_checkpointing": True}},
     "whole-full-tied-padded": {"student": "tied-padded", "settings": {"estimator": "full"}},
 }
-RESUMED = ("whole-sampled-current", "lora-full-initial")
+TIED = {"seed": 5, "scale": 1.0, "tie_word_embeddings": True, "initializer_range": 0.2}
+BASE = {"padded": "student", "tied-padded": "tied"}
+RESUMED = ("whole-sampled-current", "whole-full-initial-phase", "lora-full-initial")
 MASKED = ("whole-sampled-current", "lora-full-initial")
 WITH_PHASE = [name for name in SCENARIOS if name.endswith("phase")]
 
@@ -77,24 +86,21 @@ WITH_PHASE = [name for name in SCENARIOS if name.endswith("phase")]
 def world(tmp_path_factory, tokenizer, make_model, dataset):
     """A folder with the models and the data that every launch reads; EOS comes early for some prompts only."""
     folder = tmp_path_factory.mktemp("distributed")
-    models = {"student": make_model(4), "teacher": make_model(4, hidden_size=48), "tied": tied(make_model, 4)}
-    models["padded"], models["tied-padded"] = make_model(5, 40), tied(make_model, 5, 40)
-    for name, model in models.items():
+    shapes = {"student": {"seed": 4}, "teacher": {"seed": 4, "hidden_size": 48}, "tied": TIED}
+    shapes |= {"padded": {"seed": 5, "vocab_size": 40}, "tied-padded": {**TIED, "vocab_size": 40}}
+    weights = {}
+    for name, shape in shapes.items():
+        model = make_model(**shape)
         with torch.no_grad():
-            if not name.startswith("tied"):
-                model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 2
-            if name.endswith("padded"):  # the same model with 40 - 27 more ids
-                base = models["student" if name == "padded" else "tied"].state_dict()
-                for key, value in model.state_dict().items():
-                    value[: len(base[key])] = base[key]
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 2
+            for key, value in model.state_dict().items():
+                if name.endswith("padded"):  # the same model with more ids
+                    value[: len(weights[BASE[name]][key])] = weights[BASE[name]][key]
+        weights[name] = model.state_dict()
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     dataset.to_json(folder / "data.jsonl")
     return folder
-
-
-def tied(make_model, seed, vocab_size=None):
-    return make_model(seed, vocab_size, scale=8.0, tie_word_embeddings=True)
 
 
 def launch(world, backend, scenarios, out):
@@ -110,14 +116,14 @@ def launch(world, backend, scenarios, out):
         port = probe.getsockname()[1]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     command = [sys.executable, *([] if backend == "single" else torchrun), str(WORKER), str(out / "job.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with (out / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
         try:
             code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: torchrun and both ranks
-            process.wait()
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            process.wait(60)
             code = "time-out"
     assert code == 0, f"{backend}: {code}\n{(out / 'log.txt').read_text()[-6000:]}"
 
@@ -172,6 +178,7 @@ def test_the_backend_is_what_it_says(backend, outcome):
         assert {rank["backend"] for rank in ranks} == {f"DistributedType.{kind}"}
         third = {"initial"} if SCENARIOS[name]["settings"].get("reference_policy") and "lora" not in name else set()
         for rank in ranks:
+            assert (rank["device_map"] is None) == (backend in SHARDED)  # "auto" would spread a shard over all GPUs
             assert rank["shares"].keys() == {"student", "teacher"} | third
             for share in rank["shares"].values():
                 assert share == pytest.approx(0.5 if backend in SHARDED else 1.0, abs=0.02)
@@ -180,11 +187,11 @@ def test_the_backend_is_what_it_says(backend, outcome):
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
 def test_losses_metrics_and_weights_are_a_single_processs(backend, name, outcome, world):
-    """Within 1e-5 after four steps, which moved the weights a thousand times as far."""
+    """Within 1e-5 after four steps, which moved the weights at least a hundred times as far."""
     (one, expected), (two, weights) = outcome("single", name), outcome(backend, name)
     initial = AutoModelForCausalLM.from_pretrained(world / SCENARIOS[name].get("student", "student"))
     if "lora" not in name:
-        assert farthest(dict(initial.named_parameters()), expected) > 1e-2
+        assert farthest(dict(initial.named_parameters()), expected) > 1e-3
     assert farthest(expected, weights) < 1e-5
     for got, want in zip(logged(two, lambda k: k == "loss"), logged(one, lambda k: k == "loss"), strict=True):
         assert got == pytest.approx(want, abs=1e-5, rel=1e-5)
@@ -206,7 +213,6 @@ def test_rows_verdicts_and_slots_are_the_global_batchs(backend, name, outcome):
         assert [row | {"ids": row["ids"][: row["kept"]]} for row in ours] == [
             row | {"ids": row["ids"][: row["kept"]]} for row in theirs
         ]
-    assert len({row["verdict"] for rows in got for row in rows}) == 3
     halves = [[{row["verdict"] for row in rows} for rows in rank["rows"]] for rank in two]
     assert any(first != second for first, second in zip(*halves, strict=True))  # or a wrong slice would not show
 

@@ -4,7 +4,17 @@ import pytest
 import torch
 from trl.kernels import chunked_divergence as kernel
 
-from sg_opd.divergence import Head, check_linear, chunked_divergence, chunked_nll, head_of, spread, tilted_target
+from sg_opd.divergence import (
+    Head,
+    _GatheredRows,
+    check_linear,
+    chunked_divergence,
+    chunked_nll,
+    head_of,
+    spread,
+    tilted_target,
+    unsharded,
+)
 from sg_opd.loss import gated_divergence
 
 
@@ -117,3 +127,36 @@ def test_head_of_reads_the_configurations_scaling(make_model):
     assert head_of(model).scale == 8.0
     model.config.logits_scaling, model.config.logit_scale = None, 0.25
     assert head_of(model).scale == 0.25
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7,)], ids=["weight", "bias"])
+def test_gathered_rows_are_a_slice(shape):
+    """Value and gradient of `parameter[:4]`: the gradient of the other rows is zero, in the parameter's own shape."""
+    generator = torch.Generator().manual_seed(6)
+    parameter = torch.randn(shape, generator=generator, requires_grad=True)
+    rows = _GatheredRows.apply(parameter, 4)
+    assert rows.equal(parameter[:4])
+    weights = torch.randn(rows.shape, generator=generator)
+    (got,) = torch.autograd.grad((rows * weights).sum(), parameter)
+    assert got.equal(torch.cat([weights, torch.zeros(3, *shape[1:])]))
+
+
+def test_a_sharded_head_is_made_whole_unless_it_is_trained(tmp_path):
+    """FSDP2's own gathering within the forward averages gradients over ranks; a DTensor's does not."""
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight, bias = torch.randn(5, 3), torch.randn(5)
+        head = Head(distribute_tensor(weight, mesh, [Shard(0)]), distribute_tensor(bias, mesh, [Shard(0)]), scale=2.0)
+        whole = unsharded(head)
+        assert type(whole.weight) is type(whole.bias) is torch.Tensor
+        assert whole.weight.equal(weight)
+        assert whole.bias.equal(bias)
+        assert whole.scale == 2.0
+        with pytest.raises(ValueError, match="transformer_layer_cls_to_wrap"):
+            unsharded(head._replace(weight=head.weight.requires_grad_()))
+    finally:
+        distributed.destroy_process_group()

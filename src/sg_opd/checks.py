@@ -220,7 +220,8 @@ def check_set_up(trainer: Any) -> None:
             raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
         if trainer._dist.fsdp_version == 1:
             raise ValueError(
-                "estimator='full' does not run under FSDP version 1: set `fsdp_version: 2`, or use 'sampled'."
+                "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
+                "set `fsdp_version: 2`, or use estimator='sampled'."
             )
         if args.reference_policy == "initial":
             check_linear(*map(head_of, models))

@@ -85,7 +85,7 @@ def load_teacher(
 def loading_defaults(args: Any) -> dict[str, Any]:
     """Keyword arguments for loading a frozen model, under those a user gives."""
     defaults = {"trust_remote_code": args.trust_remote_code}
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
         defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
     return defaults
 
