@@ -8,9 +8,8 @@ bf16 autocast on the device, and in fp32 on the CPU. The losses of every step mu
 Then a larger student with random weights generates and trains for a step, and its peak is set beside the estimate.
 """
 
-from __future__ import annotations
-
 import argparse
+import gc
 import json
 import os
 import resource
@@ -22,15 +21,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-ARITHMETIC = ROOT / "examples" / "arithmetic"
-sys.path[:0] = [str(ROOT / "examples"), str(ARITHMETIC)]
+from sg_opd import SGOPDConfig, SGOPDTrainer
 
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("examples", "examples/arithmetic")]
 from geometry import Geometry
 from memory import Run, estimate
 from problems import make_problems
 
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = ROOT / "examples" / "arithmetic"
 KINDS = [(tuning, estimator) for tuning in ("full", "lora") for estimator in ("sampled", "full")]
 # bf16 keeps 8 bits: a log-ratio of logits of about 20 is off by up to 0.06 nats, the mean of 320 tokens' by 0.06 / 18
 ABSOLUTE, RELATIVE = 0.005, 0.02
@@ -39,11 +42,7 @@ ROWS, PROMPT, COMPLETION, RANK = 8, 32, 64, 8
 
 def train(models: list[str], kind: tuple[str, str], device: str, bf16: bool, steps: int, **given) -> dict:
     """Losses by step, seconds and peak memory in GiB of one training run on `device`; `given` goes to the trainer."""
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    from sg_opd import SGOPDConfig, SGOPDTrainer
-
+    gc.collect()  # or the model before this one counts as this one's memory
     rows = [  # every second gold is another number, so that both verdicts occur
         {"prompt": [{"role": "user", "content": row["question"]}], "solution": row["answer"] if i % 2 else "1000"}
         for i, row in enumerate(make_problems(ROWS, seed=5))
@@ -65,15 +64,16 @@ def train(models: list[str], kind: tuple[str, str], device: str, bf16: bool, ste
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far, with its libraries
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # its largest size so far
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else process
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "seconds": round(seconds, 2), "peak_gib": round(peak / 2**30, 3)}
 
 
 def worked_solutions(prompts: list, trainer) -> dict:
     """The same completions for every run, in TRL's `rollout_func` form."""
-    tokenizer, texts = trainer.processing_class, {p["question"]: p["solution"] for p in make_problems(ROWS, seed=5)}
+    tokenizer = trainer.processing_class
+    texts = {p["question"]: p["solution"] for p in make_problems(ROWS, seed=5)}
     ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
     answers = [tokenizer(texts[p[-1]["content"]] + tokenizer.eos_token)["input_ids"] for p in prompts]
     return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None}
@@ -85,12 +85,7 @@ def agreement(device: str, bf16: bool, steps: int) -> dict[str, dict]:
 
 
 def memory(device: str) -> dict[str, dict]:
-    """A step of a student with random weights and a teacher of its size: measured peak and estimate, in GiB.
-
-    The estimate is without its `overhead`, which `max_memory_allocated` does not count either.
-    """
-    from transformers import AutoTokenizer, Qwen3ForCausalLM
-
+    """A step of a student with random weights: measured peak and estimate, in GiB, both without CUDA's own."""
     geometry = Geometry.of("Qwen/Qwen3-0.6B") if device == "cuda" else Geometry(64, 128, 2, 2, True, 1, 32, 4096)
     results, tokenizer = {}, AutoTokenizer.from_pretrained(ARITHMETIC / "student")
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -101,8 +96,8 @@ def memory(device: str) -> dict[str, dict]:
             shape = {"rows": ROWS, "batch": ROWS, "completion": COMPLETION, "prompt": PROMPT}
             shape |= {"lora_rank": RANK * (kind[0] == "lora"), "full": kind[1] == "full"}
             parts = estimate(Run(geometry, geometry, **shape))
-            results["/".join(kind)] = train([folder, folder], kind, device, True, 1)
-            results["/".join(kind)]["estimate_gib"] = round(parts["peak"] - parts["overhead"], 3)
+            expected = {"estimate_gib": round(parts["peak"] - parts["overhead"], 3)}
+            results["/".join(kind)] = train([folder, folder], kind, device, True, 1) | expected
     return results
 
 
@@ -120,12 +115,11 @@ def report(device: str, steps: int) -> dict:
         run["losses_cpu_fp32"] = wanted = reference[kind]["losses"]
         run["agrees"] = torch.allclose(*map(torch.tensor, (run["losses"], wanted)), RELATIVE, ABSOLUTE)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu, a dry run"
-    about = {"device": name, "commit": commit, "steps": steps}
+    about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu, a dry run", "commit": commit}
     about["versions"] = {
         package: version(package) for package in ("torch", "trl", "transformers", "peft", "accelerate")
     }
-    return {**about, "agreement": result, "memory": worker("memory", device, steps)}
+    return {**about, "steps": steps, "agreement": result, "memory": worker("memory", device, steps)}
 
 
 def main() -> None:
