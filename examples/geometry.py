@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, an 8-bit scale for 64, an fp32 scale for 256 of those
 
@@ -37,6 +38,14 @@ class Geometry:
         sizes = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads)
         heads = (config.num_key_value_heads, config.head_dim, config.vocab_size)
         return cls(*sizes, config.tie_word_embeddings, *heads)
+
+    def config(self, **more: Any) -> Any:
+        """The `Qwen3Config` of these sizes."""
+        from transformers import Qwen3Config
+
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+        names += ("num_key_value_heads", "head_dim", "vocab_size")
+        return Qwen3Config(**dict(zip(names, astuple(self), strict=True)), **more)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -161,7 +161,7 @@ def test_teacher_server_says_why_its_server_died(stage):
 
 def test_teacher_server_gives_up_at_the_deadline(stage):
     url = f"http://127.0.0.1:{stage['PORT']}"
-    run = launch("teacher_server.sh", {**stage, "TEACHER_URL": url, "WAIT": "1"})
+    run = launch("teacher_server.sh", {**stage, "SERVER_URLS": url, "WAIT": "1"})
     assert run.returncode == 1
     assert f"No answer from {url} (/health) after 1 s" in run.stderr
 
@@ -171,7 +171,7 @@ def test_teacher_server_uses_a_server_that_runs_and_starts_none_beside_it(stage,
     command = [sys.executable, str(tmp_path / "serve.py"), "--port", stage["PORT"]]
     server = subprocess.Popen(command, env={**stage, "CUDA_VISIBLE_DEVICES": ""})
     try:
-        run = launch("teacher_server.sh", {**stage, "TEACHER_URL": url})
+        run = launch("teacher_server.sh", {**stage, "SERVER_URLS": url})
         assert run.returncode == 0, run.stderr
         assert server.poll() is None  # not this script's to end
         run = launch("teacher_server.sh", stage)

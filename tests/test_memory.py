@@ -1,4 +1,4 @@
-"""The memory estimate against what can be counted without a GPU: real models' parameters, caches, optimizers, graphs."""
+"""The memory estimate against what can be counted without a GPU: models, caches, optimizers, graphs."""
 
 import os
 import subprocess
@@ -16,31 +16,12 @@ CONFIGS, ACCELERATE = ROOT / "examples" / "configs", ROOT / "examples" / "accele
 TINY = Geometry(32, 48, 2, 4, False, kv_heads=2, head_dim=16, vocab=27)
 
 
-def config_of(geometry, **overrides):
-    from transformers import Qwen3Config
-
-    sizes = {
-        "hidden_size": geometry.hidden,
-        "intermediate_size": geometry.intermediate,
-        "num_hidden_layers": geometry.layers,
-        "num_attention_heads": geometry.heads,
-        "num_key_value_heads": geometry.kv_heads,
-        "head_dim": geometry.head_dim,
-        "vocab_size": geometry.vocab,
-        "tie_word_embeddings": geometry.tied,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    return Qwen3Config(**sizes, **overrides)
-
-
 def build(geometry, device="cpu", **overrides):
     from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
-        return Qwen3ForCausalLM(config_of(geometry, **overrides))
+        return Qwen3ForCausalLM(geometry.config(pad_token_id=0, eos_token_id=1, bos_token_id=None, **overrides))
 
 
 @pytest.mark.parametrize("geometry", [Geometry.of(f"Qwen/Qwen3-{s}") for s in ("0.6B", "1.7B", "4B", "8B", "32B")])
@@ -78,7 +59,9 @@ def test_lora_parameters_are_pefts():
 def test_the_cache_is_the_real_one():
     """2 tensors x 2 layers x 3 rows x 7 tokens x 2 heads x 16 x 4 bytes = 10,752."""
     cache = build(TINY)(torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
-    assert TINY.kv_bytes(3, 7, 4) == 10_752 == sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert (
+        TINY.kv_bytes(3, 7, 4) == 10_752 == sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,8 +139,8 @@ def test_4_bit_weights_are_bitsandbytes_own(tmp_path):
 
 
 def test_zero_divides_as_the_paper_says():
-    """ZeRO paper, figure 1: 7.5B parameters, 64 GPUs, K = 12: 120 GB without, 16.6 with gradients and optimizer divided,
-    1.9 with weights too. 7.5e9 x 16 = 120e9; 7.5e9 x (2 + 14 / 64) = 16.64e9; 120e9 / 64 = 1.875e9."""
+    """ZeRO paper, figure 1: 7.5B parameters, 64 GPUs, K = 12: 120 GB undivided, 16.6 with gradients and optimizer
+    divided, 1.9 with weights too. 7.5e9 x 16 = 120e9; 7.5e9 x (2 + 14 / 64) = 16.64e9; 120e9 / 64 = 1.875e9."""
     sized = Geometry(4096, 12288, 32, 32, False, vocab=32)
     count = sized.parameters
     held = {}
@@ -173,7 +156,7 @@ def test_parts_by_hand():
 
     Parameters 151936 x 2048 + 28 x (2048 x 2048 x 2 + 2 x 2048 x 1024 + 3 x 2048 x 6144 + 2 x 2048 + 2 x 128) + 2048
     = 1,720,574,976; the 4B's 4,022,468,096. Cache 2 x 28 x 8 x 1024 x 8 x 128 x 4 bytes = 1.75 GiB. Head: a tile of
-    1024 x 32768 x 2, hidden gradients 1024 x 2048 x 4, head gradient 151936 x 2048 x 4 bytes. Autocast keeps a bf16 copy.
+    1024 x 32768 x 2, hidden gradients 1024 x 2048 x 4, head gradient 151936 x 2048 x 4 bytes. Autocast: bf16 copies.
     """
     student, teacher = Geometry.of("Qwen/Qwen3-1.7B"), Geometry.of("Qwen/Qwen3-4B")
     parts = estimate(Run(student, teacher, rows=8, batch=2, completion=512, sharding="ddp", world=2))

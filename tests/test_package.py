@@ -179,6 +179,18 @@ def test_accelerate_configs_name_their_command(path):
     assert (ROOT / found[2]).exists()
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/scale-out.md"])
+def test_every_topology_is_documented_with_its_command(document):
+    text = (ROOT / document).read_text()
+    section = text[text.index("Scale out\n") :]
+    for path in ACCELERATE:
+        if path.stem != "single_gpu" or document != "README.md":  # there by its script
+            assert f"accelerate launch --config_file examples/accelerate/{path.name} " in section
+    for path in (ROOT / "examples" / "launch").glob("*.sh"):
+        assert f"bash examples/launch/{path.name}" in section
+    assert "trl vllm-serve --model" in section
+
+
 def test_an_unknown_key_of_accelerate_is_refused(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 

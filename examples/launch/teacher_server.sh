@@ -3,7 +3,7 @@
 # Hardware: by default 8 GPUs of 80 GB, two for the server and six for the trainer. Not run here on GPUs.
 #
 #     bash examples/launch/teacher_server.sh [--any_field value ...]                # both on this machine
-#     TEACHER_URL="http://host:8000" bash examples/launch/teacher_server.sh [...]   # servers that run, one URL or several
+#     SERVER_URLS="http://host:8000" bash examples/launch/teacher_server.sh [...]   # servers that run, one URL or several
 #
 # Further arguments go to examples/train.py. To set, in the environment:
 #   TEACHER        path or hub id of the teacher                   RECIPE          recipe of the trainer
@@ -54,12 +54,12 @@ healthy() {
     done
 }
 
-if [[ -n ${TEACHER_URL:-} ]]; then
-    read -ra urls <<<"$TEACHER_URL"
+if [[ -n ${SERVER_URLS:-} ]]; then
+    read -ra urls <<<"$SERVER_URLS"
 else
     urls=("http://127.0.0.1:$PORT")
     if healthy; then
-        echo "Something answers at ${urls[*]} already: set PORT, or TEACHER_URL=${urls[*]} to use it." >&2
+        echo "Something answers at ${urls[*]} already: set PORT, or SERVER_URLS=${urls[*]} to use it." >&2
         exit 1
     fi
     echo "Serving $TEACHER at ${urls[*]}, output in $LOG"
