@@ -46,7 +46,8 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
     trainer.accelerator.print(f"The student is saved in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.accelerator.end_training()
+    if not args.use_vllm:  # a colocated engine still needs the process group when it shuts down
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
