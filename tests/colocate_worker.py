@@ -75,7 +75,6 @@ def main(folder: Path) -> None:
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     (folder / "result.json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
