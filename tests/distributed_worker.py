@@ -23,6 +23,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
+from sg_opd.teacher import loading_defaults
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 BACKEND, OUT = JOB["backend"], Path(JOB["out"])
@@ -189,7 +190,7 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
         "world": trainer.accelerator.num_processes,
         "backend": str(trainer.accelerator.distributed_type),
         "shares": {which: local_share(model) for which, model in models.items()},
-        "device_map": trainer._loading_defaults().get("device_map", "auto"),
+        "device_map": loading_defaults(trainer.args).get("device_map", "auto"),
         "rows": trainer.rows,
         "trained_tokens": trainer.trained_tokens,
         "teacher_calls": trainer.teacher_calls,
