@@ -3,7 +3,7 @@
 # Hardware: by default 8 GPUs of 80 GB, two for the server and six for the trainer. Not run here on GPUs.
 #
 #     bash examples/launch/teacher_server.sh [--any_field value ...]                # both on this machine
-#     SERVER_URLS="http://host:8000" bash examples/launch/teacher_server.sh [...]   # servers that run, one URL or several
+#     SERVER_URLS="http://host:8000" bash examples/launch/teacher_server.sh [...]   # servers that run; one URL or more
 #
 # Further arguments go to examples/train.py. To set, in the environment:
 #   TEACHER        path or hub id of the teacher                   RECIPE          recipe of the trainer
