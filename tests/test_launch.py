@@ -1,17 +1,19 @@
 """The launch scripts: they parse, run what they say, wait for the server, and leave none behind. No GPU, no vLLM."""
 
+import functools
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser
+from vllm_server import free_port
 
 from sg_opd import SGOPDConfig
 
@@ -47,9 +49,7 @@ def stage(tmp_path):
     """Environment of a script whose launcher and server are stand-ins."""
     (tmp_path / "record.py").write_text(RECORD)
     (tmp_path / "serve.py").write_text(SERVE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return {
         **os.environ,
         "PYTHON": sys.executable,
@@ -193,3 +193,53 @@ def test_an_interrupt_ends_the_server_too(stage):
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(timeout=60) == 130
     assert gone(int(Path(stage["SERVED"]).read_text().split()[0]))
+
+
+# in processes of their own on the CPU; the losses of the first are those of all others with two processes
+CONFIGS = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "single_gpu")
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory):
+    """`accelerated(config)`: the losses that `accelerate launch` of examples/train.py logged, and the saved student."""
+
+    @functools.cache
+    def launch(config):
+        out, processes = tmp_path_factory.mktemp(config), 1 if config == "single_gpu" else 2
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml",
+            "--num_processes", processes, "--mixed_precision", "no", "--main_process_port", free_port(),
+            "examples/train.py", "--config", "examples/configs/arithmetic.yaml", "--estimator", "sampled",
+            "--max_steps", 3, "--learning_rate", 1e-3, "--warmup_steps", 0, "--teacher_phase_steps", 2,
+            "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 3,
+            "--per_device_train_batch_size", 32 // processes, "--output_dir", out,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with (out / "log").open("w") as log:
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log, env=environment)
+            try:
+                code = process.wait(280)
+            finally:
+                process.terminate()  # ends its ranks too
+        assert code == 0, (out / "log").read_text()[-4000:]
+        state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        return losses, state["log_history"][0], AutoModelForCausalLM.from_pretrained(out).state_dict()
+
+    return launch
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_accelerate_config_trains(config, accelerated):
+    """Three steps of 32 rollouts: two processes log the same losses under every configuration, and save one student."""
+    losses, first, student = accelerated(config)
+    assert len(losses) == 3
+    assert first["teacher/slot_share"] == pytest.approx(0.25)
+    before = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "arithmetic" / "student").state_dict()
+    assert student.keys() == before.keys()
+    assert max((student[name] - before[name]).abs().max().item() for name in before) > 1e-3
+    if config != "single_gpu":  # one process draws other rollouts than two
+        expected, _, reference = accelerated("ddp")
+        assert losses == pytest.approx(expected, abs=2e-4)
+        assert max((student[name] - reference[name]).abs().max().item() for name in student) < 1e-3

@@ -6,14 +6,16 @@ Where there is no vLLM environment these tests are skipped with the reason; CI f
 import json
 import logging
 import subprocess
+import sys
 
+import httpx2
 import pytest
 import torch
 from datasets import load_dataset
 from fault_proxy import FaultProxy, forward_to
 from test_package import ROOT
 from transformers import AutoModelForCausalLM
-from vllm_server import ENVIRONMENT, VLLMServer, vllm_python
+from vllm_server import ENVIRONMENT, VLLMServer, free_port, vllm_python
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd import endpoints as endpoints_module
@@ -227,6 +229,30 @@ def test_a_server_that_dies_in_the_run(build, servers, tmp_path):
     trainer.teacher.score = score
     with pytest.raises(TeacherServerError, match=rf"ConnectError.*step is 1, saved in {tmp_path}/checkpoint-1"):
         trainer.train()
+
+
+def test_the_launch_script_serves_trains_and_ends_the_server(tmp_path):
+    """examples/launch/teacher_server.sh with a real server: two steps, a saved student, and nothing left running."""
+    environment = {
+        **ENVIRONMENT,
+        "TEACHER": "examples/arithmetic/teacher",
+        "RECIPE": "examples/configs/arithmetic.yaml",
+        "SERVE": f"{vllm_python()} -m vllm.entrypoints.openai.api_server --model",
+        "SERVE_ARGS": "--dtype float32 --max-num-seqs 16 --enforce-eager --no-enable-prefix-caching",
+        "LAUNCH": f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1",
+        "PORT": str(free_port()),
+        "MAX_MODEL_LEN": "256",
+        "LOG": str(tmp_path / "server.log"),
+    }
+    options = ["--estimator", "sampled", "--max_steps", "2", "--logging_steps", "1"]
+    options += ["--per_device_train_batch_size", "32", "--output_dir", str(tmp_path / "out")]
+    script = ["bash", "examples/launch/teacher_server.sh", *options]
+    run = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "POST /v1/completions" in (tmp_path / "server.log").read_text()
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{environment['PORT']}/health")
 
 
 def test_student_rollouts_from_a_colocated_engine(tmp_path):
