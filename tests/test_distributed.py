@@ -23,7 +23,7 @@ from sg_opd.metrics import METRICS
 pytestmark = pytest.mark.integration
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-LIMIT = 280  # seconds for one launch, measured at 30 to 60
+LIMIT = 280  # seconds for one launch, measured at 10 to 45
 SHARDED = ("zero3", "fsdp2")
 PHASE = {"teacher_phase_steps": 6, "teacher_phase_fraction": 0.25, "teacher_candidates": 1}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}

@@ -272,7 +272,7 @@ class SGOPDTrainer(GRPOTrainer):
 
         def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
             own = last_hidden_state(student, *sequence(inputs), mask.size(1))
-            heads = head_of(student), head_of(self.teacher.unwrapped)
+            heads = head_of(student), head_of(self.teacher.unwrapped)  # no arguments: DeepSpeed copies those
             nll = taught if self.args.teacher_rollout_loss == "nll" else None
             ids = inputs["completion_ids"]
             return full_per_token(
