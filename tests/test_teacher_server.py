@@ -207,7 +207,7 @@ def test_a_run_equals_one_with_the_teacher_in_process(build, make_model, tokeniz
     local.train()
     for got, want in zip(served.model.parameters(), local.model.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    assert "served at http" in served.args.card_section(served.teacher.name)
+    assert "Teacher: `served`\n" in served.args.card_section(served.teacher.name)
 
 
 def test_proposals_of_a_server_take_their_slots(build):

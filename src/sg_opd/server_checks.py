@@ -44,13 +44,13 @@ class Probe(NamedTuple):
     """Whether it ended that sample by itself."""
 
 
-def probe(teacher: ServerTeacher, url: str, prompt_ids: list[int], others: list[int]) -> Probe:
+def probe(teacher: ServerTeacher, url: str, prompt_ids: list[int], others: list[int], sampled_tokens: int) -> Probe:
     """Have one URL score a prompt and other ids twice, then sample after the prompt and score what it sampled."""
     ids = [*prompt_ids, *others]
     entries = teacher.score_at(url, ids, others=TOP_TOKENS)
     tokens = [entry[str(token)] for token, entry in zip(ids[1:], entries, strict=True)]
     logps, again = logps_of(ids, entries), logps_of(ids, teacher.score_at(url, ids))
-    choice = teacher.sample_at(url, prompt_ids, PROBE_SAMPLED)
+    choice = teacher.sample_at(url, prompt_ids, sampled_tokens)
     sampled, said = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
     continued = [*prompt_ids, *sampled]
     scored = logps_of(continued, teacher.score_at(url, continued))[-len(sampled) :]
@@ -101,12 +101,11 @@ def check_server(trainer: Any) -> None:
     """
     teacher, tokenizer, dead_zone = trainer.teacher, trainer._tokenizer, trainer.args.gate_dead_zone
     prompt_ids = some_prompt(trainer)
-    room = (teacher.context or PROBE_TOKENS) - PROBE_SAMPLED - 2
-    prompt_ids = prompt_ids[-min(room // 2, PROBE_TOKENS) :]
-    ids = sorted(tokenizer.get_vocab().values())
-    spread = ids[:: -(-len(ids) // min(room - len(prompt_ids), PROBE_TOKENS))]
+    part = min(PROBE_TOKENS, (teacher.context or 3 * PROBE_TOKENS) // 3)  # of the prompt, of the vocabulary, sampled
+    ids, prompt_ids = sorted(tokenizer.get_vocab().values()), prompt_ids[-part:]
+    spread = ids[:: -(-len(ids) // part)]
     for url in teacher.urls:
-        answer = probe(teacher, url, prompt_ids, spread)
+        answer = probe(teacher, url, prompt_ids, spread, min(part, PROBE_SAMPLED))
         check_vocabulary(url, tokenizer, [*prompt_ids, *spread][1:], answer.tokens)
         if answer.repeat > LOGP_TOLERANCE:
             logger.warning(

@@ -62,7 +62,7 @@ class ServerTeacher:
 
     @property
     def name(self) -> str:
-        return f"{self.model} at {', '.join(self.urls)}"
+        return self.model or "a served model"  # without its address, which is nobody's business on a model card
 
     def connect(self) -> None:
         """Ask every URL for its health and its model; sets `model` and `context`, the shortest of all.
