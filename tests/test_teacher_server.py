@@ -219,7 +219,9 @@ def test_proposals_of_a_server_take_their_slots(build):
 
 
 def test_a_dead_server_ends_the_run_after_a_checkpoint(build, proxy, tmp_path):
-    """Dead in the third step: the weights of step 2 are saved, the error names where, the run goes on from there."""
+    """Dead in the third step: the weights of step 2 are saved, and the run goes on as if nothing happened."""
+    whole = build(max_steps=4)
+    whole.train()
     before = {}
 
     class Killer(SGOPDTrainer):
@@ -242,6 +244,8 @@ def test_a_dead_server_ends_the_run_after_a_checkpoint(build, proxy, tmp_path):
     resumed = build(max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4
+    for got, want in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_a_saved_step_is_not_saved_again(build, proxy, tmp_path):

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id
 from .checks import check_arguments, check_dataset, check_models, check_set_up
 from .config import SGOPDConfig
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
-from .faults import agreed
+from .faults import agreed, random_states
 from .loss import GateDecision, policy_gradient
 from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
@@ -55,8 +55,7 @@ class SGOPDTrainer(GRPOTrainer):
         train_dataset: columns `prompt` and those the verifier reads.
         eval_dataset: the same, or a dict of such.
         peft_config: wraps the student, as in GRPO.
-        quantization_config: for loading the student by name; the teacher is never quantised unless its own
-            `teacher_model_init_kwargs` say so.
+        quantization_config: for loading the student by name; the teacher's is in its own `teacher_model_init_kwargs`.
         **kwargs: `processing_class`, `callbacks`, `optimizers` and all else that GRPO's trainer takes.
 
     Raises:
@@ -200,6 +199,8 @@ class SGOPDTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rollouts.begin(inputs)  # `_generate` is not given the columns
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self.random_states = random_states()
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
