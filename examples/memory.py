@@ -131,6 +131,7 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
     from trl import ModelConfig
 
     from sg_opd import SGOPDConfig
+    from sg_opd.config import PRESETS
 
     given = {field.name: field.default for cls in (SGOPDConfig, ModelConfig) for field in fields(cls)}
     given |= yaml.safe_load(recipe.read_text())
@@ -140,10 +141,10 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
     rows = given["per_device_train_batch_size"] * (
         given["steps_per_generation"] or given["gradient_accumulation_steps"]
     )
-    phase = given["preset"] == "sg-opd" if given["teacher_phase_steps"] is None else given["teacher_phase_steps"] > 0
+    for name, value in PRESETS[given["preset"]].items():
+        given[name] = value if given[name] is None else given[name]
     quantised = (given["teacher_model_init_kwargs"] or {}).get("quantization_config", {})
     lora_rank = given["lora_r"] if given["use_peft"] else 0
-    initial = (given["reference_policy"] or ("initial" if given["preset"] == "exopd" else "current")) == "initial"
     return Run(
         student=Geometry.of(given["model_name_or_path"]),
         teacher=None if given.get("teacher_server_url") else Geometry.of(given["teacher_model_name_or_path"]),
@@ -155,10 +156,12 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
         lora_rank=lora_rank,
         student_4bit=given["load_in_4bit"],
         teacher_4bit=quantised.get("load_in_4bit", False),
-        teacher_rows=math.ceil(rows * given["teacher_phase_fraction"]) * given["teacher_candidates"] * phase,
+        teacher_rows=math.ceil(rows * given["teacher_phase_fraction"])
+        * given["teacher_candidates"]
+        * (given["teacher_phase_steps"] > 0),
         checkpointing=given["gradient_checkpointing"],
         full=given["estimator"] == "full",
-        initial_copy=initial and not lora_rank,
+        initial_copy=given["reference_policy"] == "initial" and not lora_rank,
         sharding=kinds[launch["distributed_type"]],
         offload=zero.get("offload_param_device") == "cpu",
         world=launch["num_processes"],

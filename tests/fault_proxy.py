@@ -28,6 +28,7 @@ class FaultProxy:
         self.faults: list[str | None] = []
         self.delay = 0.0
         self.closed = False
+        self.retry_after = "0"
         self.posts: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.in_flight = self.most_in_flight = 0
@@ -78,7 +79,7 @@ class FaultProxy:
 
     def spoil(self, handler: BaseHTTPRequestHandler, fault: str | None, request: dict) -> None:
         if fault and fault.isdigit():
-            extra = {"Retry_After": "0"} if fault == "429" else {}
+            extra = {"Retry_After": self.retry_after} if fault == "429" else {}
             handler.reply(int(fault), b'{"error": {"message": "as the test asked"}}', **extra)
             return
         if fault == "refuse":

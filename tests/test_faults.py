@@ -41,7 +41,7 @@ def test_one_rank_fails_and_both_stop_after_a_checkpoint(tmp_path):
         bad.close()
     assert process.wait(60) != 0
     words = f"attempts, the last: {bad.url}/v1/completions: status 503: "
-    words_of_rank = [line for line in said.splitlines() if "TeacherServerError: No usable answer" in line]
+    words_of_rank = [line for line in said.splitlines() if "TeacherError: No usable answer" in line]
     assert sorted(line.split(":")[0] for line in words_of_rank) == ["[rank0]", "[rank1]"]
     assert all(words in line for line in words_of_rank)
     assert all(f"The last good step is 1, saved in {tmp_path}/checkpoint-1" in line for line in words_of_rank)

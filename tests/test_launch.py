@@ -23,7 +23,7 @@ ON_CPU = ("--bf16", "false", "--use_cpu", "true")
 # stands for `accelerate launch`: writes its arguments and devices, then does as told
 RECORD = """
 import json, os, sys, time
-seen = {"arguments": sys.argv[1:], "devices": os.environ["CUDA_VISIBLE_DEVICES"]}
+seen = {"pid": os.getpid(), "arguments": sys.argv[1:], "devices": os.environ["CUDA_VISIBLE_DEVICES"]}
 open(os.environ["RECORD"], "w").write(json.dumps(seen))
 time.sleep(float(os.environ.get("TRAINING", 0)))
 sys.exit(int(os.environ.get("TRAINER_EXIT", 0)))
@@ -182,17 +182,23 @@ def test_teacher_server_uses_a_server_that_runs_and_starts_none_beside_it(stage,
         server.wait()
 
 
-def test_an_interrupt_ends_the_server_too(stage):
-    """Ctrl-C reaches the whole foreground group; the trainer ends by it, the server by the script."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_server_and_trainer_too(number, code, stage):
+    """Ctrl-C reaches the whole foreground group, an operator's or a scheduler's SIGTERM the script alone."""
     command = ["bash", str(ROOT / "examples" / "launch" / "teacher_server.sh")]
     run = subprocess.Popen(command, env={**stage, "TRAINING": "60"}, start_new_session=True)
+    record = Path(stage["RECORD"])
     for _ in range(300):
-        if Path(stage["RECORD"]).exists():
+        if record.exists() and record.read_text().endswith("}"):
             break
         time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(timeout=60) == 130
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)
+    else:
+        run.send_signal(number)
+    assert run.wait(timeout=30) == code
     assert gone(int(Path(stage["SERVED"]).read_text().split()[0]))
+    assert gone(json.loads(record.read_text())["pid"])
 
 
 # in processes of their own on the CPU; the losses of the first are those of all others with two processes

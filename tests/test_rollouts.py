@@ -73,6 +73,8 @@ def test_token_ids_that_end_in_time_are_taken(run, tokenizer):
     taken, teacher, _ = run([[eight, eos, eight], [eight, eight]])
     assert taken == [[eight, eos]] * 2
     assert teacher.asked == [2]
+    taken, _, _ = run(["8" + tokenizer.eos_token, "2"])  # as text that was decoded with its special tokens
+    assert taken == [[eight, eos]] * 2
     taken, teacher, _ = run([[eight] * 16 + [eos], [eight, eos]])
     assert taken == [[eight, eos]] * 2
 

@@ -1,12 +1,15 @@
 """A teacher in this process against plain logits, and teachers of a user's own."""
 
+import math
+
 import pytest
 import torch
 from test_teacher_server import COMPLETIONS, PROMPTS, expected_logps
 from test_trainer import Recorder, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
-from sg_opd.teacher import Teacher, as_lists, as_rectangle
+from sg_opd.faults import TeacherError
+from sg_opd.teacher import Teacher, as_lists, as_rectangle, ask
 
 
 def test_rows_become_a_rectangle_and_rows_again():
@@ -38,7 +41,7 @@ class Countdown:
 
     sharded, context, name = False, None, "countdown"
 
-    def score(self, prompt_ids, completion_ids, **inputs):
+    def score(self, prompt_ids, completion_ids):
         return [-torch.arange(1.0, len(ids) + 1) for ids in completion_ids]
 
     def propose(self, prompt_ids, candidates=1):
@@ -60,3 +63,37 @@ def test_any_object_of_the_protocol_can_teach(make_model, tokenizer, dataset, tm
             make_model(1), Countdown(), coin_verifier, make_config(tmp_path, estimator="full"), dataset,
             processing_class=tokenizer,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([[-1.0, -2.0]], r"countdown scored rows of \[2\] tokens, but the batch has \[3, 1\]"),
+        ([[-1.0, -2.0], [-1.0]], r"rows of \[2, 1\] tokens, but the batch has \[3, 1\]"),
+        ([[-1.0, math.nan, -2.0], [-1.0]], "gives token 6 the log-probability nan"),
+        ([[-1.0, -9999.0, -2.0], [-1.0]], "gives token 6 the log-probability -9999, .* Set `log_ratio_clip`"),
+        ([[-1.0, -2.0, -math.inf], [-1.0]], "gives token 7 the log-probability -inf"),
+    ],
+    ids=str,
+)
+def test_answers_that_cannot_be_trained_on(answer, message):
+    """Two completions, of three tokens and of one."""
+    batch = {
+        "prompt_ids": torch.tensor([[3], [4]]), "prompt_mask": torch.ones(2, 1),
+        "completion_ids": torch.tensor([[5, 6, 7], [8, 0, 0]]), "completion_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+    }  # fmt: skip
+    teacher = Countdown()
+    teacher.score = lambda prompts, completions: [torch.tensor(row) for row in answer]
+    with pytest.raises(TeacherError, match=message):
+        ask(teacher, batch, None)
+    if "Set `log" in message or "inf" in message:  # a clip bounds what minus infinity does
+        assert ask(teacher, batch, 2.0)[0].tolist() == answer[0]
+
+
+def test_what_an_object_lacks_to_be_a_teacher_is_named(make_model, tokenizer, dataset, tmp_path):
+    class Nearly:
+        def score(self):
+            pass
+
+    with pytest.raises(TypeError, match="a Nearly is none, and lacks 'propose', 'sharded', 'context', 'name'"):
+        SGOPDTrainer(make_model(1), Nearly(), coin_verifier, make_config(tmp_path), dataset, processing_class=tokenizer)

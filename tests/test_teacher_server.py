@@ -5,15 +5,18 @@ Against a stand-in on a real socket that answers from a model in this process; a
 
 import logging
 import threading
+import time
 
 import pytest
 import torch
+from datasets import Dataset
 from fault_proxy import FaultProxy, StandIn
 from test_trainer import coin_verifier, make_config
 
-from sg_opd import SGOPDConfig, SGOPDTrainer
+from sg_opd import SGOPDConfig, SGOPDTrainer, checks, server_checks
 from sg_opd import endpoints as endpoints_module
 from sg_opd.endpoints import Endpoints, TeacherServerError
+from sg_opd.faults import TeacherError
 from sg_opd.server_checks import logit_spacing, rounded_up
 from sg_opd.teacher import Teacher
 from sg_opd.teacher_server import ServerTeacher
@@ -126,6 +129,38 @@ def test_the_first_failure_stops_the_other_requests(proxy):
     assert len(proxy.posts) < 20
 
 
+def test_a_failure_is_not_waited_for(proxy):
+    """The second request is refused while the first one takes its time: the error comes at once and ends the rest."""
+    teacher = teacher_at(proxy.url, concurrency=2)
+    proxy.delay = 3.0
+    proxy.faults = ["slow", "400"]
+    proxy.posts.clear()
+    start = time.monotonic()
+    with pytest.raises(TeacherServerError, match="400"):
+        teacher.score([[3]] * 160, [[4]] * 160)
+    assert time.monotonic() - start < 2.0
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "teacher")
+    time.sleep(0.5)
+    assert len(proxy.posts) <= 4
+
+
+def test_a_server_cannot_ask_for_a_day(proxy):
+    teacher = teacher_at(proxy.url)
+    proxy.retry_after = "86400"
+    proxy.faults = ["429"]
+    assert len(teacher.score(PROMPTS, COMPLETIONS)) == 3
+
+
+def test_a_sequence_beyond_the_context_is_not_sent(proxy):
+    proxy.upstream.context = 10
+    teacher = teacher_at(proxy.url)
+    proxy.posts.clear()
+    with pytest.raises(TeacherServerError, match="needs 11 tokens, one more included, of the 10"):
+        teacher.score([[3] * 5], [[4] * 5])
+    assert proxy.posts == []
+    assert len(teacher.score([[3] * 5], [[4] * 4])[0]) == 4
+
+
 def test_hints_for_keys_and_models(proxy):
     teacher = teacher_at(proxy.url)
     proxy.faults = ["401"]
@@ -218,9 +253,11 @@ def test_proposals_of_a_server_take_their_slots(build):
     assert logged["teacher/endorsed"] > 0
 
 
-def test_a_dead_server_ends_the_run_after_a_checkpoint(build, proxy, tmp_path):
+@pytest.mark.parametrize("generations", [1, 2])
+def test_a_dead_server_ends_the_run_after_a_checkpoint(generations, build, proxy, tmp_path):
     """Dead in the third step: the weights of step 2 are saved, and the run goes on as if nothing happened."""
-    whole = build(max_steps=4)
+    settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2 // generations}
+    whole = build(**settings)
     whole.train()
     before = {}
 
@@ -231,9 +268,9 @@ def test_a_dead_server_ends_the_run_after_a_checkpoint(build, proxy, tmp_path):
                 proxy.faults = ["503"] * 1000
             return super().training_step(*args, **kwargs)
 
-    trainer = build(trainer=Killer, max_steps=4)
+    trainer = build(trainer=Killer, **settings)
     message = rf"status 503.*The last good step is 2, saved in {tmp_path}/checkpoint-2"
-    with pytest.raises(TeacherServerError, match=message):
+    with pytest.raises(TeacherError, match=message):
         trainer.train()
     proxy.faults = []
     from transformers import AutoModelForCausalLM
@@ -241,11 +278,17 @@ def test_a_dead_server_ends_the_run_after_a_checkpoint(build, proxy, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], before[name]) for name in saved)
-    resumed = build(max_steps=4)
+    resumed = build(**settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4
     for got, want in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(got, want)
+    content = {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
+    again = build(**settings)
+    proxy.faults = ["503"] * 1000
+    with pytest.raises(TeacherError, match="The last good step is 2"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(path.read_bytes() == before for path, before in content.items())  # the only good one is left alone
 
 
 def test_a_saved_step_is_not_saved_again(build, proxy, tmp_path):
@@ -262,7 +305,7 @@ def test_a_saved_step_is_not_saved_again(build, proxy, tmp_path):
     killer = TrainerCallback()
     killer.on_save = kill
     trainer.add_callback(killer)
-    with pytest.raises(TeacherServerError, match=r"The last good step is 1, saved in"):
+    with pytest.raises(TeacherError, match=r"The last good step is 1, saved in"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert saved
@@ -273,7 +316,7 @@ def test_a_saved_step_is_not_saved_again(build, proxy, tmp_path):
 def test_a_server_dead_from_the_start(build, proxy, tmp_path):
     trainer = build()
     proxy.faults = ["503"] * 1000
-    with pytest.raises(TeacherServerError, match="No step was finished"):
+    with pytest.raises(TeacherError, match="No step was finished"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -285,6 +328,7 @@ def test_a_server_dead_from_the_start(build, proxy, tmp_path):
         ({"estimator": "full"}, r"estimator='full' needs the teacher's whole distributions"),
         ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, "`teacher_model_init_kwargs` is for loading"),
         ({"teacher_server_url": "127.0.0.1:8000"}, "must hold URLs as http://host:8000"),
+        ({"teacher_server_url": "http://host:80a0"}, "must hold URLs as http://host:8000"),
         ({"teacher_server_url": []}, "must hold URLs as http://host:8000"),
         ({"teacher_server_timeout": 0}, "`teacher_server_timeout` must be > 0"),
         ({"teacher_server_concurrency": 0}, "`teacher_server_concurrency` must be >= 1"),
@@ -320,6 +364,39 @@ def test_another_vocabulary_is_refused(build, proxy):
         build()
 
 
+def test_every_row_that_may_be_too_long_is_checked(build, proxy, dataset, monkeypatch):
+    """The only long prompt is one that the evenly spread rows leave out."""
+    monkeypatch.setattr(checks, "ROWS_CHECKED", 4)
+    rows = [{**row, "prompt": [{"role": "user", "content": "Start with 3"}]} for row in dataset]
+    proxy.upstream.context = 60
+    build(train_dataset=Dataset.from_list(rows))
+    rows[5]["prompt"] = [{"role": "user", "content": "1" * 50}]
+    with pytest.raises(ValueError, match=r"The longest prompt in `train_dataset` \(\d\d tokens\).*pass the 60 of"):
+        build(train_dataset=Dataset.from_list(rows))
+
+
+def test_added_tokens_are_probed_however_large_the_vocabulary(build, proxy, monkeypatch, tokenizer):
+    """Siblings of one family decode all ids alike but those that one of them added."""
+
+    class Sibling:
+        def decode(self, ids):
+            return "<|other|>" if ids == [tokenizer.unk_token_id] else tokenizer.decode(ids)
+
+    monkeypatch.setattr(server_checks, "PROBE_TOKENS", 5)
+    proxy.upstream.tokenizer = Sibling()
+    with pytest.raises(ValueError, match=r"another vocabulary: 1 of \d+ probed ids decode differently, first 4"):
+        build()
+
+
+def test_ranks_that_wait_less_than_a_question_takes(build, caplog, monkeypatch):
+    trainer = build(ddp_timeout=60)
+    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 2, raising=False)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with caplog.at_level(logging.WARNING, logger="sg_opd"):
+        server_checks.check_patience(trainer)
+    assert "may take 720 s, but ranks wait 60 s for each other" in caplog.text
+
+
 def warnings_of(build, caplog, **settings):
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="sg_opd"):
@@ -345,3 +422,5 @@ def test_what_the_checks_warn_of(build, proxy, make_model, caplog):
     assert "ends its completions with token 5" in warnings_of(build, caplog)
     upstream.end = None
     assert "scores as the student does" in warnings_of(build, caplog, student=make_model(2))
+    upstream.rounding = torch.bfloat16
+    assert "scores as the student does" in warnings_of(build, caplog, student=make_model(2), gate_dead_zone=0.5)

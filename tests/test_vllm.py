@@ -19,7 +19,7 @@ from vllm_server import ENVIRONMENT, VLLMServer, free_port, vllm_python
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd import endpoints as endpoints_module
-from sg_opd.endpoints import TeacherServerError
+from sg_opd.faults import TeacherError
 from sg_opd.teacher import ask
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -104,7 +104,7 @@ def test_log_probs_and_gate_signs_are_those_of_the_teacher_in_process(build, url
     tokens = flipped = 0
     for batch in local.batches:
         mask = batch["completion_mask"].bool()
-        theirs = ask(served.teacher, batch)
+        theirs = ask(served.teacher, batch, None)
         assert (theirs - batch["teacher_per_token_logps"])[mask].abs().max() <= 1e-4
         student = batch["teacher_per_token_logps"] - batch["decision"].delta
         flipped += ((theirs - student).sign() != batch["sign"])[mask].sum().item()
@@ -182,7 +182,7 @@ def test_a_fault_that_stays_ends_in_the_documented_error(fault, build, proxy, tm
 
     trainer.teacher.score = score
     proxy.delay = 6.0
-    with pytest.raises(TeacherServerError) as caught:
+    with pytest.raises(TeacherError) as caught:
         trainer.train()
     message = str(caught.value)
     assert f"2 attempts, the last: {proxy.url}/v1/completions" in message
@@ -227,7 +227,7 @@ def test_a_server_that_dies_in_the_run(build, servers, tmp_path):
         return original(*ids)
 
     trainer.teacher.score = score
-    with pytest.raises(TeacherServerError, match=rf"ConnectError.*step is 1, saved in {tmp_path}/checkpoint-1"):
+    with pytest.raises(TeacherError, match=rf"ConnectError.*step is 1, saved in {tmp_path}/checkpoint-1"):
         trainer.train()
 
 

@@ -34,8 +34,9 @@ read -ra serve <<<"${SERVE:-vllm serve}"
 read -r -d '' -a serve_args <<<"$SERVE_ARGS" || true
 read -ra launch <<<"${LAUNCH:-accelerate launch --config_file $ACCELERATE --num_processes $(count "$TRAINER_GPUS")}"
 
-server=
+server= trainer=
 stop() {
+    [[ -z $trainer ]] || kill -- "-$trainer" 2>/dev/null || true
     [[ -n $server ]] || return 0
     kill "$server" 2>/dev/null || return 0
     for _ in $(seq 30); do
@@ -83,5 +84,8 @@ until healthy; do
 done
 echo "The teacher answers at ${urls[*]} after $SECONDS s"
 
-CUDA_VISIBLE_DEVICES=$TRAINER_GPUS "${launch[@]}" examples/train.py --config "$RECIPE" \
-    --teacher_model_name_or_path "$TEACHER" --teacher_server_url "${urls[@]}" "$@"
+# in the background, for bash hears a signal only while it waits; a group of its own, for a launcher may not pass one on
+CUDA_VISIBLE_DEVICES=$TRAINER_GPUS setsid "${launch[@]}" examples/train.py --config "$RECIPE" \
+    --teacher_model_name_or_path "$TEACHER" --teacher_server_url "${urls[@]}" "$@" &
+trainer=$!
+wait "$trainer"

@@ -20,6 +20,7 @@ from .verifiers import MathVerifier
 
 logger = get_logger(__name__)  # of the main process only
 
+TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
 
@@ -173,7 +174,9 @@ def check_prompts(
         completion: `max_completion_length`.
         server_context: of a teacher's server, which refuses a longer sequence and needs room for a token more.
     """
-    rows = rows_to_check(len(dataset))
+    rows = [*rows_to_check(len(dataset))]
+    if server_context:  # which refuses a longer one in the middle of a run: every row that may be one
+        rows = sorted({*rows, *long_rows(dataset, server_context - completion - TEMPLATE_TOKENS)})
     lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])[0]]
     too_long = [rows[i] for i, length in enumerate(lengths) if length >= context]
     if too_long:
@@ -195,6 +198,14 @@ def check_prompts(
         )
 
 
+def long_rows(dataset: Dataset, tokens: int) -> list[int]:
+    """Rows whose prompts may have more than so many tokens, which is never more than their bytes."""
+    rows: list[int] = []
+    for start, batch in zip(range(0, len(dataset), 1000), dataset.select_columns("prompt").iter(1000), strict=True):
+        rows += [start + i for i, prompt in enumerate(batch["prompt"]) if len(str(prompt).encode()) > tokens]
+    return rows
+
+
 def check_set_up(trainer: Any) -> None:
     """What needs both models in place: prompts against the shorter context, and what the full estimator can do."""
     args, dataset = trainer.args, trainer.train_dataset
@@ -205,8 +216,8 @@ def check_set_up(trainer: Any) -> None:
         # a server refuses what is longer than its context, in the middle of a run
         strict = teacher.context if isinstance(teacher, ServerTeacher) else None
         check_prompts("train_dataset", dataset, trainer._tokenize_prompts, context, args.max_completion_length, strict)
-    if isinstance(teacher, ServerTeacher) and trainer._is_vlm:
-        raise ValueError("`teacher_server_url` takes token ids only; a multimodal student needs a teacher in process.")
+    if not isinstance(teacher, LocalTeacher) and trainer._is_vlm:
+        raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
     if args.estimator == "full":
         if not isinstance(teacher, LocalTeacher):
             raise ValueError(

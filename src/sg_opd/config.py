@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from trl import GRPOConfig
 
@@ -57,6 +58,15 @@ UNUSED_BY_FULL = {
     "delta": None,
     "cast_lm_head_to_fp32": False,
 }
+
+
+def is_base_url(url: str) -> bool:
+    """Whether it is `http://host` or `https://host`, with or without a port and a path."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 class _OneGeneration(int):
@@ -155,7 +165,7 @@ class SGOPDConfig(GRPOConfig):
         },
     )
     teacher_server_timeout: float = field(
-        default=300.0,
+        default=240.0,
         metadata={"help": "Seconds one request to the teacher's server may take; above the server's warm-up."},
     )
     teacher_server_concurrency: int = field(
@@ -217,7 +227,7 @@ class SGOPDConfig(GRPOConfig):
         if self.teacher_server_url is None:
             return
         for url in self.teacher_server_url or [""]:
-            if not (isinstance(url, str) and url.startswith(("http://", "https://"))):
+            if not (isinstance(url, str) and is_base_url(url)):
                 raise ValueError(f"`teacher_server_url` must hold URLs as http://host:8000, got {url!r}.")
         if self.temperature != 1.0:
             raise ValueError(

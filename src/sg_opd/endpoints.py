@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import httpx2
@@ -21,6 +21,8 @@ from tenacity import (
 )
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
+
+from .faults import TeacherError
 
 logger = logging.getLogger(__name__)  # of every rank: each asks for its own rows
 
@@ -36,7 +38,7 @@ HINTS = {
 T = TypeVar("T")
 
 
-class TeacherServerError(RuntimeError):
+class TeacherServerError(TeacherError):
     """A teacher's server gave no usable answer, after all retries; names the URL and the status."""
 
 
@@ -76,25 +78,47 @@ class Endpoints:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
+    @property
+    def longest(self) -> float:
+        """Seconds after which one question has failed for good: the time-outs of all attempts and their pauses."""
+        return (self.retries + 1) * self.timeout + self.retries * sum(BACKOFF_SECONDS)
+
     def ask_all(self, path: str, requests: list[tuple[dict[str, Any], Callable[[Any], T]]]) -> list[T]:
         """Answers to requests (payload, reader), in their order; the first failure stops the others.
 
         Raises:
             TeacherServerError: no usable answer to one of them.
         """
-        if not requests:
-            return []
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(min(self.concurrency, len(requests)), thread_name_prefix="teacher")
+        stop, todo, done = threading.Event(), queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, Any, Any]]()
+        first, self.turn = self.turn, self.turn + len(requests)
+        for index in range(len(requests)):
+            todo.put(index)
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    index = todo.get_nowait()
+                except queue.Empty:
+                    return
+                payload, read = requests[index]
+                try:
+                    done.put((index, self.ask(path, read, payload, stop=stop, first=first + index), None))
+                except BaseException as error:  # the caller's thread raises it
+                    done.put((index, None, error))
+
+        # daemons: a request in flight must hold up neither an error nor the end of the process
+        for _ in range(min(self.concurrency, len(requests))):
+            threading.Thread(target=work, name="teacher", daemon=True).start()
+        answers: dict[int, T] = {}
         try:
-            futures = []
-            for payload, read in requests:
-                futures.append(pool.submit(self.ask, path, read, payload, stop=stop, first=self.turn))
-                self.turn += 1
-            return [future.result() for future in futures]
+            while len(answers) < len(requests):
+                index, answer, error = done.get()
+                if error is not None:
+                    raise error
+                answers[index] = answer
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return [answers[index] for index in range(len(requests))]
 
     def ask(
         self,
@@ -130,6 +154,8 @@ class Endpoints:
         try:
             for attempt in attempts:
                 with attempt:
+                    if stop.is_set():  # woken from a pause: nobody waits for this any more
+                        raise TeacherServerError("another request failed first")
                     turn = first + attempt.retry_state.attempt_number - 1
                     return self._attempt((url or self.urls[turn % len(self.urls)]) + path, payload, read)
         except _AttemptError as error:
@@ -177,12 +203,12 @@ def _shown(response: httpx2.Response) -> str:
 
 
 def _pause(state: RetryCallState) -> float:
-    """Seconds until the next attempt: doubling with jitter, and at least what the server asked for."""
+    """Seconds until the next attempt: doubling with jitter, and what the server asked for within the longest pause."""
     first, longest = BACKOFF_SECONDS
     wait = wait_exponential(multiplier=first, max=longest) + wait_random(0, first)
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, _AttemptError) else 0.0
-    return max(wait(state), asked)
+    return max(wait(state), min(asked, longest))
 
 
 def _log_retry(state: RetryCallState) -> None:

@@ -1,47 +1,73 @@
-"""When a teacher's server fails one rank: every rank stops together, and nothing already trained is lost."""
+"""When a teacher fails one rank: every rank stops together, and nothing already trained is lost."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .endpoints import TeacherServerError
+
+class TeacherError(RuntimeError):
+    """A teacher cannot answer; a teacher of your own may raise it too. On one rank it ends all, after a checkpoint."""
 
 
-@contextmanager
-def agreed(trainer: Any) -> Iterator[None]:
-    """Raises on every rank what a teacher's server did to one of them, after a checkpoint of the last good step.
+class LastGoodStep:
+    """Can save the last finished optimizer step from within the next one.
 
-    Every rank must enter it; one that stopped alone would leave the others waiting for it.
+    Args:
+        trainer: the trainer, on every rank.
     """
-    failure = None
-    try:
-        yield
-    except TeacherServerError as error:
-        failure = error
-    failures = [message for message in gather_object([failure and str(failure)]) if message]
-    if failures:
-        raise TeacherServerError(f"{failures[0]}. {save_last_good_step(trainer)}") from None  # it repeats its words
 
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.saved: int | None = None
+        """The last step with a checkpoint."""
+        self._step: int | None = None
+        self._states: tuple[Any, ...] = ()
 
-def save_last_good_step(trainer: Any) -> str:
-    """Save a checkpoint of the last finished optimizer step unless it has one; answers where it is, in words."""
-    step = trainer.state.global_step
-    if step == 0:
-        return "No step was finished, so there is nothing to save."
-    if trainer.saved_step != step:
-        set_random_states(trainer.random_states)  # of before the step that failed: a resumed run repeats it
-        trainer._save_checkpoint(trainer.model, trial=None)
-    return (
-        f"The last good step is {step}, saved in {trainer.args.output_dir}/checkpoint-{step}; go on from there with "
-        "`resume_from_checkpoint` once the server is back."
-    )
+    def begin(self) -> None:
+        """Note the random states at a step's first generation: a run resumed from the last step begins with them."""
+        step = self.trainer.state.global_step
+        if self._step is None:  # what a run begins with is its first step, or has the checkpoint it resumed from
+            self.saved = step
+        if self._step != step:
+            self._step, self._states = step, random_states()
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raises on every rank a `TeacherError` of one of them, after a checkpoint of the last good step.
+
+        Every rank must enter it; one that stopped alone would leave the others waiting for it. Other errors end their
+        rank, and with it the launch.
+        """
+        failure = None
+        try:
+            yield
+        except TeacherError as error:
+            failure = error
+        failures = [message for message in gather_object([failure and str(failure)]) if message]
+        if failures:
+            raise TeacherError(f"{failures[0]}. {self.save()}") from None  # it repeats its words
+
+    def save(self) -> str:
+        """Save a checkpoint of the last finished step unless it has one; answers where it is, in words."""
+        step = self.trainer.state.global_step
+        if step == 0:
+            return "No step was finished, so there is nothing to save."
+        folder = Path(self.trainer.args.output_dir) / f"checkpoint-{step}"
+        if self.saved != step or not folder.is_dir():
+            set_random_states(self._states)
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+        return (
+            f"The last good step is {step}, saved in {folder}; go on from there with `resume_from_checkpoint` once the "
+            "cause is mended."
+        )
 
 
 def random_states() -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ class Rollouts:
         self.taken = phase.fill(self.slots, stored, endorse)
         unfilled = [row for row in self.slots if row not in self.taken]
         if self._teacher_is_asked(unfilled, prompt_ids):
-            with trainer.agreed():
+            with trainer.last_good_step.agreed():
                 self.taken |= phase.fill(unfilled, propose, endorse)
         for row, proposal in self.taken.items():
             completion_ids[row], completions[row] = proposal.token_ids, proposal.completion
@@ -104,10 +104,10 @@ class Rollouts:
 
     def _as_ids(self, completion: str | list[int]) -> list[int]:
         """A collected completion as token ids; to text, which has no end, the tokenizer's EOS is added."""
-        if not isinstance(completion, str):
-            return up_to_eos(completion, eos_set(self.trainer.eos_token_ids))
-        tokenizer = self.trainer._tokenizer
-        return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if isinstance(completion, str):
+            tokenizer = self.trainer._tokenizer
+            completion = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return up_to_eos(completion, eos_set(self.trainer.eos_token_ids))
 
     def _judge(
         self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable

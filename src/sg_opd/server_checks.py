@@ -101,9 +101,12 @@ def check_server(trainer: Any) -> None:
     """
     teacher, tokenizer, dead_zone = trainer.teacher, trainer._tokenizer, trainer.args.gate_dead_zone
     prompt_ids = some_prompt(trainer)
-    part = min(PROBE_TOKENS, (teacher.context or 3 * PROBE_TOKENS) // 3)  # of the prompt, of the vocabulary, sampled
+    part = min(PROBE_TOKENS, (teacher.context or 4 * PROBE_TOKENS) // 4)  # prompt, vocabulary twice, what is sampled
     ids, prompt_ids = sorted(tokenizer.get_vocab().values()), prompt_ids[-part:]
-    spread = ids[:: -(-len(ids) // part)]
+    # siblings of one family differ in what was added to the vocabulary, and in where it ends
+    added = sorted({*tokenizer.get_added_vocab().values(), *trainer.eos_token_ids, ids[-1]})[-part:]
+    spread = sorted({*ids[:: -(-len(ids) // part)], *added})
+    student_logps = score_by_student(trainer, [*prompt_ids, *spread])
     for url in teacher.urls:
         answer = probe(teacher, url, prompt_ids, spread, min(part, PROBE_SAMPLED))
         check_vocabulary(url, tokenizer, [*prompt_ids, *spread][1:], answer.tokens)
@@ -125,7 +128,20 @@ def check_server(trainer: Any) -> None:
                 "ending as unlikely, and none of its proposals is taken. Align `generation_config.eos_token_id`.",
                 *(url, answer.sampled[-1], trainer.eos_token_ids),
             )
-    check_against_student(trainer, [*prompt_ids, *spread], answer.logps)
+        if student_logps is not None and (student_logps - answer.logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
+            logger.warning("%s scores as the student does: every delta is zero and nothing is learnt.", url)
+    check_patience(trainer)
+
+
+def check_patience(trainer: Any) -> None:
+    """Warn where other ranks would give up waiting for one that asks a server until it may save a checkpoint."""
+    longest = trainer.teacher.endpoints.longest
+    if trainer.accelerator.num_processes > 1 and trainer.args.ddp_timeout < longest:
+        logger.warning(
+            "One question to the teacher's server may take %d s, but ranks wait %d s for each other and then end "
+            "without a checkpoint: raise ddp_timeout, or lower teacher_server_timeout or teacher_server_retries.",
+            *(longest, trainer.args.ddp_timeout),
+        )
 
 
 def check_vocabulary(
@@ -147,11 +163,10 @@ def check_vocabulary(
         logger.warning("%s does not say what its token ids decode to; its vocabulary is not compared.", url)
 
 
-def check_against_student(trainer: Any, ids: list[int], teacher_logps: torch.Tensor) -> None:
-    """Warn of a server that holds the student itself; a sharded student cannot be asked before training begins."""
+def score_by_student(trainer: Any, ids: list[int]) -> Tensor | None:
+    """The student's log-probabilities of the tokens but the first; `None` of a sharded one, before training begins."""
     if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
-        return
-    device = trainer.accelerator.device
+        return None
     student = trainer.accelerator.unwrap_model(trainer.model)
     row = torch.tensor([ids], device=next(student.parameters()).device)
     ones = torch.ones_like(row)
@@ -159,10 +174,9 @@ def check_against_student(trainer: Any, ids: list[int], teacher_logps: torch.Ten
     batch |= {"completion_ids": row[:, 1:], "completion_mask": ones[:, 1:]}
     training = student.training
     student.eval()
-    logps = trainer.completion_logps(student, batch)[0].float().to(device).cpu()
+    logps = trainer.completion_logps(student, batch)[0].float().cpu()
     student.train(training)
-    if (logps - teacher_logps).abs().max() <= LOGP_TOLERANCE:
-        logger.warning("The teacher's server scores as the student does: every delta is zero and nothing is learnt.")
+    return logps
 
 
 def rounded_up(value: float) -> float:

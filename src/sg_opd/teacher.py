@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from .faults import TeacherError
+
 # said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+TEACHER_MEMBERS = ("score", "propose", "sharded", "context", "name")
+NO_PROBABILITY = -9999.0  # what vLLM writes for minus infinity, which JSON does not have
 # what a multimodal batch carries beside token ids, as the parent's forward takes it
 MULTIMODAL_KEYS = (
     "pixel_values",
@@ -39,12 +44,13 @@ class Teacher(Protocol):
     name: str
     """What a model card calls it."""
 
-    def score(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **inputs: Any
-    ) -> list[Tensor]:
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities in nats of each completion's tokens after its prompt, float32, (T_i,) each.
 
-        At the training temperature. A completion may be empty. `inputs` are some of `MULTIMODAL_KEYS`.
+        At the training temperature. A completion may be empty.
+
+        Raises:
+            TeacherError: it cannot answer, and training is to stop on every rank.
         """
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
@@ -73,7 +79,11 @@ def load_teacher(
             kwargs["revision"] = revision
         return create_model_from_path(teacher_model, **kwargs)
     if not isinstance(teacher_model, PreTrainedModel):
-        raise TypeError(f"`teacher_model` must be a path, a hub id or a PreTrainedModel, got {type(teacher_model)}.")
+        missing = [name for name in TEACHER_MEMBERS if not hasattr(teacher_model, name)]
+        raise TypeError(
+            f"`teacher_model` must be a path, a hub id, a PreTrainedModel or a `sg_opd.teacher.Teacher`; a "
+            f"{type(teacher_model).__name__} is none, and lacks {', '.join(map(repr, missing))} to be a Teacher."
+        )
     if init_kwargs or revision:
         raise ValueError(
             "`teacher_model_init_kwargs` and `teacher_model_revision` are for a teacher loaded by name, but "
@@ -161,12 +171,31 @@ def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
     return filled
 
 
-def ask(teacher: Teacher, batch: dict[str, Any]) -> Tensor:
-    """The teacher's log-probabilities of a batch's completion tokens, (B, T), zero where masked."""
-    ids = [as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion")]
-    inputs = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
-    completions = batch["completion_ids"]
-    return as_rectangle(teacher.score(*ids, **inputs), completions.size(1)).to(completions.device)
+def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None) -> Tensor:
+    """The teacher's log-probabilities of a batch's completion tokens, (B, T), anything where masked.
+
+    Raises:
+        TeacherError: an answer that does not fit the batch, that is not a number, or, unless log-ratios are clipped,
+            that gives a token no probability.
+    """
+    if isinstance(teacher, LocalTeacher):  # as it is: its padding, and what a multimodal batch has beside ids
+        return teacher.score_batch(batch)
+    prompts, completions = (as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion"))
+    rows = teacher.score(prompts, completions)
+    if [len(row) for row in rows] != [len(ids) for ids in completions]:
+        raise TeacherError(
+            f"{teacher.name} scored rows of {[len(row) for row in rows]} tokens, but the batch has "
+            f"{[len(ids) for ids in completions]}"
+        )
+    for row, ids in zip(rows, completions, strict=True):
+        for logp, token in zip(row.tolist(), ids, strict=True):
+            if math.isnan(logp) or (logp <= NO_PROBABILITY and log_ratio_clip is None):
+                raise TeacherError(
+                    f"{teacher.name} gives token {token} the log-probability {logp:g}, on which no delta can be "
+                    "trained. Set `log_ratio_clip`, which bounds it, or look at the teacher"
+                )
+    ids = batch["completion_ids"]
+    return as_rectangle(rows, ids.size(1)).to(ids.device)
 
 
 def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -220,16 +249,17 @@ class LocalTeacher:
     def name(self) -> str:
         return getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
 
-    def score(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **inputs: Any
-    ) -> list[Tensor]:
-        """As `Teacher.score`; on the trainer's device, in chunks of its micro-batches, never whole logits."""
+    def score_batch(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities of a batch's completion tokens, (B, T), on the trainer's device; never whole logits."""
+        return self.trainer.completion_logps(self.model, batch)
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `Teacher.score`, on the trainer's device."""
         pad, device = self.generation_config.pad_token_id, self.accelerator.device
         prompts = padded(prompt_ids, pad, "left", device)
         completions = padded([ids or [pad] for ids in completion_ids], pad, "right", device)
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        batch = dict(zip(keys, (*prompts, *completions), strict=True))
-        logps = self.trainer.completion_logps(self.model, {**batch, **inputs})
+        logps = self.score_batch(dict(zip(keys, (*prompts, *completions), strict=True)))
         return [row[: len(ids)] for row, ids in zip(logps.float(), completion_ids, strict=True)]
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:

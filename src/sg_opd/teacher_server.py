@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .endpoints import Endpoints
+from .endpoints import Endpoints, TeacherServerError
 from .teacher import proposal_sampling
 
 COMPLETIONS = "/v1/completions"
@@ -98,9 +98,7 @@ class ServerTeacher:
                 return model
         raise ValueError(f"`teacher_model_name_or_path={self.model!r}` is not served by {url}, which has {names}.")
 
-    def score(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **inputs: Any
-    ) -> list[Tensor]:
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities at temperature 1 of each completion's tokens, (T_i,) each, float32 on the CPU.
 
         All or nothing: an answer that does not cover every token asked for is an error.
@@ -108,8 +106,12 @@ class ServerTeacher:
         Raises:
             TeacherServerError: no usable answer after all retries.
         """
-        if inputs:
-            raise ValueError(f"A teacher's server takes token ids only, not {', '.join(map(repr, inputs))}.")
+        longest = max(len(prompt) + len(ids) + 1 for prompt, ids in zip(prompt_ids, completion_ids, strict=True))
+        if self.context and longest > self.context:
+            raise TeacherServerError(
+                f"A prompt with its completion needs {longest} tokens, one more included, of the {self.context} that "
+                "the teacher's server has: start it with a larger --max-model-len, or filter the dataset by length"
+            )
         rows = [i for i, ids in enumerate(completion_ids) if ids]
         chunks = [rows[i : i + SEQUENCES_PER_REQUEST] for i in range(0, len(rows), SEQUENCES_PER_REQUEST)]
         sequences = [[[*prompt_ids[row], *completion_ids[row]] for row in chunk] for chunk in chunks]
@@ -152,6 +154,8 @@ class ServerTeacher:
 
         def read(body: Any) -> dict[str, Any]:
             choice = body["choices"][0]
+            if choice.get("token_ids") is None:
+                raise TeacherServerError(f"{url} returns no token ids: it must be vLLM 0.10.2 or newer")
             if len(choice["token_ids"]) != len(choice["logprobs"]["token_logprobs"]):
                 raise ValueError("a sample with another number of log-probs than tokens")
             return choice

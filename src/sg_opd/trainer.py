@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id
 from .checks import check_arguments, check_dataset, check_models, check_set_up
 from .config import SGOPDConfig
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
-from .faults import agreed, random_states
+from .faults import LastGoodStep
 from .loss import GateDecision, policy_gradient
 from .metrics import GateMeter, rollout_metrics
 from .reference import InitialPolicy, capture
@@ -121,7 +120,7 @@ class SGOPDTrainer(GRPOTrainer):
         self._meter = GateMeter()
         self._gate_inputs: dict[str, Any] | None = None
         self._row_advantages: Tensor | None = None
-        self.saved_step: int | None = None  # the last one with a checkpoint
+        self.last_good_step = LastGoodStep(self)
         self._redirect = _ForwardRedirection()
         captured = capture(model, peft_config, args)
         super().__init__(
@@ -153,7 +152,7 @@ class SGOPDTrainer(GRPOTrainer):
             self.teacher: Any = teacher_model
         elif args.teacher_server_url:
             self.teacher = ServerTeacher.of(self, teacher_model)
-            with self.agreed():
+            with self.last_good_step.agreed():
                 self.teacher.connect()
                 check_server(self)
         else:
@@ -169,13 +168,9 @@ class SGOPDTrainer(GRPOTrainer):
         """The teacher phase of this run; a phase that is a share of the steps has its length once training began."""
         return self.args.teacher_phase_sampler(self.state.max_steps)
 
-    def agreed(self) -> AbstractContextManager[None]:
-        """Around every question to a teacher that may fail on one rank alone: see `sg_opd.faults.agreed`."""
-        return agreed(self)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.saved_step = self.state.global_step
+        self.last_good_step.saved = self.state.global_step
 
     def _generate(self, prompts: list) -> tuple:
         output = super()._generate(prompts)
@@ -199,8 +194,8 @@ class SGOPDTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rollouts.begin(inputs)  # `_generate` is not given the columns
-        if self._step % self.args.gradient_accumulation_steps == 0:
-            self.random_states = random_states()
+        if self.model.training:
+            self.last_good_step.begin()
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
@@ -209,8 +204,8 @@ class SGOPDTrainer(GRPOTrainer):
         output["row"] = torch.arange(len(inputs), device=device)
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "sampled":
-            with self.agreed():
-                output["teacher_per_token_logps"] = ask(self.teacher, output)
+            with self.last_good_step.agreed():
+                output["teacher_per_token_logps"] = ask(self.teacher, output, self.args.log_ratio_clip)
             if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
                 with self.initial_policy.lend() as model:
                     output["initial_per_token_logps"] = self.completion_logps(model, output)
