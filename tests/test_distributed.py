@@ -77,7 +77,13 @@ SCENARIOS = {
 }
 TIED = {"seed": 5, "scale": 1.0, "tie_word_embeddings": True, "initializer_range": 0.2}
 BASE = {"padded": "student", "tied-padded": "tied"}
-RESUMED = ("whole-sampled-current", "whole-full-initial-phase", "lora-full-initial")
+# no processes draw what one does, but a resumed run what the whole one did
+DRAWN = {
+    "whole-sampled-drawn": {
+        "settings": {"generation_kwargs": {"do_sample": True}, "save_strategy": "steps", "save_steps": 2}
+    }
+}
+RESUMED = (*DRAWN, "whole-sampled-current", "whole-full-initial-phase", "lora-full-initial")
 MASKED = ("whole-sampled-current", "lora-full-initial")
 WITH_PHASE = [name for name in SCENARIOS if name.endswith("phase")]
 
@@ -133,9 +139,10 @@ def outcome(world):
     @functools.cache
     def launched(backend):
         out = world / backend
-        again = {f"{name}-resumed": {**SCENARIOS[name], "resume": str(out / name / "checkpoint-2")} for name in RESUMED}
+        every = SCENARIOS | DRAWN
+        again = {f"{name}-resumed": {**every[name], "resume": str(out / name / "checkpoint-2")} for name in RESUMED}
         try:
-            launch(world, backend, SCENARIOS | again, out)
+            launch(world, backend, every | again, out)
         except AssertionError as error:  # cached, so that one failed launch is not repeated for every test
             return error
         return out
