@@ -22,8 +22,10 @@ SCRIPTS = sorted((ROOT / "examples" / "launch").glob("*.sh"))
 ON_CPU = ("--bf16", "false", "--use_cpu", "true")
 # stands for `accelerate launch`: writes its arguments and devices, then does as told
 RECORD = """
-import json, os, sys, time
-seen = {"pid": os.getpid(), "arguments": sys.argv[1:], "devices": os.environ["CUDA_VISIBLE_DEVICES"]}
+import json, os, subprocess, sys, time
+sleep = "import os, time; time.sleep(float(os.environ.get('TRAINING', 0)))"
+rank = subprocess.Popen([sys.executable, "-c", sleep])
+seen = {"pid": os.getpid(), "rank": rank.pid, "arguments": sys.argv[1:], "devices": os.environ["CUDA_VISIBLE_DEVICES"]}
 open(os.environ["RECORD"], "w").write(json.dumps(seen))
 time.sleep(float(os.environ.get("TRAINING", 0)))
 sys.exit(int(os.environ.get("TRAINER_EXIT", 0)))
@@ -198,7 +200,9 @@ def test_a_signal_ends_server_and_trainer_too(number, code, stage):
         run.send_signal(number)
     assert run.wait(timeout=30) == code
     assert gone(int(Path(stage["SERVED"]).read_text().split()[0]))
-    assert gone(json.loads(record.read_text())["pid"])
+    launched = json.loads(record.read_text())
+    assert gone(launched["pid"])
+    assert gone(launched["rank"])  # which a launcher's own end does not end
 
 
 # in processes of their own on the CPU; the losses of the first are those of all others with two processes
