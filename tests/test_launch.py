@@ -220,7 +220,7 @@ def accelerated(tmp_path_factory):
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/accelerate/{config}.yaml",
             "--num_processes", processes, "--mixed_precision", "no", "--main_process_port", free_port(),
-            "examples/train.py", "--config", "examples/configs/arithmetic.yaml", "--estimator", "sampled",
+            "tests/train_on_cpu.py", "--config", "examples/configs/arithmetic.yaml", "--estimator", "sampled",
             "--max_steps", 3, "--learning_rate", 1e-3, "--warmup_steps", 0, "--teacher_phase_steps", 2,
             "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 3,
             "--per_device_train_batch_size", 32 // processes, "--output_dir", out,
