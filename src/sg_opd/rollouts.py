@@ -50,11 +50,11 @@ class Rollouts:
         # an optimizer step may take several generations, one after another: their prompts have different places
         earlier = trainer._step % trainer.args.gradient_accumulation_steps // trainer.args.steps_per_generation
         num_prompts = everywhere * (earlier + 1) // group
-        if not phase.slots(step, num_prompts, group)[everywhere * earlier // group :].any():
+        counts = phase.slots(step, num_prompts, group).tolist()
+        if not any(counts[everywhere * earlier // group :]):
             return
         first = everywhere * earlier + trainer.accelerator.process_index * local
         self.slots = phase.slot_rows(step, num_prompts, group, range(first, first + local))
-        counts = phase.slots(step, num_prompts, group).tolist()
 
         def stored(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
             """Each slot's part of its row's collected completions: no two slots of a prompt take the same."""

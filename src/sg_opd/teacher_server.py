@@ -145,8 +145,13 @@ class ServerTeacher:
 
         Of each token itself, and of the `others` most likely ones in its place.
         """
-        payload = {**self._scoring([ids]), "prompt_logprobs": others}
-        return self.endpoints.ask(COMPLETIONS, _read_entries([ids]), payload, url)[0]
+
+        def read(body: Any) -> list[dict[str, Any]]:
+            (entries,) = _entries(body, [ids])
+            logps_of(ids, entries)  # raises where one is missing, while the question can still be asked again
+            return entries
+
+        return self.endpoints.ask(COMPLETIONS, read, {**self._scoring([ids]), "prompt_logprobs": others}, url)
 
     def sample_at(self, url: str, prompt_ids: list[int], max_tokens: int) -> dict[str, Any]:
         """One server's sampled completion as it answers it: `token_ids`, `logprobs`, `finish_reason`."""
@@ -170,29 +175,20 @@ class ServerTeacher:
         return {"model": self.model, "prompt": list(prompt_ids), **self.sampling, **ends}
 
 
-def _read_entries(sequences: list[list[int]]) -> Callable[[Any], list[list[dict[str, Any]]]]:
-    """A reader of the prompt log-probabilities of `sequences`: for each token but the first, entries by token id."""
-
-    def read(body: Any) -> list[list[dict[str, Any]]]:
-        choices = sorted(body["choices"], key=lambda choice: choice["index"])
-        if len(choices) != len(sequences):
-            raise ValueError(f"{len(choices)} answers to {len(sequences)} sequences")
-        answers = []
-        for ids, choice in zip(sequences, choices, strict=True):
-            entries = choice["prompt_logprobs"]
-            if len(entries) != len(ids):
-                raise ValueError(f"{len(entries)} log-probs for {len(ids)} tokens")
-            logps_of(ids, entries[1:])  # raises where one is missing
-            answers.append(entries[1:])
-        return answers
-
-    return read
+def _entries(body: Any, sequences: list[list[int]]) -> list[list[dict[str, Any]]]:
+    """Of each sequence, for each token but the first, a server's entries by token id; one for every token asked for."""
+    choices = sorted(body["choices"], key=lambda choice: choice["index"])
+    if len(choices) != len(sequences):
+        raise ValueError(f"{len(choices)} answers to {len(sequences)} sequences")
+    for ids, choice in zip(sequences, choices, strict=True):
+        if len(choice["prompt_logprobs"]) != len(ids):
+            raise ValueError(f"{len(choice['prompt_logprobs'])} log-probs for {len(ids)} tokens")
+    return [choice["prompt_logprobs"][1:] for choice in choices]
 
 
 def _read_logps(sequences: list[list[int]]) -> Callable[[Any], list[Tensor]]:
     """A reader of the log-probabilities of `sequences`, (length - 1,) each."""
-    read = _read_entries(sequences)
-    return lambda body: [logps_of(ids, entries) for ids, entries in zip(sequences, read(body), strict=True)]
+    return lambda body: [logps_of(ids, some) for ids, some in zip(sequences, _entries(body, sequences), strict=True)]
 
 
 def logps_of(ids: list[int], entries: list[dict[str, Any]]) -> Tensor:
