@@ -43,26 +43,25 @@ def make_model(size: dict, tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=sorted(SIZES))
-    parser.add_argument("--out", default=None, help="where to save; default: the folder of that name beside this file")
-    parser.add_argument("--save-steps", type=int, default=0, help="also keep a checkpoint each this many steps")
-    args = parser.parse_args()
-    size = SIZES[args.which]
-    out = args.out or str(HERE / args.which)
+def pretrain(size: dict, tokenizer, problems: list[dict], out: str, save_steps: int = 0) -> None:
+    """Fine-tune a new model on worked solutions and save it in `out`.
 
+    Args:
+        size: an entry of a table like `SIZES`.
+        tokenizer: the world's.
+        problems: `{"question", "solution"}` each; `BATCH` a step.
+        out: where to save.
+        save_steps: also keep a checkpoint each this many steps; 0 keeps none.
+    """
     set_seed(size["seed"])
-    tokenizer = make_tokenizer()
     model = make_model(size, tokenizer)
-    rows = make_problems(size["steps"] * BATCH, PRETRAIN_SEED, held_out_questions(), size["slip"])
     dataset = Dataset.from_list(
         [
             {
                 "prompt": [{"role": "user", "content": row["question"]}],
                 "completion": [{"role": "assistant", "content": row["solution"]}],
             }
-            for row in rows
+            for row in problems
         ]
     )
     config = SFTConfig(
@@ -77,8 +76,8 @@ def main() -> None:
         gradient_checkpointing=False,
         use_cpu=True,
         logging_steps=50,
-        save_strategy="steps" if args.save_steps else "no",
-        save_steps=args.save_steps or 500,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
         save_only_model=True,
         report_to="none",
         seed=size["seed"],
@@ -87,6 +86,17 @@ def main() -> None:
     trainer.train()
     model.to(torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=sorted(SIZES))
+    parser.add_argument("--out", default=None, help="where to save; default: the folder of that name beside this file")
+    parser.add_argument("--save-steps", type=int, default=0, help="also keep a checkpoint each this many steps")
+    args = parser.parse_args()
+    size = SIZES[args.which]
+    problems = make_problems(size["steps"] * BATCH, PRETRAIN_SEED, held_out_questions(), slip=size["slip"])
+    pretrain(size, make_tokenizer(), problems, args.out or str(HERE / args.which), args.save_steps)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 WORDS = ["Start with ", ", add ", ", minus ", ", times ", "\\boxed{", "}", "\n", "+", "-", "*", "=", "."]
+PHRASES = r"Start with |, add |, minus |, times |\\boxed\{"
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
@@ -30,22 +33,24 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 LARGEST = 999
+OPERATIONS = 3, 5
 TEST_SEED, TRAIN_SEED, PRETRAIN_SEED = 20_001, 20_002, 20_003
 
 
-def make_problem(rng: random.Random, slip: float = 0.0) -> dict:
-    """One problem of three to five operations; every running value lies in [0, 999].
+def make_problem(rng: random.Random, slip: float = 0.0, operations: tuple[int, int] = OPERATIONS) -> dict:
+    """One problem; every running value lies in [0, 999].
 
     Args:
         rng: the source of randomness.
         slip: chance that a step of the solution gets its result wrong, by one digit, and goes on from there.
+        operations: the fewest and the most.
 
     Returns:
         `{"question": str, "solution": str, "answer": str}`; `solution` is the worked text.
     """
     value = rng.randint(2, 99)
     question, lines = f"Start with {value}", []
-    for _ in range(rng.randint(3, 5)):
+    for _ in range(rng.randint(*operations)):
         kinds = ["add"] * 2 + ["minus"] * 2 * (value > 1) + ["times"] * (2 <= value <= LARGEST // 2)
         kind = rng.choice(kinds)
         if kind == "add":
@@ -73,24 +78,32 @@ def with_slip(value: int, rng: random.Random) -> int:
     return int("".join(digits))
 
 
-def make_problems(count: int, seed: int, exclude: frozenset[str] = frozenset(), slip: float = 0.0) -> list[dict]:
-    """`count` distinct problems from `seed`, none of whose questions is in `exclude`."""
+def make_problems(count: int, seed: int, exclude: frozenset[str] = frozenset(), **settings: Any) -> list[dict]:
+    """`count` distinct problems from `seed`, none of whose questions is in `exclude`; settings as of `make_problem`."""
+    return distinct(lambda rng: make_problem(rng, **settings), count, seed, exclude)
+
+
+def distinct(make: Callable[[random.Random], dict], count: int, seed: int, exclude: frozenset[str]) -> list[dict]:
+    """`count` problems that `make` draws from `seed`, no question twice and none that is in `exclude`."""
     rng, seen, rows = random.Random(seed), set(exclude), []
     while len(rows) < count:
-        row = make_problem(rng, slip)
+        row = make(rng)
         if row["question"] not in seen:
             seen.add(row["question"])
             rows.append(row)
     return rows
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: one token a digit, a sign or a phrase of the questions; 27 tokens."""
-    tokens = SPECIAL + WORDS + [str(d) for d in range(10)]
+def make_tokenizer(words: Sequence[str] = WORDS, phrases: str = PHRASES) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: one token a digit, a sign or a phrase of the questions.
+
+    Args:
+        words: its tokens beside the special ones and the ten digits.
+        phrases: regular expression of those words that are longer than one character.
+    """
+    tokens = SPECIAL + list(words) + [str(d) for d in range(10)]
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"Start with |, add |, minus |, times |\\boxed\{|."), behavior="isolated"
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{phrases}|."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,0 +1,263 @@
+"""The study's arms: each trains a world's student on the same budget of rollouts, and says what it used.
+
+What the package offers is a table of settings (`ARMS`). What only the study needs is here: a teacher phase that takes
+teacher rollouts whatever the verifier says, a gate per entry of the vocabulary, and the arms that other trainers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Trainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from worlds import World
+
+from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, TeacherPhaseSampler
+from sg_opd.divergence import head_of, last_hidden_state, sequence
+from sg_opd.evaluate import grade, tokenize_prompts
+from sg_opd.loss import CONFLICT, CONSENSUS, verdict_sign
+from sg_opd.teacher import WHOLE_DISTRIBUTION, freeze, sample_completions
+
+ROLLOUTS = 128  # completions a step, in every arm
+GENERATIONS = 4  # of a prompt; GRPO's groups are twice as large
+GRPO_GENERATIONS = 8
+LOGGING_STEPS = 5
+WARM_UP = 0.1  # share of the steps
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student.
+
+    Attributes:
+        title: as tables and plots name it.
+        settings: fields of `SGOPDConfig`; of no meaning to other trainers.
+        trainer: which function of `TRAINERS` trains it.
+        main: whether it gets all seeds.
+    """
+
+    title: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    trainer: str = "sg-opd"
+    main: bool = False
+
+
+ARMS = {
+    "opd": Arm("OPD", {"preset": "opd"}, main=True),
+    "exopd": Arm("ExOPD", {"preset": "exopd"}, main=True),
+    "opdvr": Arm("OPDVR", {"preset": "opdvr"}, main=True),
+    "sg-opd": Arm("SG-OPD", main=True),
+    "no-gate": Arm("SG-OPD without gate", {"gate_extrapolation": 1.0}, main=True),
+    "no-phase": Arm("SG-OPD without phase", {"teacher_phase_steps": 0}, main=True),
+    "initial": Arm("SG-OPD, initial reference", {"reference_policy": "initial"}),
+    "nll": Arm("SG-OPD, nll on teacher rows", {"teacher_rollout_loss": "nll"}),
+    "unendorsed": Arm("SG-OPD, unendorsed phase", trainer="unendorsed"),
+    "entry-gate": Arm("SG-OPD, gate per vocabulary entry", trainer="entry-gate"),
+    "distillation": Arm("TRL DistillationTrainer", trainer="distillation"),
+    "grpo": Arm("GRPO, verifier alone", trainer="grpo"),
+    "sft": Arm("SFT on endorsed teacher rollouts", trainer="sft"),
+}
+
+
+@cache
+def verifier() -> MathVerifier:
+    """One for the whole process: its workers are started once."""
+    return MathVerifier()
+
+
+def load(path: str) -> tuple[PreTrainedModel, Any]:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
+def common(world: World, steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:
+    """The training arguments that all arms share."""
+    return {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "per_device_train_batch_size": ROLLOUTS,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(WARM_UP * steps),
+        "seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": LOGGING_STEPS,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+class EndorseAll(TeacherPhaseSampler):
+    """Takes a slot's first teacher rollout that ended, and notes what the verifier said of it."""
+
+    def __init__(self, *args: Any, verdicts: dict[int, float | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.verdicts = verdicts
+
+    def fill(self, rows: Sequence[int], propose: Any, endorse: Any) -> dict:
+        def endorse_all(rows: Sequence[int], proposals: Sequence) -> list[float]:
+            self.verdicts.update(zip(rows, endorse(rows, proposals), strict=True))
+            return [1.0] * len(rows)
+
+        return super().fill(rows, propose, endorse_all)
+
+
+class UnendorsedTrainer(SGOPDTrainer):
+    """The teacher phase without its verifier: wrong teacher rollouts are mixed in too, with their true verdicts."""
+
+    @property
+    def teacher_phase(self) -> EndorseAll:
+        args, steps = self.args, self.args.teacher_phase_length(self.state.max_steps)
+        settings = args.teacher_phase_fraction, steps, args.teacher_phase_schedule
+        return EndorseAll(*settings, seed=args.seed, verdicts=self.verdicts)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.verdicts: dict[int, float | None] = {}
+        output = super()._generate_and_score_completions(inputs)
+        for row, verdict in self.verdicts.items():
+            if output["from_teacher"][row]:
+                output["verifier_labels"][row] = float("nan") if verdict is None else verdict
+        return output
+
+
+class EntryGateTrainer(SGOPDTrainer):
+    """The exact expectation of the gated sampled estimator at fixed verdict: a gate per entry of the vocabulary.
+
+    `-sum_v stopgrad(pi_S(v) lambda(s delta(v)) delta(v)) log pi_S(v)`, on whole logits: for small vocabularies only.
+    """
+
+    def _full_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        mask, ids = self._loss_mask(inputs), inputs["completion_ids"]
+
+        def logps(model: Any) -> torch.Tensor:
+            states = last_hidden_state(model, *sequence(inputs), ids.size(1))
+            return torch.log_softmax(states @ head_of(model).weight.T / self.temperature, dim=-1)
+
+        with torch.no_grad():
+            teacher = logps(self.teacher.unwrapped)
+        student = logps(self.accelerator.unwrap_model(model))
+        taken = [p.detach().gather(2, ids.unsqueeze(2)).squeeze(2) for p in (student, teacher)]
+        decision = self._decide(inputs, *taken)
+        per_token = entry_gated(student, teacher, inputs["verifier_labels"], *self._factors())
+        entropy = -(student.detach().exp() * student.detach()).sum(-1)
+        self._meter.update(decision, per_token, mask, inputs["from_teacher"], mask, entropy)
+        return torch.where(mask, per_token, 0.0).sum() / self._divisor(inputs)
+
+    def _factors(self) -> tuple[float, float]:
+        return self.args.gate_extrapolation, self.args.gate_interpolation
+
+
+def entry_gated(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, extrapolation: float, interpolation: float
+) -> torch.Tensor:
+    """The loss of each position, (B, T), from log-probabilities (B, T, V) and verdicts (B,)."""
+    delta = (teacher - student).detach()
+    case = torch.sign(verdict_sign(labels)[:, None, None] * delta)
+    factor = torch.ones_like(delta)
+    factor = factor.masked_fill(case == CONSENSUS, extrapolation).masked_fill(case == CONFLICT, interpolation)
+    return -((student.detach().exp() * factor * delta) * student).sum(-1)
+
+
+def train_sg_opd(world: World, arguments: dict, settings: dict, trainer: type[SGOPDTrainer] = SGOPDTrainer) -> Trainer:
+    settings = {"estimator": "full", **settings}
+    return trainer(
+        model=world.student,
+        teacher_model=world.teacher,
+        verifier=verifier(),
+        args=SGOPDConfig(
+            **arguments,
+            **settings,
+            num_generations=GENERATIONS,
+            max_completion_length=world.max_completion_length,
+            temperature=1.0,
+        ),
+        train_dataset=world.split("train"),
+    )
+
+
+def train_grpo(world: World, arguments: dict, settings: dict) -> Trainer:
+    config = GRPOConfig(
+        **arguments, num_generations=GRPO_GENERATIONS, max_completion_length=world.max_completion_length
+    )
+    return GRPOTrainer(model=world.student, reward_funcs=verifier(), args=config, train_dataset=world.split("train"))
+
+
+def train_distillation(world: World, arguments: dict, settings: dict) -> Trainer:
+    config = DistillationConfig(**arguments, max_completion_length=world.max_completion_length)
+    return DistillationTrainer(
+        model=world.student, teacher_model=world.teacher, args=config, train_dataset=world.split("train")
+    )
+
+
+def train_sft(world: World, arguments: dict, settings: dict) -> Trainer:
+    """As many teacher rollouts as the others have student rollouts; the endorsed ones are the training set."""
+    rows = endorsed_rollouts(world, arguments["max_steps"] * ROLLOUTS, arguments["seed"])
+    model, tokenizer = load(world.student)
+    config = SFTConfig(**arguments)
+    return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+
+
+def endorsed_rollouts(world: World, count: int, seed: int, batch_size: int = 512) -> Dataset:
+    """Of `count` teacher rollouts, `GENERATIONS` a question, those that ended and were graded correct."""
+    model, tokenizer = load(world.teacher)
+    freeze(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    questions = world.split("train", max(1, count // GENERATIONS))
+    rows = [row for row in questions for _ in range(GENERATIONS)]
+    config = GenerationConfig(
+        do_sample=True,
+        max_new_tokens=world.max_completion_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **WHOLE_DISTRIBUTION,
+    )
+    torch.manual_seed(seed)
+    prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
+    ids: list[list[int]] = []
+    for start in range(0, len(rows), batch_size):
+        ids += sample_completions(model, prompts[start : start + batch_size], config)
+    verdicts = grade(rows, ids, tokenizer, verifier())
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": text}]}
+            for row, text, verdict, some in zip(rows, texts, verdicts, ids, strict=True)
+            if verdict == 1.0 and some[-1] == tokenizer.eos_token_id
+        ]
+    )
+
+
+TRAINERS = {
+    "sg-opd": train_sg_opd,
+    "unendorsed": lambda *given: train_sg_opd(*given, trainer=UnendorsedTrainer),
+    "entry-gate": lambda *given: train_sg_opd(*given, trainer=EntryGateTrainer),
+    "grpo": train_grpo,
+    "distillation": train_distillation,
+    "sft": train_sft,
+}
+
+
+def trainer_of(
+    world: World, arm: Arm, changes: dict[str, Any], steps: int, learning_rate: float, seed: int, output: Path
+) -> Trainer:
+    """The trainer of one run, ready to train; `changes` are further settings, over the arm's."""
+    arguments = common(world, steps, learning_rate, seed, output)
+    return TRAINERS[arm.trainer](world, arguments, {**arm.settings, **changes})
+
+
+def budget(arm: Arm, trainer: Trainer, history: list[dict[str, float]]) -> dict[str, int]:
+    """Completions that the student sampled, that the teacher sampled, and that the teacher scored."""
+    total = trainer.args.max_steps * ROLLOUTS
+    if arm.trainer == "sft":
+        return {"student_rollouts": 0, "teacher_rollouts": total, "teacher_scored": 0}
+    shares = [entry["teacher/slot_share"] for entry in history if "teacher/slot_share" in entry]
+    slots = round(total * sum(shares) / len(shares)) if shares else 0
+    scored = 0 if arm.trainer == "grpo" else total
+    return {"student_rollouts": total, "teacher_rollouts": slots, "teacher_scored": scored}

@@ -1,0 +1,345 @@
+"""The study: what the gate and the teacher phase contribute, arm by arm, in two synthetic worlds.
+
+    python benchmarks/study.py                  # all of it, about five hours on two CPU cores; resumable
+    python benchmarks/study.py --quick          # every arm and both worlds, small, in 10 minutes
+    python benchmarks/study.py --scale large    # longer chains, models of tens of millions of parameters: one GPU
+
+Every run writes its record below `--output` as soon as it ends, and a run that is there is not done again: stop the
+study when you like and start it again with the same command. The learning rate of an arm is the one of `RATES` whose
+run with the first seed does best on the validation split; the test split is seen once, by the chosen runs. At the end
+`study.json` and the plots are written from the records (`--report` does only that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+RATES = (2e-4, 5e-4, 1e-3)
+SAMPLES = 8  # completions a test question: avg@8, pass@8
+PACKAGES = ("torch", "transformers", "trl", "math-verify")
+KEPT = ("verdict/correct", "entropy", "gate/", "delta/", "teacher/", "completions/", "reward", "grad_norm", "loss")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the study is; `None` is what the world says."""
+
+    steps: int | None = None
+    rates: tuple[float, ...] = RATES
+    main_seeds: int = 5
+    other_seeds: int = 2
+    test_questions: int | None = None
+    validation_questions: int | None = None
+    plane: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    clips: tuple[float | None, ...] = (None, 5.0, 2.0, 1.0)
+
+
+QUICK = Plan(
+    steps=10,
+    rates=(5e-4,),
+    main_seeds=1,
+    other_seeds=1,
+    test_questions=50,
+    validation_questions=20,
+    plane=(1.0, 1.8),
+    ratios=(0.5,),
+    clips=(2.0,),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its world, arm, further settings, learning rate, seed and number of optimizer steps."""
+
+    world: str
+    arm: str
+    changes: tuple[tuple[str, Any], ...]
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        changes = "".join(f",{name}={value}" for name, value in self.changes)
+        return f"{self.world}/{self.arm}{changes}/lr={self.learning_rate:g},seed={self.seed},steps={self.steps}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the study compares: an arm in a world with some settings, over seeds.
+
+    `rate_of` names another cell's arm and settings whose learning rate it takes over instead of choosing its own.
+    """
+
+    world: str
+    arm: str
+    seeds: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    rate_of: tuple[str, tuple[tuple[str, Any], ...]] | None = field(default=None, compare=False)
+
+
+def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
+    """The study in the order in which it is done, the most important first."""
+    from arms import ARMS
+
+    second = worlds[-1]
+    main = [arm for arm in ARMS if ARMS[arm].main]
+    others = [arm for arm in ARMS if not ARMS[arm].main]
+    for world in reversed(worlds):
+        yield f"main arms, {world}", [Cell(world, arm, plan.main_seeds) for arm in main]
+    sampled = [
+        Cell(second, arm, plan.other_seeds, (("estimator", "sampled"), ("log_ratio_clip", clip)))
+        for clip in plan.clips
+        for arm in ("opd", "sg-opd")
+    ]
+    yield "estimators and clip", sampled
+    for world in reversed(worlds):
+        yield f"other arms, {world}", [Cell(world, arm, plan.other_seeds) for arm in others]
+    yield (
+        "line in the factors' ratio",
+        [
+            Cell(
+                second,
+                "no-phase",
+                plan.other_seeds,
+                (("gate_extrapolation", 1.0), ("gate_interpolation", ratio)),
+                rate_of=("no-phase", ()),
+            )
+            for ratio in plan.ratios
+        ],
+    )
+    yield (
+        "plane of the factors",
+        [
+            Cell(
+                second,
+                "initial",
+                plan.other_seeds,
+                (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0)),
+                rate_of=("initial", ()),
+            )
+            for up in plan.plane
+            for down in plan.plane
+        ],
+    )
+
+
+class Study:
+    """Runs and records below one folder.
+
+    Args:
+        output: the folder.
+        scale: of `worlds.SCALES`.
+        plan: how large.
+        workers: processes, of one thread each.
+    """
+
+    def __init__(self, output: Path, scale: str, plan: Plan, workers: int) -> None:
+        self.output, self.scale, self.plan, self.workers = output, scale, plan, workers
+        self.worlds = worlds_of(scale)
+
+    def path(self, run: Run, job: Callable) -> Path:
+        """The file that a job leaves when it is done."""
+        return self.output / run.name / f"{job.__name__}.json"
+
+    def run(self, cell: Cell, learning_rate: float, seed: int) -> Run:
+        """One of a cell's runs."""
+        steps = self.plan.steps or self.worlds[cell.world].steps
+        return Run(cell.world, cell.arm, cell.changes, learning_rate, seed, steps)
+
+    def rate(self, cell: Cell) -> float:
+        """The learning rate that did best on the validation split, with the first seed."""
+        if cell.rate_of:
+            arm, changes = cell.rate_of
+            cell = replace(cell, arm=arm, changes=changes, rate_of=None)
+        figures = {}
+        for rate in self.plan.rates:
+            figures[rate] = json.loads(self.path(self.run(cell, rate, 0), validate).read_text())["avg"]
+        return max(figures, key=figures.__getitem__)
+
+    def chosen(self, cell: Cell) -> list[Run]:
+        """The cell's runs with its learning rate, by seed."""
+        rate = self.rate(cell)
+        return [self.run(cell, rate, seed) for seed in range(cell.seeds)]
+
+    def go(self, only: str | None = None, first_only: bool = False) -> list[str]:
+        """Do what is not there yet; the names of runs that failed.
+
+        Args:
+            only: the groups whose name contains this.
+            first_only: of these, train the runs between which the learning rate is chosen.
+        """
+        failed: list[str] = []
+        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+            for name, cells in groups(self.plan, list(self.worlds)):
+                if only and only not in name:
+                    continue
+                print(f"# {name}", flush=True)
+                choosing = [cell for cell in cells if cell.rate_of is None]
+                first = [self.run(cell, rate, 0) for cell in choosing for rate in self.plan.rates]
+                failed += self._all(pool, train, first)
+                if first_only:
+                    continue
+                failed += self._all(pool, validate, first, after=train)
+                runs = [run for cell in cells if self._choosable(cell) for run in self.chosen(cell)]
+                failed += self._all(pool, train, runs)
+                failed += self._all(pool, test, runs, after=train)
+        return failed
+
+    def _choosable(self, cell: Cell) -> bool:
+        try:
+            self.rate(cell)
+        except FileNotFoundError as missing:
+            print(f"  left out for now: {cell.world}/{cell.arm} ({missing.filename} is not there)", flush=True)
+            return False
+        return True
+
+    def _all(
+        self, pool: ProcessPoolExecutor, job: Callable, runs: list[Run], after: Callable | None = None
+    ) -> list[str]:
+        """Do a job for the runs that lack it, and have been through the job `after`; the names of those that failed."""
+        todo = [run for run in dict.fromkeys(runs) if not self.path(run, job).is_file()]
+        todo = [run for run in todo if after is None or self.path(run, after).is_file()]
+        futures = {pool.submit(job, run, self.scale, self.plan, self.output / run.name): run for run in todo}
+        failed, start = [], time.perf_counter()
+        for count, future in enumerate(as_completed(futures), 1):
+            run, error = futures[future], future.exception()
+            if error is not None:
+                traceback.print_exception(error)
+                failed.append(run.name)
+            line = future.result() if error is None else f"FAILED: {error!r}"
+            minutes = (time.perf_counter() - start) / 60
+            print(f"  {job.__name__} {count}/{len(todo)} after {minutes:.1f} min: {run.name}: {line}", flush=True)
+        return failed
+
+
+def one_thread() -> None:
+    """The processes share the cores: one thread each."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def worlds_of(scale: str) -> dict[str, Any]:
+    """The worlds of a scale, by name."""
+    from worlds import SCALES
+
+    return {world.name: world for world in SCALES[scale]()}
+
+
+def train(run: Run, scale: str, plan: Plan, folder: Path) -> str:
+    """Train the run's student; its weights are kept, and a record of how the training went."""
+    from arms import ARMS, budget, trainer_of
+    from transformers import PrinterCallback
+
+    world, arm = worlds_of(scale)[run.world], ARMS[run.arm]
+    clock, cpu = time.perf_counter(), time.process_time()
+    trainer = trainer_of(world, arm, dict(run.changes), run.steps, run.learning_rate, run.seed, folder)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
+    history = [
+        {name: value for name, value in entry.items() if name == "step" or name.startswith(KEPT)}
+        for entry in trainer.state.log_history
+    ]
+    trainer.model.save_pretrained(folder)
+    record = {
+        "run": asdict(run) | {"changes": dict(run.changes)},
+        **seconds,
+        **budget(arm, trainer, history),
+        "history": history,
+        "provenance": provenance(),
+    }
+    write(folder / "train.json", record)
+    return f"{seconds['seconds']:.0f} s"
+
+
+def validate(run: Run, scale: str, plan: Plan, folder: Path) -> str:
+    """The run's student on the validation split, which chooses the learning rate."""
+    figures = measured(str(folder), worlds_of(scale)[run.world], "validation", plan.validation_questions, run.seed)
+    write(folder / "validate.json", figures)
+    return f"avg@{SAMPLES} {figures['avg']:.1f}"
+
+
+def test(run: Run, scale: str, plan: Plan, folder: Path) -> str:
+    """The run's student on the test split."""
+    figures = measured(str(folder), worlds_of(scale)[run.world], "test", plan.test_questions, run.seed)
+    write(folder / "test.json", figures)
+    return f"avg@{SAMPLES} {figures['avg']:.1f}"
+
+
+def measured(model: str, world: Any, split: str, count: int | None, seed: int) -> dict[str, Any]:
+    """Figures of a model on one split, in percent, with each question's number of correct samples."""
+    from arms import load, verifier
+
+    from sg_opd.evaluate import evaluate_model
+
+    result = evaluate_model(
+        load(model)[0],
+        load(world.student)[1],
+        world.split(split, count),
+        verifier(),
+        SAMPLES,
+        world.max_completion_length,
+        batch_size=400,
+        seed=seed,
+        progress=False,
+    )
+    return {"avg": result.avg_percent, "provenance": provenance()}
+
+
+def provenance() -> dict[str, Any]:
+    """Commit and versions; a commit with a plus sign had changes that were not committed."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """All of it or nothing: a record that is there is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content) + "\n")
+    unfinished.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=None, help="records; default: runs/study/<scale or 'quick'>")
+    parser.add_argument("--scale", choices=("small", "large", "tiny"), default="small")
+    parser.add_argument("--quick", action="store_true", help="every arm in both worlds, small, in 10 minutes")
+    parser.add_argument("--only", default=None, help="only groups whose name contains this")
+    parser.add_argument("--first-only", action="store_true", help="only train the runs that choose learning rates")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--report", action="store_true", help="train nothing, write results from what is there")
+    options = parser.parse_args()
+    output = options.output or ROOT / "runs" / "study" / ("quick" if options.quick else options.scale)
+    study = Study(output, options.scale, QUICK if options.quick else Plan(), options.workers)
+    failed = [] if options.report else study.go(options.only, options.first_only)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. Start the same command again to try them again.")
+
+
+if __name__ == "__main__":
+    main()

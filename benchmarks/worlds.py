@@ -1,0 +1,112 @@
+"""The study's worlds: where questions, golds, the student and the teacher come from, at two scales.
+
+`small` runs on a CPU with the checkpoints of this repository. `large` is for one GPU: longer chains and models of tens
+of millions of parameters, which are made on first use (`World.make_models`). `tiny` tries the path of `large` on a CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples" / "arithmetic"))
+
+import equations
+import problems as arithmetic
+from make_models import BATCH, pretrain
+from make_models import SIZES as ARITHMETIC_SIZES
+
+TEST, VALIDATION, TRAIN = 1_000, 300, 4_000  # questions
+STUDY_SEED = 40_001
+FOUR_OR_FIVE = 4, 5  # operations: harder than the demo's three to five
+
+
+@dataclass(frozen=True)
+class World:
+    """One kind of problem with its two models.
+
+    Attributes:
+        draw: the questions of all splits, test first, validation next; none of them was shown to the models.
+        models: folder with `student` and `teacher`.
+        max_completion_length: in tokens; the longest worked solution is shorter.
+        steps: optimizer steps of a run.
+        sizes: of models to be made on first use, by role, as `make_models.SIZES`; empty where they are there.
+        teach: `(count, seed, exclude, slip)` -> worked solutions for these models.
+        tokenizer: of these models.
+    """
+
+    name: str
+    draw: Callable[[], list[dict]]
+    models: Path
+    max_completion_length: int
+    steps: int
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teach: Callable[..., list[dict]] = arithmetic.make_problems
+    tokenizer: Callable[[], Any] = arithmetic.make_tokenizer
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.models))
+
+    @property
+    def student(self) -> str:
+        return str(self.models / "student")
+
+    @property
+    def teacher(self) -> str:
+        return str(self.models / "teacher")
+
+    def split(self, name: str, count: int | None = None) -> Dataset:
+        """`test`, `validation` or `train`, or its first `count` rows: columns `prompt` and `solution`."""
+        bounds = {
+            "test": slice(TEST),
+            "validation": slice(TEST, TEST + VALIDATION),
+            "train": slice(TEST + VALIDATION, None),
+        }
+        return Dataset.from_list([arithmetic.as_row(row) for row in _questions(self)[bounds[name]][:count]])
+
+    def make_models(self) -> None:
+        """Make the models that are not there yet; no question of a split is among what they are taught."""
+        for role, size in self.sizes.items():
+            if not (self.models / role / "config.json").is_file():
+                asked = frozenset(row["question"] for row in _questions(self))
+                rows = self.teach(size["steps"] * BATCH, size["seed"], asked, slip=size["slip"])
+                pretrain(size, self.tokenizer(), rows, str(self.models / role))
+
+
+@cache
+def _questions(world: World) -> list[dict]:
+    return world.draw()
+
+
+def hard_arithmetic() -> list[dict]:
+    """Chains that the embedded models, whose training questions are drawn here again, were not shown."""
+    shown = set(arithmetic.held_out_questions())
+    for size in ARITHMETIC_SIZES.values():
+        taught = size["steps"] * BATCH, arithmetic.PRETRAIN_SEED, arithmetic.held_out_questions()
+        shown.update(row["question"] for row in arithmetic.make_problems(*taught, slip=size["slip"]))
+    count = TEST + VALIDATION + TRAIN
+    return arithmetic.make_problems(count, STUDY_SEED, frozenset(shown), operations=FOUR_OR_FIVE)
+
+
+def held_out_equations() -> list[dict]:
+    """The equations that no model was taught, and others to train on."""
+    asked = equations.held_out_questions()
+    train = equations.make_problems(TRAIN, equations.TRAIN_SEED, asked)
+    return [*equations.make_problems(equations.HELD_OUT, equations.TEST_SEED), *train]
+
+
+def small() -> list[World]:
+    return [
+        World("arithmetic", hard_arithmetic, ROOT / "examples" / "arithmetic", 64, 60),
+        World("equations", held_out_equations, equations.MODELS, 48, 100),
+    ]
+
+
+SCALES = {"small": small}
