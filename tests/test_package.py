@@ -32,11 +32,17 @@ LAYERS = {
     "teacher_server": 2,
     "reference": 2,
     "rollouts": 2,
-    "evaluate": 2,
+    "estimates": 0,
+    "provenance": 0,
+    "results": 2,
+    "tasks": 2,
+    "engines": 3,
+    "run_folder": 3,
+    "evaluate": 4,
     "checks": 3,
     "server_checks": 3,
     "trainer": 4,
-    "__init__": 5,
+    "__init__": 6,
 }
 
 

@@ -1,7 +1,7 @@
 """`make demo`: the embedded student distilled with SG-OPD and, on the same budget, with plain OPD.
 
 Prints avg@8 and pass@8 on 200 held-out questions for the student before, OPD, SG-OPD and the teacher, and the gate's
-shares; writes runs/demo/result.json and runs/demo/learning_curve.png.
+shares; writes runs/demo/result.json, runs/demo/learning_curve.png, and the students: runs/demo/opd, runs/demo/sg-opd.
 
     python examples/arithmetic/demo.py [--seed 0] [--output runs/demo] [--max_steps N]
 """
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"
 SAMPLES = 8
+FIGURES = (f"avg@{SAMPLES}", f"pass@{SAMPLES}")
 GATE = ("gate/consensus", "gate/conflict", "gate/neutral", "gate/factor")
 
 
@@ -61,6 +62,7 @@ def train(preset: str, verifier: MathVerifier, seed: int, output: Path, extra: l
     trainer.add_callback(Bar)
     start = time.perf_counter()
     trainer.train()
+    trainer.save_model()
     return trainer, time.perf_counter() - start
 
 
@@ -78,13 +80,12 @@ def plot(histories: dict[str, list[dict]], path: Path) -> None:
 
 def show(results: dict[str, EvaluationResult], gates: dict[str, dict[str, float]], console: Console) -> None:
     table = Table(title=f"200 held-out questions, {SAMPLES} samples each, standard error over questions")
-    for column in ("", f"avg@{SAMPLES} %", f"pass@{SAMPLES} %", *GATE):
+    for column in ("", *(f"{name} %" for name in FIGURES), *GATE):
         table.add_column(column, justify="right" if column else "left")
     for name, result in results.items():
         table.add_row(
             name,
-            f"{result.avg_percent:.1f} ± {result.avg_standard_error:.1f}",
-            f"{result.pass_percent:.1f} ± {result.pass_standard_error:.1f}",
+            *(f"{figure.mean:.1f} ± {figure.standard_error:.1f}" for figure in map(result.figures.get, FIGURES)),
             *(f"{gates[name][metric]:.3f}" if name in gates else "" for metric in GATE),
         )
     console.print(table)
@@ -113,7 +114,7 @@ def main() -> None:
     console.print(f"training took {seconds['OPD']:.0f} s (OPD) and {seconds['SG-OPD']:.0f} s (SG-OPD)")
     plot(histories, options.output / "learning_curve.png")
     keys = {"student before": "student_before", "SG-OPD": "student_after", "OPD": "opd", "teacher": "teacher"}
-    summary = {keys[name]: result.as_dict() for name, result in results.items()}
+    summary = {keys[name]: result.means() for name, result in results.items()}
     summary.update(train_seconds=seconds["SG-OPD"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates)
     (options.output / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(f"written: {options.output}/result.json, {options.output}/learning_curve.png")

@@ -1,136 +1,233 @@
-"""Sample completions of questions, grade them, and report avg@k and pass@k. Meets the trainer only through a model."""
+"""Sample completions of questions, grade them, and report avg@k, pass@k and maj@k. Meets the trainer only through a
+model."""
 
 from __future__ import annotations
 
-import math
-import statistics
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .teacher import WHOLE_DISTRIBUTION, eos_set, sample_completions
-from .verifiers import as_completion, checked_verdicts, columns_of
+from .engines import Completion, Engine, Sampling, TransformersEngine
+from .provenance import provenance
+from .results import EvaluationResult, Sample
+from .run_folder import RunFolder
+from .verifiers import as_completion, checked_verdicts, columns_of, extract_answer
 
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that one of k samples is correct, from c correct ones of n.
-
-    `1 - C(n - c, k) / C(n, k)`, as a product (Chen et al. 2021, arXiv 2107.03374, equation 1).
-
-    Raises:
-        ValueError: unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}.")
-    if n - c < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Figures over questions, in percent where the name says so, with the standard error over questions."""
-
-    num_questions: int
-    num_samples: int
-    avg_percent: float
-    avg_standard_error: float
-    pass_percent: float
-    pass_standard_error: float
-    abstained_percent: float
-    truncated_percent: float
-    mean_tokens: float
-
-    def as_dict(self) -> dict[str, float]:
-        """The fields by name, avg and pass under the names of the field: `avg@k`, `pass@k`."""
-        values, k = asdict(self), self.num_samples
-        values[f"avg@{k}"], values[f"pass@{k}"] = values.pop("avg_percent"), values.pop("pass_percent")
-        return values
-
-
-def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error; the error of a single value is NaN."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
-def tokenize_prompts(processing_class: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of prompts, each plain text or a list of messages ready for the assistant's turn."""
-    return [
-        processing_class(prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for prompt in prompts
-    ]
+Verifier = Callable[..., list[float | None]]
+Place = tuple[int, int]  # a question's row, and the sample's number within it
 
 
 def evaluate_model(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
     dataset: Sequence[dict[str, Any]],
-    verifier: Callable[..., list[float | None]],
+    verifier: Verifier,
     num_samples: int = 8,
     max_completion_length: int = 256,
     temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = True,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    output_dir: str | Path | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> EvaluationResult:
-    """avg@k and pass@k with k = `num_samples` on a dataset with the columns `prompt` and those the verifier reads.
+    """`evaluate` with a transformers model in this process.
 
-    An abstained verdict counts as not correct and is reported. The caller's random state is left as it was.
+    The caller's random state and the model's training mode are left as they were.
     """
-    if len(dataset) == 0:
-        raise ValueError("`dataset` is empty: there is nothing to evaluate.")
-    rows = [row for row in dataset for _ in range(num_samples)]
-    eos = eos_set(model.generation_config.eos_token_id) | eos_set(processing_class.eos_token_id)
-    pad = processing_class.pad_token_id
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        max_new_tokens=max_completion_length,
-        eos_token_id=sorted(eos),
-        pad_token_id=processing_class.eos_token_id if pad is None else pad,
-        **WHOLE_DISTRIBUTION,
-    )
-    prompt_ids = tokenize_prompts(processing_class, [row["prompt"] for row in rows])
-    ids: list[list[int]] = []
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", disable=not progress):
-            ids += sample_completions(model, prompt_ids[start : start + batch_size], config)
-    model.train(was_training)
-    verdicts = grade(rows, ids, processing_class, verifier)
-    correct = [sum(v == 1.0 for v in verdicts[i : i + num_samples]) for i in range(0, len(rows), num_samples)]
-    average, average_error = mean_and_standard_error([100 * c / num_samples for c in correct])
-    passed, passed_error = mean_and_standard_error([100 * pass_at_k(num_samples, c, num_samples) for c in correct])
-    return EvaluationResult(
-        num_questions=len(correct),
-        num_samples=num_samples,
-        avg_percent=average,
-        avg_standard_error=average_error,
-        pass_percent=passed,
-        pass_standard_error=passed_error,
-        abstained_percent=100 * sum(v is None for v in verdicts) / len(verdicts),
-        truncated_percent=100 * sum(i[-1] not in eos for i in ids) / len(ids),
-        mean_tokens=statistics.fmean(len(i) for i in ids),
-    )
+    sampling = Sampling(max_completion_length, temperature, top_p, top_k)
+    engine = TransformersEngine(model, processing_class)
+    return evaluate(
+        engine, processing_class, dataset, verifier, sampling, num_samples, batch_size, seed, progress, output_dir,
+        chat_template_kwargs,
+    )  # fmt: skip
 
 
-def grade(
-    rows: Sequence[dict[str, Any]],
-    completion_ids: Sequence[Sequence[int]],
+def evaluate(
+    engine: Engine,
     processing_class: PreTrainedTokenizerBase,
-    verifier: Callable[..., list[float | None]],
-) -> list[float | None]:
-    """The verifier's answer to each completion, with the columns of its row, as in training."""
-    texts = processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-    prompts = [row["prompt"] for row in rows]
-    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    return checked_verdicts(verifier, prompts, completions, completion_ids=completion_ids, **columns_of(rows))
+    dataset: Sequence[dict[str, Any]],
+    verifier: Verifier,
+    sampling: Sampling | None = None,
+    num_samples: int = 8,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+    output_dir: str | Path | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    **settings: Any,
+) -> EvaluationResult:
+    """avg@k, pass@k and maj@k of `num_samples` completions of each question.
+
+    An abstained verdict counts as not correct and is reported. With an `output_dir`, every batch is kept as soon as it
+    is graded; a run that was stopped goes on there and ends as it would have, and a finished one is not run again.
+
+    Args:
+        engine: samples the completions.
+        processing_class: the model's tokenizer.
+        dataset: rows with `prompt` (text or messages), the columns that the verifier reads, and an optional `id`.
+        verifier: as in training: 1, 0 or `None` a completion.
+        sampling: `Sampling()` by default.
+        num_samples: completions a question, >= 1. Take twice the largest k for which pass@k is to be trusted.
+        batch_size: samples that are generated, graded and kept at a time; with transformers it also decides the draws.
+        seed: of the whole evaluation; each batch or sample draws with a seed of its own made from it.
+        progress: a bar over the samples.
+        output_dir: folder for `settings.json`, `samples.jsonl` and `result.json`; `None` keeps nothing.
+        chat_template_kwargs: for the chat template, such as `enable_thinking`.
+        **settings: further ones to keep in the result, such as the task's name; JSON values.
+
+    Raises:
+        ValueError: an argument out of its range, a question without room for its completion, questions of one id, or an
+            `output_dir` of an evaluation with other settings.
+    """
+    sampling = sampling or Sampling()
+    questions = Questions.of(dataset, processing_class, chat_template_kwargs)
+    questions.check(engine, sampling, num_samples, batch_size)
+    settings = {
+        **settings,
+        **engine.describe(),
+        **asdict(sampling),
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "seed": seed,
+        "verifier": getattr(verifier, "__name__", type(verifier).__name__),
+        **questions.describe(),
+    }
+    folder = None if output_dir is None else RunFolder(output_dir, settings)
+    if folder and (finished := folder.finished()):
+        return finished
+    places = [(q, s) for q in range(len(questions.rows)) for s in range(num_samples)]
+    samples = folder.resume(batch_size, [(questions.ids[q], s) for q, s in places]) if folder else []
+    with tqdm(
+        total=len(places), initial=len(samples), desc="evaluate", unit="sample", disable=not progress, leave=False
+    ) as bar:
+        for start in range(len(samples), len(places), batch_size):
+            chosen = places[start : start + batch_size]
+            seeds = seeds_of(engine, seed, start // batch_size, chosen)
+            completions = engine.generate([questions.prompts[q] for q, _ in chosen], seeds, sampling)
+            batch = questions.grade(chosen, completions, seeds, verifier)
+            if folder:
+                folder.append(batch)
+            samples += batch
+            bar.update(len(batch))
+            bar.set_postfix(correct=f"{sum(sample.verdict == 1.0 for sample in samples) / len(samples):.1%}")
+    origin = {**provenance(), "example_prompt": processing_class.decode(questions.prompts[0])}
+    result = EvaluationResult.of(samples, num_samples, settings, origin)
+    if folder:
+        result.to_json(folder.result)
+    return result
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A dataset's rows with their ids and prompts as token ids."""
+
+    rows: list[dict[str, Any]]
+    ids: list[str]
+    prompts: list[list[int]]
+    processing_class: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(
+        cls, dataset: Any, processing_class: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> Questions:
+        """Of a dataset's rows; the ids are its column `id`, else the rows' numbers.
+
+        Raises:
+            ValueError: no rows, or two of one id.
+        """
+        rows = list(dataset)
+        if not rows:
+            raise ValueError("`dataset` is empty: there is nothing to evaluate.")
+        ids = [str(row.get("id", index)) for index, row in enumerate(rows)]
+        if len(set(ids)) < len(ids):
+            twice = next(id for id in ids if ids.count(id) > 1)
+            raise ValueError(f"`dataset` has several rows with the `id` {twice!r}; results are kept by id.")
+        prompts = tokenize_prompts(processing_class, [row["prompt"] for row in rows], **(chat_template_kwargs or {}))
+        return cls(rows, ids, prompts, processing_class)
+
+    def check(self, engine: Engine, sampling: Sampling, num_samples: int, batch_size: int) -> None:
+        """Raise a `ValueError` for a size < 1, or for a question that leaves no room for its completion."""
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {value!r}.")
+        longest = max(range(len(self.ids)), key=lambda q: len(self.prompts[q]))
+        needed = len(self.prompts[longest]) + sampling.max_completion_length
+        if engine.context is not None and needed > engine.context:
+            raise ValueError(
+                f"The question {self.ids[longest]!r} needs {needed} tokens with its completion, but the model has room "
+                f"for {engine.context}: lower `max_completion_length` (now {sampling.max_completion_length})."
+            )
+
+    def describe(self) -> dict[str, str]:
+        """What the questions and their prompts are, as hashes; the ids are part of the questions."""
+        rows = [{**row, "id": id} for row, id in zip(self.rows, self.ids, strict=True)]
+        return {
+            "dataset_sha256": sha256(rows),
+            "chat_template_sha256": sha256(self.processing_class.chat_template),
+            "prompts_sha256": sha256(self.prompts),
+        }
+
+    def grade(
+        self, places: Sequence[Place], completions: Sequence[Completion], seeds: Sequence[int], verifier: Verifier
+    ) -> list[Sample]:
+        """Completions with the verifier's answers to them, which it is given with the columns of its row."""
+        rows = [self.rows[q] for q, _ in places]
+        ids = [completion.ids for completion in completions]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        prompts = [row["prompt"] for row in rows]
+        messages = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        verdicts = checked_verdicts(verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
+        return [
+            Sample(
+                self.ids[q],
+                sample,
+                seed,
+                len(done.ids),
+                done.finish_reason,
+                verdict,
+                extract_answer(text) or None,
+                text,
+            )
+            for (q, sample), seed, done, verdict, text in zip(places, seeds, completions, verdicts, texts, strict=True)
+        ]
+
+
+def seeds_of(engine: Engine, seed: int, batch: int, places: Sequence[Place]) -> list[int]:
+    """The seed that each sample is drawn with, a function of the evaluation's seed and the batch's or its own place."""
+    if engine.seeds == "batch":
+        return [derived(seed, batch)] * len(places)
+    return [derived(seed, *place) for place in places]
+
+
+def derived(*numbers: int) -> int:
+    """A seed made from numbers >= 0, below 2^32, the same in every version of NumPy."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def tokenize_prompts(
+    processing_class: PreTrainedTokenizerBase, prompts: Sequence[Any], **template: Any
+) -> list[list[int]]:
+    """Token ids of prompts, each plain text or a list of messages ready for the assistant's turn."""
+    return [
+        processing_class(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **template)[
+            "input_ids"
+        ]
+        for prompt in prompts
+    ]
+
+
+def sha256(value: Any) -> str:
+    """A hash of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

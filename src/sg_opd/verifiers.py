@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
@@ -157,6 +157,13 @@ def normalised(text: str) -> str:
     text = TEXT_COMMAND.sub(r"\1", undecorated(text).replace("dfrac", "frac").replace("tfrac", "frac"))
     text = " ".join(WIDE_SPACE.sub(" ", NO_SPACE.sub("", text)).split())
     return CHOICE.sub(r"\1", LONE_SPACE.sub("", text))
+
+
+def canonical_answer(answer: str) -> Hashable:
+    """What two ways to write an answer have in common, for counting votes: an exact number's value, else the text."""
+    answer = as_latex(answer)
+    value = rational(answer) if len(answer) <= MAX_ANSWER else None
+    return normalised(answer) if value is None else value
 
 
 def quick_verdict(gold: str, answer: str) -> float | None:
