@@ -6,6 +6,7 @@ teacher rollouts whatever the verifier says, a gate per entry of the vocabulary,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,15 +15,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from worlds import World
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, TeacherPhaseSampler
 from sg_opd.divergence import head_of, last_hidden_state, sequence
-from sg_opd.evaluate import grade, tokenize_prompts
+from sg_opd.evaluate import evaluate_model
 from sg_opd.loss import CONFLICT, CONSENSUS, verdict_sign
-from sg_opd.teacher import WHOLE_DISTRIBUTION, freeze, sample_completions
 
 ROLLOUTS = 128  # completions a step, in every arm
 GENERATIONS = 4  # of a prompt; GRPO's groups are twice as large
@@ -199,37 +199,41 @@ def train_distillation(world: World, arguments: dict, settings: dict) -> Trainer
 
 def train_sft(world: World, arguments: dict, settings: dict) -> Trainer:
     """As many teacher rollouts as the others have student rollouts; the endorsed ones are the training set."""
-    rows = endorsed_rollouts(world, arguments["max_steps"] * ROLLOUTS, arguments["seed"])
+    folder = Path(arguments["output_dir"]) / "teacher"
+    rows = endorsed_rollouts(world, arguments["max_steps"] * ROLLOUTS, arguments["seed"], folder)
     model, tokenizer = load(world.student)
-    config = SFTConfig(**arguments)
-    return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    return SFTTrainer(model=model, args=SFTConfig(**arguments), train_dataset=rows, processing_class=tokenizer)
 
 
-def endorsed_rollouts(world: World, count: int, seed: int, batch_size: int = 512) -> Dataset:
-    """Of `count` teacher rollouts, `GENERATIONS` a question, those that ended and were graded correct."""
+def endorsed_rollouts(world: World, count: int, seed: int, folder: Path) -> Dataset:
+    """Of `count` teacher rollouts, `GENERATIONS` a question, those that ended and were graded correct.
+
+    All of them are kept in `folder`, with their verdicts.
+    """
     model, tokenizer = load(world.teacher)
-    freeze(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    questions = world.split("train", max(1, count // GENERATIONS))
-    rows = [row for row in questions for _ in range(GENERATIONS)]
-    config = GenerationConfig(
-        do_sample=True,
-        max_new_tokens=world.max_completion_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **WHOLE_DISTRIBUTION,
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    questions = world.split("train", count // GENERATIONS)
+    evaluate_model(
+        model,
+        tokenizer,
+        questions,
+        verifier(),
+        GENERATIONS,
+        world.max_completion_length,
+        batch_size=512,
+        seed=seed,
+        progress=False,
+        output_dir=folder,
     )
-    torch.manual_seed(seed)
-    prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
-    ids: list[list[int]] = []
-    for start in range(0, len(rows), batch_size):
-        ids += sample_completions(model, prompts[start : start + batch_size], config)
-    verdicts = grade(rows, ids, tokenizer, verifier())
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
     return Dataset.from_list(
         [
-            {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": text}]}
-            for row, text, verdict, some in zip(rows, texts, verdicts, ids, strict=True)
-            if verdict == 1.0 and some[-1] == tokenizer.eos_token_id
+            {
+                "prompt": questions[int(sample["question_id"])]["prompt"],
+                "completion": [{"role": "assistant", "content": sample["completion"]}],
+            }
+            for sample in samples
+            if sample["verdict"] == 1.0 and sample["finish_reason"] == "stop"
         ]
     )
 

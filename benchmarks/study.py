@@ -5,33 +5,35 @@
     python benchmarks/study.py --scale large    # longer chains, models of tens of millions of parameters: one GPU
 
 Every run writes its record below `--output` as soon as it ends, and a run that is there is not done again: stop the
-study when you like and start it again with the same command. The learning rate of an arm is the one of `RATES` whose
-run with the first seed does best on the validation split; the test split is seen once, by the chosen runs. At the end
+study when you like and start it again with the same command. Of a world's learning rates an arm takes the one
+whose run with the first seed does best on the validation split; the test split is seen once, by the chosen runs. At the end
 `study.json` and the plots are written from the records (`--report` does only that).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from sg_opd.provenance import provenance
+from sg_opd.results import EvaluationResult, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
-RATES = (2e-4, 5e-4, 1e-3)
-SAMPLES = 8  # completions a test question: avg@8, pass@8
-PACKAGES = ("torch", "transformers", "trl", "math-verify")
+RESULTS = ROOT / "benchmarks" / "results"
+SAMPLES = 8  # completions a test question
+AVERAGE = f"avg@{SAMPLES}"
+ROLES = ("student", "teacher")
+JOBS = {"train": "train.json", "validate": "validation.json", "test": "test.json"}  # what each leaves when done
 KEPT = ("verdict/correct", "entropy", "gate/", "delta/", "teacher/", "completions/", "reward", "grad_norm", "loss")
 
 
@@ -40,16 +42,21 @@ class Plan:
     """How large the study is; `None` is what the world says."""
 
     steps: int | None = None
-    rates: tuple[float, ...] = RATES
+    rates: tuple[float, ...] | None = None
     main_seeds: int = 5
     other_seeds: int = 2
     test_questions: int | None = None
     validation_questions: int | None = None
     plane: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-    clips: tuple[float | None, ...] = (None, 5.0, 2.0, 1.0)
+    clips: tuple[float | None, ...] = (None, 5.0, 2.0)
 
 
+PLANS = {
+    "small": Plan(),
+    "large": Plan(main_seeds=3),
+    "tiny": Plan(2, (5e-4,), 2, 1, 3, 2, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
+}
 QUICK = Plan(
     steps=10,
     rates=(5e-4,),
@@ -153,26 +160,50 @@ class Study:
 
     def __init__(self, output: Path, scale: str, plan: Plan, workers: int) -> None:
         self.output, self.scale, self.plan, self.workers = output, scale, plan, workers
-        self.worlds = worlds_of(scale)
+        self.worlds = worlds_of(scale, output)
 
     def path(self, run: Run, job: Callable) -> Path:
         """The file that a job leaves when it is done."""
-        return self.output / run.name / f"{job.__name__}.json"
+        return self.output / run.name / JOBS[job.__name__]
 
     def run(self, cell: Cell, learning_rate: float, seed: int) -> Run:
         """One of a cell's runs."""
         steps = self.plan.steps or self.worlds[cell.world].steps
         return Run(cell.world, cell.arm, cell.changes, learning_rate, seed, steps)
 
-    def rate(self, cell: Cell) -> float:
-        """The learning rate that did best on the validation split, with the first seed."""
+    def rates(self, cell: Cell) -> tuple[float, ...]:
+        """The learning rates between which a cell chooses."""
+        return self.plan.rates or self.worlds[cell.world].rates
+
+    def validation(self, cell: Cell) -> dict[float, float]:
+        """By learning rate, avg@k on the validation split, with the first seed."""
         if cell.rate_of:
             arm, changes = cell.rate_of
             cell = replace(cell, arm=arm, changes=changes, rate_of=None)
-        figures = {}
-        for rate in self.plan.rates:
-            figures[rate] = json.loads(self.path(self.run(cell, rate, 0), validate).read_text())["avg"]
+        files = {rate: self.path(self.run(cell, rate, 0), validate) for rate in self.rates(cell)}
+        return {rate: EvaluationResult.from_json(file).figures[AVERAGE].mean for rate, file in files.items()}
+
+    def rate(self, cell: Cell) -> float:
+        """The learning rate that did best on the validation split."""
+        figures = self.validation(cell)
         return max(figures, key=figures.__getitem__)
+
+    def test_files(self, cell: Cell) -> list[Path]:
+        """The test results of a cell that are there, by seed; none before its learning rate is chosen."""
+        if not self._choosable(cell):
+            return []
+        return [path for run in self.chosen(cell) if (path := self.path(run, test)).is_file()]
+
+    def title(self, cell: Cell) -> str:
+        """The arm's, as tables and plots name it."""
+        from arms import ARMS
+
+        return ARMS[cell.arm].title
+
+    def ends(self, world: str) -> dict[str, EvaluationResult]:
+        """The test results of the student before and of the teacher, by role."""
+        files = {role: self.output / world / role / JOBS["test"] for role in ROLES}
+        return {role: EvaluationResult.from_json(file) for role, file in files.items() if file.is_file()}
 
     def chosen(self, cell: Cell) -> list[Run]:
         """The cell's runs with its learning rate, by seed."""
@@ -187,13 +218,20 @@ class Study:
             first_only: of these, train the runs between which the learning rate is chosen.
         """
         failed: list[str] = []
+        for world in self.worlds.values():
+            world.make_models()
         with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
+            ends = [
+                pool.submit(test_end, world, role, self.scale, self.plan, self.output)
+                for world in self.worlds
+                for role in ROLES
+            ]
             for name, cells in groups(self.plan, list(self.worlds)):
                 if only and only not in name:
                     continue
                 print(f"# {name}", flush=True)
                 choosing = [cell for cell in cells if cell.rate_of is None]
-                first = [self.run(cell, rate, 0) for cell in choosing for rate in self.plan.rates]
+                first = [self.run(cell, rate, 0) for cell in choosing for rate in self.rates(cell)]
                 failed += self._all(pool, train, first)
                 if first_only:
                     continue
@@ -201,6 +239,8 @@ class Study:
                 runs = [run for cell in cells if self._choosable(cell) for run in self.chosen(cell)]
                 failed += self._all(pool, train, runs)
                 failed += self._all(pool, test, runs, after=train)
+            for end in ends:
+                end.result()
         return failed
 
     def _choosable(self, cell: Cell) -> bool:
@@ -217,7 +257,7 @@ class Study:
         """Do a job for the runs that lack it, and have been through the job `after`; the names of those that failed."""
         todo = [run for run in dict.fromkeys(runs) if not self.path(run, job).is_file()]
         todo = [run for run in todo if after is None or self.path(run, after).is_file()]
-        futures = {pool.submit(job, run, self.scale, self.plan, self.output / run.name): run for run in todo}
+        futures = {pool.submit(job, run, self.scale, self.plan, self.output): run for run in todo}
         failed, start = [], time.perf_counter()
         for count, future in enumerate(as_completed(futures), 1):
             run, error = futures[future], future.exception()
@@ -238,19 +278,19 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def worlds_of(scale: str) -> dict[str, Any]:
-    """The worlds of a scale, by name."""
+def worlds_of(scale: str, output: Path) -> dict[str, Any]:
+    """The worlds of a scale, by name; models that are yet to be made lie below `output`."""
     from worlds import SCALES
 
-    return {world.name: world for world in SCALES[scale]()}
+    return {world.name: world for world in SCALES[scale](output)}
 
 
-def train(run: Run, scale: str, plan: Plan, folder: Path) -> str:
+def train(run: Run, scale: str, plan: Plan, output: Path) -> str:
     """Train the run's student; its weights are kept, and a record of how the training went."""
     from arms import ARMS, budget, trainer_of
     from transformers import PrinterCallback
 
-    world, arm = worlds_of(scale)[run.world], ARMS[run.arm]
+    world, arm, folder = worlds_of(scale, output)[run.world], ARMS[run.arm], output / run.name
     clock, cpu = time.perf_counter(), time.process_time()
     trainer = trainer_of(world, arm, dict(run.changes), run.steps, run.learning_rate, run.seed, folder)
     trainer.remove_callback(PrinterCallback)
@@ -268,26 +308,32 @@ def train(run: Run, scale: str, plan: Plan, folder: Path) -> str:
         "history": history,
         "provenance": provenance(),
     }
-    write(folder / "train.json", record)
+    write_json(folder / "train.json", record)
     return f"{seconds['seconds']:.0f} s"
 
 
-def validate(run: Run, scale: str, plan: Plan, folder: Path) -> str:
+def validate(run: Run, scale: str, plan: Plan, output: Path) -> str:
     """The run's student on the validation split, which chooses the learning rate."""
-    figures = measured(str(folder), worlds_of(scale)[run.world], "validation", plan.validation_questions, run.seed)
-    write(folder / "validate.json", figures)
-    return f"avg@{SAMPLES} {figures['avg']:.1f}"
+    world, folder = worlds_of(scale, output)[run.world], output / run.name
+    return measured(str(folder), world, "validation", plan.validation_questions, run.seed, folder)
 
 
-def test(run: Run, scale: str, plan: Plan, folder: Path) -> str:
+def test(run: Run, scale: str, plan: Plan, output: Path) -> str:
     """The run's student on the test split."""
-    figures = measured(str(folder), worlds_of(scale)[run.world], "test", plan.test_questions, run.seed)
-    write(folder / "test.json", figures)
-    return f"avg@{SAMPLES} {figures['avg']:.1f}"
+    world, folder = worlds_of(scale, output)[run.world], output / run.name
+    return measured(str(folder), world, "test", plan.test_questions, run.seed, folder)
 
 
-def measured(model: str, world: Any, split: str, count: int | None, seed: int) -> dict[str, Any]:
-    """Figures of a model on one split, in percent, with each question's number of correct samples."""
+def test_end(world: str, role: str, scale: str, plan: Plan, output: Path) -> None:
+    """One of a world's two models as it was, on the test split."""
+    folder, place = output / world / role, worlds_of(scale, output)[world]
+    if not (folder / JOBS["test"]).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        measured(str(place.models / role), place, "test", plan.test_questions, 0, folder)
+
+
+def measured(model: str, world: Any, split: str, count: int | None, seed: int, folder: Path) -> str:
+    """Evaluate the model of a folder on one split, and keep the result; the figures in a line."""
     from arms import load, verifier
 
     from sg_opd.evaluate import evaluate_model
@@ -303,25 +349,8 @@ def measured(model: str, world: Any, split: str, count: int | None, seed: int) -
         seed=seed,
         progress=False,
     )
-    return {"avg": result.avg_percent, "provenance": provenance()}
-
-
-def provenance() -> dict[str, Any]:
-    """Commit and versions; a commit with a plus sign had changes that were not committed."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing: a record that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content) + "\n")
-    unfinished.replace(path)
+    result.to_json(folder / f"{split}.json")
+    return f"{AVERAGE} {result.figures[AVERAGE].mean:.1f}"
 
 
 def main() -> None:
@@ -335,10 +364,17 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing, write results from what is there")
     options = parser.parse_args()
     output = options.output or ROOT / "runs" / "study" / ("quick" if options.quick else options.scale)
-    study = Study(output, options.scale, QUICK if options.quick else Plan(), options.workers)
+    plan = QUICK if options.quick else PLANS[options.scale]
+    study = Study(output, options.scale, plan, options.workers)
     failed = [] if options.report else study.go(options.only, options.first_only)
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. Start the same command again to try them again.")
+    if not (options.only or options.first_only):
+        from report import report
+
+        results = RESULTS if plan == PLANS["small"] else output
+        report(study, dict(groups(plan, list(study.worlds))), results)
+        print(f"written: {results / 'study.json'}, tables.md and the plots beside it")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The study's worlds: where questions, golds, the student and the teacher come from, at two scales.
 
-`small` runs on a CPU with the checkpoints of this repository. `large` is for one GPU: longer chains and models of tens
-of millions of parameters, which are made on first use (`World.make_models`). `tiny` tries the path of `large` on a CPU.
+`small` runs on a CPU with the checkpoints of this repository. `large` is for one GPU: longer chains, and models of
+millions of parameters that are made on first use (`World.make_models`). `tiny` tries the path of `large` on a CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from make_models import SIZES as ARITHMETIC_SIZES
 
 TEST, VALIDATION, TRAIN = 1_000, 300, 4_000  # questions
 STUDY_SEED = 40_001
-FOUR_OR_FIVE = 4, 5  # operations: harder than the demo's three to five
+RATES = 5e-5, 1e-4, 2e-4  # for the larger models
+FOUR_OR_FIVE, EIGHT_TO_TWELVE = (4, 5), (8, 12)  # operations: harder than the demo's three to five
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class World:
         models: folder with `student` and `teacher`.
         max_completion_length: in tokens; the longest worked solution is shorter.
         steps: optimizer steps of a run.
+        rates: learning rates between which an arm chooses.
         sizes: of models to be made on first use, by role, as `make_models.SIZES`; empty where they are there.
-        teach: `(count, seed, exclude, slip)` -> worked solutions for these models.
+        teach: `(count, seed, exclude, **habits)` -> worked solutions for these models; habits are in their sizes.
         tokenizer: of these models.
     """
 
@@ -47,6 +49,7 @@ class World:
     models: Path
     max_completion_length: int
     steps: int
+    rates: tuple[float, ...]
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     teach: Callable[..., list[dict]] = arithmetic.make_problems
     tokenizer: Callable[[], Any] = arithmetic.make_tokenizer
@@ -76,7 +79,7 @@ class World:
         for role, size in self.sizes.items():
             if not (self.models / role / "config.json").is_file():
                 asked = frozenset(row["question"] for row in _questions(self))
-                rows = self.teach(size["steps"] * BATCH, size["seed"], asked, slip=size["slip"])
+                rows = self.teach(size["steps"] * BATCH, size["seed"], asked, **size["habits"])
                 pretrain(size, self.tokenizer(), rows, str(self.models / role))
 
 
@@ -102,11 +105,54 @@ def held_out_equations() -> list[dict]:
     return [*equations.make_problems(equations.HELD_OUT, equations.TEST_SEED), *train]
 
 
-def small() -> list[World]:
+def small(folder: Path) -> list[World]:
+    """The two worlds with their committed models."""
     return [
-        World("arithmetic", hard_arithmetic, ROOT / "examples" / "arithmetic", 64, 60),
-        World("equations", held_out_equations, equations.MODELS, 48, 100),
+        World("arithmetic", hard_arithmetic, ROOT / "examples" / "arithmetic", 64, 60, (2e-4, 5e-4)),
+        World("equations", held_out_equations, equations.MODELS, 48, 80, (1e-4, 2e-4, 5e-4)),
     ]
 
 
-SCALES = {"small": small}
+def made(folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: int) -> list[World]:
+    """The two worlds with models that are yet to be made, below a folder."""
+    chains = {"operations": EIGHT_TO_TWELVE}
+
+    def long_chains() -> list[dict]:
+        return arithmetic.make_problems(TEST + VALIDATION + TRAIN, STUDY_SEED, **chains)
+
+    def sizes(teachers: dict[str, Any], students: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"teacher": {**teacher, "habits": teachers}, "student": {**student, "habits": students}}
+
+    models = {name: folder / "models" / name for name in ("arithmetic", "equations")}
+    return [
+        World(
+            "arithmetic", long_chains, models["arithmetic"], 160, steps, RATES, sizes(chains, {"slip": 0.1, **chains})
+        ),
+        World(
+            "equations",
+            held_out_equations,
+            models["equations"],
+            48,
+            steps,
+            RATES,
+            sizes(equations.HABITS["teacher"], equations.HABITS["student"]),
+            equations.make_problems,
+            lambda: arithmetic.make_tokenizer(equations.WORDS, equations.PHRASES),
+        ),
+    ]
+
+
+def large(folder: Path) -> list[World]:
+    """27 and 11 million parameters."""
+    teacher = {"hidden": 512, "layers": 8, "heads": 16, "intermediate": 1536, "steps": 6000, "rate": 5e-4, "seed": 1}
+    student = {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1024, "steps": 3000, "rate": 5e-4, "seed": 2}
+    return made(folder, teacher, student, steps=200)
+
+
+def tiny(folder: Path) -> list[World]:
+    """The path of `large`, with models that know nothing."""
+    size = {"hidden": 32, "layers": 1, "heads": 1, "intermediate": 32, "steps": 2}
+    return made(folder, {**size, "seed": 1}, {**size, "seed": 2}, steps=2)
+
+
+SCALES = {"small": small, "large": large, "tiny": tiny}

@@ -68,13 +68,13 @@ def pretrain(size: dict, tokenizer, problems: list[dict], out: str, save_steps: 
         output_dir=f"{out}-run",
         per_device_train_batch_size=BATCH,
         max_steps=size["steps"],
-        learning_rate=RATE,
+        learning_rate=size.get("rate", RATE),
         lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=0.01,
         bf16=False,
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,
@@ -84,7 +84,7 @@ def pretrain(size: dict, tokenizer, problems: list[dict], out: str, save_steps: 
     )
     trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
-    model.to(torch.float32).save_pretrained(out)
+    model.to("cpu", torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

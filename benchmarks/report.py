@@ -1,0 +1,283 @@
+"""What the study's records say: `study.json`, the plots beside it, and the tables of docs/results.md."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from sg_opd.estimates import Interval, mean_interval
+from sg_opd.provenance import provenance
+from sg_opd.results import EvaluationResult, compare, values_by_id, write_json
+
+# means over a run's last third of the steps, and over its whole teacher phase
+AT_THE_END = (
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "gate/consensus",
+    "gate/conflict",
+    "delta/p05",
+    "delta/p95",
+    "delta/clipped",
+    "grad_norm",
+)
+IN_THE_PHASE = ("teacher/endorsed",)
+SPENT = ("student_rollouts", "teacher_rollouts", "teacher_scored")
+
+
+def figures_of(results: Sequence[EvaluationResult]) -> dict[str, dict[str, float]]:
+    """Every figure with its interval over runs and questions."""
+    ids = [question.id for question in results[0].questions]
+    table = np.array([values_by_id(result, ids) for result in results])
+    return {name: as_dict(mean_interval(table[..., i])) for i, name in enumerate(results[0].figures)}
+
+
+def differences(baseline: Sequence[EvaluationResult], results: Sequence[EvaluationResult]) -> dict[str, dict]:
+    """Every figure's paired difference to the baseline's runs with the same seeds."""
+    shared = min(len(baseline), len(results))
+    figures = compare(baseline[:shared], results[:shared]).figures
+    return {name: as_dict(row.difference) for name, row in figures.items()}
+
+
+def as_dict(interval: Interval) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in interval._asdict().items()}
+
+
+def curve(histories: Sequence[list[dict]]) -> dict[str, list[float]]:
+    """The share of the student's own training rollouts that are correct, in per cent, by step, a mean over runs."""
+    by_step: dict[int, list[float]] = {}
+    for history in histories:
+        for entry in history:
+            correct = entry.get("verdict/correct", entry.get("reward"))
+            if correct is not None:
+                by_step.setdefault(entry["step"], []).append(100 * correct)
+    return {"step": list(by_step), "correct": [round(statistics.fmean(values), 2) for values in by_step.values()]}
+
+
+def signs(histories: Sequence[list[dict]]) -> dict[str, float]:
+    """What training logged of the gate, the log-ratios, entropy and length: means over runs."""
+    found: dict[str, float] = {}
+    last = [entry for history in histories for entry in history[-max(1, len(history) // 3) :]]
+    everywhere = [entry for history in histories for entry in history]
+    for names, entries in ((AT_THE_END, last), (IN_THE_PHASE, everywhere)):
+        for name in names:
+            values = [entry[name] for entry in entries if name in entry]
+            if values:
+                found[name] = round(statistics.fmean(values), 4)
+    return found
+
+
+class Report:
+    """The results of a study's records.
+
+    Args:
+        study: a `study.Study`.
+        cells: of its groups, by group.
+    """
+
+    def __init__(self, study: Any, cells: dict[str, list[Any]]) -> None:
+        self.study, self.cells = study, cells
+        self.opd = {world: self.results("opd", world) for world in study.worlds}
+
+    def results(self, arm: str, world: str) -> list[EvaluationResult]:
+        cell = next(c for some in self.cells.values() for c in some if (c.arm, c.world, c.changes) == (arm, world, ()))
+        return [EvaluationResult.from_json(path) for path in self.study.test_files(cell)]
+
+    def entry(self, cell: Any) -> dict[str, Any] | None:
+        """One cell's figures, differences to OPD, seeds, learning rate, budget and signs; `None` without runs."""
+        files = self.study.test_files(cell)
+        if not files:
+            return None
+        results = [EvaluationResult.from_json(path) for path in files]
+        records = [json.loads((path.parent / "train.json").read_text()) for path in files]
+        histories = [record["history"] for record in records]
+        return {
+            "title": self.study.title(cell),
+            "changes": dict(cell.changes),
+            "seeds": [record["run"]["seed"] for record in records],
+            "learning_rate": records[0]["run"]["learning_rate"],
+            "validation": self.study.validation(cell),
+            **figures_of(results),
+            "minus_opd": differences(self.opd[cell.world], results),
+            "budget": {name: records[0][name] for name in SPENT}
+            | {"cpu_hours": round(sum(record["cpu_seconds"] for record in records) / 3600, 3)},
+            "signs": signs(histories),
+            "curve": curve(histories),
+        }
+
+    def content(self) -> dict[str, Any]:
+        """All of study.json."""
+        arms: dict[str, dict] = {}
+        others: dict[str, list] = {}
+        for group, cells in self.cells.items():
+            for cell in cells:
+                entry = self.entry(cell)
+                if entry is None:
+                    continue
+                if cell.changes:
+                    others.setdefault(group, []).append({"arm": cell.arm, "world": cell.world, **entry})
+                else:
+                    arms.setdefault(cell.arm, {})[cell.world] = entry
+        return {
+            "provenance": provenance(),
+            "worlds": {
+                name: {role: figures_of([result]) for role, result in self.study.ends(name).items()}
+                for name in self.study.worlds
+            },
+            "arms": arms,
+            **others,
+        }
+
+
+def show_arms(content: dict[str, Any], path: Path) -> None:
+    """Each arm's difference to OPD in both worlds, with intervals."""
+    worlds, figures = list(content["worlds"]), headline(content)
+    plot, axes = plt.subplots(
+        len(worlds), len(figures), figsize=(11, 3.6 * len(worlds)), squeeze=False, constrained_layout=True
+    )
+    for row, world in zip(axes, worlds, strict=True):
+        names = [name for name, entry in content["arms"].items() if world in entry and name != "opd"][::-1]
+        for axis, figure in zip(row, figures, strict=True):
+            rows = [content["arms"][name][world]["minus_opd"][figure] for name in names]
+            means = np.array([r["mean"] for r in rows])
+            errors = np.array([[r["mean"] - r["low"] for r in rows], [r["high"] - r["mean"] for r in rows]])
+            axis.errorbar(means, range(len(names)), xerr=np.nan_to_num(errors), fmt="o", capsize=3)
+            axis.axvline(0, color="grey", linewidth=1)
+            axis.set_yticks(range(len(names)), [content["arms"][name][world]["title"] for name in names])
+            axis.set(title=f"{world}: {figure} minus OPD's", xlabel="points, 95 % interval over seeds and questions")
+            axis.grid(alpha=0.3)
+    plot.savefig(path, dpi=100)
+    plt.close(plot)
+
+
+def show_curves(content: dict[str, Any], path: Path) -> None:
+    """The student's accuracy on its training rollouts, over the steps."""
+    worlds = list(content["worlds"])
+    plot, axes = plt.subplots(1, len(worlds), figsize=(6 * len(worlds), 4.2), squeeze=False, constrained_layout=True)
+    for axis, world in zip(axes[0], worlds, strict=True):
+        for entry in (arm[world] for arm in content["arms"].values() if world in arm):
+            shown = entry["curve"]
+            if shown["step"]:
+                axis.plot(shown["step"], shown["correct"], label=entry["title"], linewidth=1.2)
+        axis.set(title=world, xlabel="optimizer step", ylabel="correct training rollouts of the student (%)")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    plot.savefig(path, dpi=100)
+    plt.close(plot)
+
+
+def show_factors(content: dict[str, Any], path: Path) -> None:
+    """The line in the factors' ratio (current reference) and the plane of both (initial reference)."""
+    line, plane = content.get("line in the factors' ratio", []), content.get("plane of the factors", [])
+    figures = headline(content)
+    plot, axes = plt.subplots(2, len(figures), figsize=(10, 8), squeeze=False, constrained_layout=True)
+    for axis, figure in zip(axes[0], figures, strict=True):
+        ratios = [entry["changes"]["gate_interpolation"] for entry in line]
+        rows = [entry[figure] for entry in line]
+        errors = [[r["mean"] - r["low"] for r in rows], [r["high"] - r["mean"] for r in rows]]
+        axis.errorbar(range(len(rows)), [r["mean"] for r in rows], yerr=np.nan_to_num(errors), fmt="o-", capsize=3)
+        axis.set_xticks(range(len(rows)), [f"{ratio:g}" for ratio in ratios])
+        axis.set(title=f"{figure}, current reference", xlabel="interpolation / extrapolation", ylabel="%")
+        axis.grid(alpha=0.3)
+    for axis, figure in zip(axes[1], figures, strict=True):
+        values = sorted({entry["changes"]["gate_extrapolation"] for entry in plane})
+        at = {
+            (e["changes"]["gate_interpolation"], e["changes"]["gate_extrapolation"]): e[figure]["mean"] for e in plane
+        }
+        grid = np.array([[at.get((down, up), np.nan) for up in values] for down in values])
+        axis.imshow(grid, origin="lower", cmap="viridis")
+        for (i, j), value in np.ndenumerate(grid):
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="white")
+        axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axis.set_yticks(range(len(values)), [f"{value:g}" for value in values])
+        axis.set(title=f"{figure} (%), initial reference", xlabel="extrapolation", ylabel="interpolation")
+    plot.savefig(path, dpi=100)
+    plt.close(plot)
+
+
+def headline(content: dict[str, Any]) -> list[str]:
+    """The names of the two figures that matter: avg@k and pass@k with the largest k."""
+    names = next(iter(next(iter(content["arms"].values())).values()))
+    average = next(name for name in names if name.startswith("avg@"))
+    return [average, average.replace("avg", "pass")]
+
+
+def arms_table(content: dict[str, Any], world: str) -> str:
+    """The headline table of a world, as Markdown."""
+    figures = headline(content)
+    heads = ["arm", *(f"{f} %" for f in figures), *(f"{f} minus OPD" for f in figures), "seeds", "learning rate"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for role in ("student", "teacher"):
+        cells = [with_span(content["worlds"][world][role][figure]) for figure in figures]
+        lines.append(f"| {role}{' before' * (role == 'student')} | {' | '.join(cells)} | | | | |")
+    for entry in (arm[world] for arm in content["arms"].values() if world in arm):
+        own = [with_span(entry[figure]) for figure in figures]
+        apart = [with_span(entry["minus_opd"][figure], "+") for figure in figures]
+        if entry["title"] == "OPD":
+            apart = ["", ""]
+        last = [str(len(entry["seeds"])), f"{entry['learning_rate']:g}"]
+        lines.append(f"| {' | '.join([entry['title'], *own, *apart, *last])} |")
+    return "\n".join(lines)
+
+
+def others_table(content: dict[str, Any], group: str) -> str:
+    """The table of a group of cells with changed settings, as Markdown."""
+    figures = headline(content)
+    lines = [
+        f"| arm | settings | {' | '.join(f'{f} %' for f in figures)} | seeds | learning rate |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in content.get(group, []):
+        changes = ", ".join(f"{name} {value}" for name, value in entry["changes"].items())
+        own = " | ".join(with_span(entry[figure]) for figure in figures)
+        lines.append(f"| {entry['title']} | {changes} | {own} | {len(entry['seeds'])} | {entry['learning_rate']:g} |")
+    return "\n".join(lines)
+
+
+def budget_table(content: dict[str, Any], world: str) -> str:
+    """What each arm spent and what its training looked like at the end, as Markdown."""
+    names = ("entropy", "completions/mean_length", "gate/consensus", "gate/conflict", "delta/p05", "delta/p95")
+    heads = ["arm", *(name.replace("_", " ") for name in SPENT), "CPU hours", *names, "teacher/endorsed"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for entry in (arm[world] for arm in content["arms"].values() if world in arm):
+        spent = [str(entry["budget"][name]) for name in SPENT] + [f"{entry['budget']['cpu_hours']:.2f}"]
+        seen = [entry["signs"].get(name) for name in (*names, "teacher/endorsed")]
+        cells = [entry["title"], *spent, *("" if value is None else f"{value:.3g}" for value in seen)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_span(interval: dict[str, float], sign: str = "") -> str:
+    return f"{interval['mean']:{sign}.1f} [{interval['low']:{sign}.1f}, {interval['high']:{sign}.1f}]"
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """All tables, each under a heading."""
+    parts = []
+    for world in content["worlds"]:
+        parts += [f"### {world}: figures\n\n{arms_table(content, world)}"]
+        parts += [f"### {world}: budgets and signs\n\n{budget_table(content, world)}"]
+    groups = [name for name in content if isinstance(content[name], list)]
+    parts += [f"### {name}\n\n{others_table(content, name)}" for name in groups]
+    return "\n\n".join(parts) + "\n"
+
+
+def report(study: Any, cells: dict[str, list[Any]], folder: Path) -> None:
+    """Write study.json, tables.md and the plots into a folder."""
+    content = Report(study, cells).content()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "study.json", content)
+    (folder / "tables.md").write_text(markdown(content))
+    show_arms(content, folder / "arms.png")
+    show_curves(content, folder / "curves.png")
+    if any(isinstance(part, list) for part in content.values()):
+        show_factors(content, folder / "factors.png")
