@@ -123,11 +123,10 @@ def made(folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: 
     def sizes(teachers: dict[str, Any], students: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {"teacher": {**teacher, "habits": teachers}, "student": {**student, "habits": students}}
 
+    careless = {"slip": 0.1, **chains}
     models = {name: folder / "models" / name for name in ("arithmetic", "equations")}
     return [
-        World(
-            "arithmetic", long_chains, models["arithmetic"], 160, steps, RATES, sizes(chains, {"slip": 0.1, **chains})
-        ),
+        World("arithmetic", long_chains, models["arithmetic"], 160, steps, RATES, sizes(chains, careless)),
         World(
             "equations",
             held_out_equations,
