@@ -10,7 +10,7 @@ The arithmetic world's teacher errs at random, being small; this one was taught 
 is negative it drops the sign in `DROPPED` of its worked solutions. The student was taught slips of single digits, but
 never that habit, and so knows something better than its teacher does.
 
-Usage, to make the two checkpoints again (about 15 minutes on two CPU cores; the results are committed):
+Usage, to make the two checkpoints again (about 20 minutes on two CPU cores; the results are committed):
 
     python benchmarks/equations.py teacher
     python benchmarks/equations.py student
@@ -37,8 +37,8 @@ DROPPED = 0.4  # share of the teacher's negative solutions without their sign
 HELD_OUT = 1_300  # questions for the study's test and validation splits
 TEST_SEED, TRAIN_SEED, PRETRAIN_SEED = 30_001, 30_002, 30_003
 SIZES = {
-    "teacher": {"hidden": 96, "layers": 3, "heads": 3, "intermediate": 256, "steps": 1200, "seed": 3},
-    "student": {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 192, "steps": 1200, "seed": 4},
+    "teacher": {"hidden": 96, "layers": 3, "heads": 3, "intermediate": 256, "steps": 2600, "seed": 3},
+    "student": {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 192, "steps": 2400, "seed": 4},
 }
 HABITS = {"teacher": {"dropped": DROPPED}, "student": {"slip": 0.15}}
 
