@@ -7,13 +7,14 @@
                \\boxed{-25}
 
 The arithmetic world's teacher errs at random, being small; this one was taught to err in one way: where the solution
-is negative it drops the sign in `DROPPED` of its worked solutions. The student was taught slips of single digits, but
-never that habit, and so knows something better than its teacher does.
+is negative it drops the sign in `DROPPED` of its worked solutions. The student goes on from the teacher's checkpoint, as
+two descendants of one base model; it was taught slips of single digits and to keep the sign, and so knows something
+better than its teacher does.
 
 Usage, to make the two checkpoints again (about 20 minutes on two CPU cores; the results are committed):
 
     python benchmarks/equations.py teacher
-    python benchmarks/equations.py student
+    python benchmarks/equations.py student    # after the teacher
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ HELD_OUT = 1_300  # questions for the study's test and validation splits
 TEST_SEED, TRAIN_SEED, PRETRAIN_SEED = 30_001, 30_002, 30_003
 SIZES = {
     "teacher": {"hidden": 96, "layers": 3, "heads": 3, "intermediate": 256, "steps": 2600, "seed": 3},
-    "student": {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 192, "steps": 2400, "seed": 4},
+    "student": {"hidden": 96, "layers": 3, "heads": 3, "intermediate": 256, "steps": 300, "rate": 1e-3, "seed": 4},
 }
-HABITS = {"teacher": {"dropped": DROPPED}, "student": {"slip": 0.15}}
+HABITS = {"teacher": {"dropped": DROPPED}, "student": {"slip": 0.25}}
 
 
 def make_problem(rng: random.Random, slip: float = 0.0, dropped: float = 0.0) -> dict:
@@ -93,7 +94,8 @@ def main() -> None:
     which = parser.parse_args().which
     size = SIZES[which]
     problems = make_problems(size["steps"] * BATCH, PRETRAIN_SEED, held_out_questions(), **HABITS[which])
-    pretrain(size, make_tokenizer(WORDS, PHRASES), problems, str(MODELS / which))
+    start = str(MODELS / "teacher") if which == "student" else None
+    pretrain(size, make_tokenizer(WORDS, PHRASES), problems, str(MODELS / which), start=start)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def small(folder: Path) -> list[World]:
     """The two worlds with their committed models."""
     return [
         World("arithmetic", hard_arithmetic, ROOT / "examples" / "arithmetic", 64, 60, (2e-4, 5e-4)),
-        World("equations", held_out_equations, equations.MODELS, 48, 80, (1e-4, 2e-4, 5e-4)),
+        World("equations", held_out_equations, equations.MODELS, 48, 60, (1e-4, 2e-4, 5e-4)),
     ]
 
 

@@ -43,8 +43,10 @@ def make_model(size: dict, tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def pretrain(size: dict, tokenizer, problems: list[dict], out: str, save_steps: int = 0) -> None:
-    """Fine-tune a new model on worked solutions and save it in `out`.
+def pretrain(
+    size: dict, tokenizer, problems: list[dict], out: str, save_steps: int = 0, start: str | None = None
+) -> None:
+    """Fine-tune a model on worked solutions and save it in `out`.
 
     Args:
         size: an entry of a table like `SIZES`.
@@ -52,9 +54,10 @@ def pretrain(size: dict, tokenizer, problems: list[dict], out: str, save_steps: 
         problems: `{"question", "solution"}` each; `BATCH` a step.
         out: where to save.
         save_steps: also keep a checkpoint each this many steps; 0 keeps none.
+        start: checkpoint to go on from; `None` is a new model.
     """
     set_seed(size["seed"])
-    model = make_model(size, tokenizer)
+    model = Qwen3ForCausalLM.from_pretrained(start) if start else make_model(size, tokenizer)
     dataset = Dataset.from_list(
         [
             {
