@@ -39,6 +39,7 @@ LAYERS = {
     "engines": 3,
     "run_folder": 3,
     "evaluate": 4,
+    "callbacks": 5,
     "checks": 3,
     "server_checks": 3,
     "trainer": 4,

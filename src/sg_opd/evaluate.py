@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .engines import Completion, Engine, Sampling, TransformersEngine
+from .engines import Engine, Sampling, TransformersEngine
 from .provenance import provenance
 from .results import EvaluationResult, Sample
 from .run_folder import RunFolder
@@ -113,8 +113,7 @@ def evaluate(
         for start in range(len(samples), len(places), batch_size):
             chosen = places[start : start + batch_size]
             seeds = seeds_of(engine, seed, start // batch_size, chosen)
-            completions = engine.generate([questions.prompts[q] for q, _ in chosen], seeds, sampling)
-            batch = questions.grade(chosen, completions, seeds, verifier)
+            batch = questions.sample(chosen, seeds, engine, sampling, verifier)
             if folder:
                 folder.append(batch)
             samples += batch
@@ -177,10 +176,11 @@ class Questions:
             "prompts_sha256": sha256(self.prompts),
         }
 
-    def grade(
-        self, places: Sequence[Place], completions: Sequence[Completion], seeds: Sequence[int], verifier: Verifier
+    def sample(
+        self, places: Sequence[Place], seeds: Sequence[int], engine: Engine, sampling: Sampling, verifier: Verifier
     ) -> list[Sample]:
-        """Completions with the verifier's answers to them, which it is given with the columns of its row."""
+        """A batch of completions, with the verifier's answers: it is given the columns of each one's row."""
+        completions = engine.generate([self.prompts[q] for q, _ in places], seeds, sampling)
         rows = [self.rows[q] for q, _ in places]
         ids = [completion.ids for completion in completions]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
@@ -189,16 +189,16 @@ class Questions:
         verdicts = checked_verdicts(verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
         return [
             Sample(
-                self.ids[q],
-                sample,
-                seed,
-                len(done.ids),
-                done.finish_reason,
-                verdict,
-                extract_answer(text) or None,
-                text,
+                question_id=self.ids[q],
+                sample_id=number,
+                seed=seed,
+                num_tokens=len(done.ids),
+                finish_reason=done.finish_reason,
+                verdict=verdict,
+                answer=extract_answer(text) or None,
+                completion=text,
             )
-            for (q, sample), seed, done, verdict, text in zip(places, seeds, completions, verdicts, texts, strict=True)
+            for (q, number), seed, done, verdict, text in zip(places, seeds, completions, verdicts, texts, strict=True)
         ]
 
 
