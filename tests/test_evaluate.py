@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from fault_proxy import FaultProxy, StandIn
 
-from sg_opd import MathVerifier
-from sg_opd.engines import Completion, Sampling, weights_checksum
+from sg_opd import MathVerifier, endpoints
+from sg_opd.engines import Completion, Sampling, ServerEngine, weights_checksum
 from sg_opd.evaluate import derived, evaluate, evaluate_model
 from sg_opd.results import EvaluationResult
 
@@ -302,3 +303,43 @@ def test_settings_of_the_template_reach_it(make_model, tokenizer, dataset):
     assert [r.provenance["example_prompt"][-1] == "=" for r in results] == [True, False]
     assert results[0].settings["prompts_sha256"] != results[1].settings["prompts_sha256"]
     assert results[0].settings["chat_template_sha256"] == results[1].settings["chat_template_sha256"]
+
+
+@pytest.fixture
+def server(make_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(endpoints, "BACKOFF_SECONDS", (0.01, 0.02))
+    proxy = FaultProxy(StandIn(make_model(1), tokenizer))
+    yield proxy
+    proxy.close()
+
+
+def test_a_server_samples_as_it_is_told(server, tokenizer, dataset, tmp_path):
+    """Token ids in, all sampling settings said, a seed a sample; the same files twice, through faults as without."""
+    files = []
+    for name, faults in (("plain", []), ("faulty", ["500", None, "truncated", "short", "refuse"])):
+        server.faults, server.posts[:] = list(faults), []
+        engine = ServerEngine([server.url], tokenizer, concurrency=2, retries=6)
+        sampling = Sampling(8, 0.7, 0.9, 5)
+        rows = dataset.select(range(3))
+        result = evaluate(engine, tokenizer, rows, by_parity, sampling, 2, 4, 3, False, tmp_path / name)
+        assert server.faults == []
+        files.append((tmp_path / name / "samples.jsonl").read_bytes())
+    assert files[0] == files[1]
+    assert len(server.posts) == 6 + 4
+    ids = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    said = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 8}
+    said |= {"model": "served", "stop_token_ids": [tokenizer.eos_token_id], "return_token_ids": True}
+    assert {**said, "prompt": ids, "seed": derived(3, 0, 1)} in server.posts
+    assert result.settings["engine"] == "vllm-server"
+    assert result.settings["model"] == "served"
+
+
+def test_a_server_that_cannot_serve_is_named(server, tokenizer, dataset):
+    with pytest.raises(ValueError, match=rf"`served_model='mine'` is not served by {server.url}, which has 'served'"):
+        ServerEngine([server.url], tokenizer, "mine")
+    engine = ServerEngine([server.url], tokenizer, retries=1)
+    with pytest.raises(ValueError, match=r"room for 256: lower `max_completion_length` \(now 250"):
+        evaluate(engine, tokenizer, dataset, by_parity, Sampling(250), 1)
+    server.faults = ["503"] * 10
+    with pytest.raises(endpoints.TeacherServerError, match="No usable answer from the server in 2 attempts"):
+        evaluate(engine, tokenizer, dataset.select([0]), by_parity, Sampling(4), 1, progress=False)
