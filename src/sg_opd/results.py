@@ -16,7 +16,7 @@ from .verifiers import canonical_answer
 
 SCHEMA_VERSION = 1
 # settings that may differ between two results which are compared: what is compared, chance, and how it was computed
-MAY_DIFFER = frozenset({"model", "revision", "weights", "seed", "batch_size"})
+MAY_DIFFER = frozenset({"model", "weights", "seed", "batch_size"})
 
 
 @dataclass(frozen=True)
