@@ -156,7 +156,9 @@ def test_sampling_out_of_range_is_refused(name):
 
 def run(folder, make_model, tokenizer, dataset, verifier=by_parity, seed=3, **settings):
     given = {"batch_size": 7, "progress": False, "output_dir": folder, **settings}
-    return evaluate_model(make_model(1), tokenizer, dataset, verifier, 2, 8, seed=seed, **given)
+    model = make_model(1)
+    torch.seed()  # what the caller's generator has seen does not count
+    return evaluate_model(model, tokenizer, dataset, verifier, 2, 8, seed=seed, **given)
 
 
 def test_one_seed_gives_identical_files(make_model, tokenizer, dataset, tmp_path):
@@ -166,7 +168,8 @@ def test_one_seed_gives_identical_files(make_model, tokenizer, dataset, tmp_path
     files = [(tmp_path / name / "samples.jsonl").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
     assert results[0].questions == results[1].questions
-    lines = [json.loads(line) for line in files[0].splitlines()]
+    lines, others = ([json.loads(line) for line in some.splitlines()] for some in (files[0], files[2]))
+    assert [line["completion"] for line in lines] != [line["completion"] for line in others]
     assert [(line["question_id"], line["sample_id"]) for line in lines] == [(str(i // 2), i % 2) for i in range(32)]
     assert [line["seed"] for line in lines[6:8]] == [derived(3, 0), derived(3, 1)]
     for line in lines:
@@ -178,7 +181,7 @@ class CrashError(Exception):
     pass
 
 
-@pytest.mark.parametrize("damage", ["none", "half a line", "half a batch"])
+@pytest.mark.parametrize("damage", ["none", "half a line", "half a batch", "all but the end of a batch"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(make_model, tokenizer, dataset, tmp_path, damage):
     """The verifier crashes in the third of five batches: two stay, the error is the verifier's, the rest is as ever."""
     whole = run(tmp_path / "whole", make_model, tokenizer, dataset)
@@ -199,7 +202,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(make_model, tokenizer, dataset, 
     assert path.read_bytes() == b"".join(lines[:14])
     assert not (folder / "result.json").exists()
     with path.open("ab") as stream:
-        stream.write({"none": b"", "half a line": lines[14][:30], "half a batch": b"".join(lines[14:18])}[damage])
+        left = {"none": 0, "half a line": 1, "half a batch": 4, "all but the end of a batch": 7}[damage]
+        stream.write(b"".join(lines[14 : 14 + left])[: -5 if "line" in damage or "end" in damage else None])
     resumed = run(folder, make_model, tokenizer, dataset, crashes)
     assert calls == [7, 7, 7, 7, 7, 4]
     assert path.read_bytes() == full
