@@ -106,8 +106,7 @@ def evaluate(
     folder = None if output_dir is None else RunFolder(output_dir, settings)
     if folder and (finished := folder.finished()):
         return finished
-    draws = Draws(questions, engine, sampling, verifier, num_samples, batch_size, seed)
-    samples = draws.all(folder, progress)
+    samples = Draws(questions, engine, sampling, verifier, num_samples, batch_size, seed).all(folder, progress)
     origin = {**provenance(), "example_prompt": processing_class.decode(questions.prompts[0])}
     result = EvaluationResult.of(samples, num_samples, settings, origin)
     if folder:
