@@ -75,7 +75,7 @@ def test_evaluate_py_and_its_comparison(tmp_path):
     """The embedded models on 40 questions: what the demo measures on all of them, and a difference that is seen."""
     lines = (ARITHMETIC / "data" / "test.jsonl").read_text().splitlines(keepends=True)[:40]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
-    data = ("--dataset_name", tmp_path / "rows.jsonl", "--dataset_split", "train")
+    data = ("--dataset_name", tmp_path / "rows.jsonl")
     for name in ("student", "teacher"):
         result = evaluate(ARITHMETIC / name, tmp_path / name, *data)
         assert result.returncode == 0, result.stderr
