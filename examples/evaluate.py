@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -90,7 +91,8 @@ def main(args: EvaluationArguments) -> None:
     if args.task:
         dataset = load_task(args.task, args.dataset_name)
     elif args.dataset_name:
-        dataset = prepare_dataset(load_data(args.dataset_name, args.dataset_split, args.dataset_config))
+        split = "train" if Path(args.dataset_name).is_file() else args.dataset_split  # a file is a split by itself
+        dataset = prepare_dataset(load_data(args.dataset_name, split, args.dataset_config))
     else:
         raise SystemExit("Set `task` or `dataset_name`.")
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)

@@ -23,6 +23,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
+from sg_opd.callbacks import EvaluationCallback
 from sg_opd.teacher import loading_defaults
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
@@ -182,6 +183,8 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
         peft_config=LoraConfig(**lora) if lora else None,
     )
     assert trainer.accelerator.num_processes == world
+    if "evaluated" in scenario:
+        trainer.add_callback(EvaluationCallback(trainer, data.select(range(3)), **scenario["evaluated"]))
     trainer.train(resume_from_checkpoint=scenario.get("resume"))
     models = {"student": trainer.accelerator.unwrap_model(trainer.model), "teacher": trainer.teacher.unwrapped}
     if getattr(trainer, "initial_policy", None) is not None and trainer.initial_policy.frozen is not None:

@@ -83,6 +83,13 @@ DRAWN = {
         "settings": {"generation_kwargs": {"do_sample": True}, "save_strategy": "steps", "save_steps": 2}
     }
 }
+# three questions on two processes, and sampling that is greedy, so that any number of processes samples the same
+EVALUATED = {
+    "whole-sampled-evaluated": {
+        "settings": {"learning_rate": 0.003, "mask_truncated_completions": True, "top_k": 1},
+        "evaluated": {"num_samples": 2, "every_steps": 1, "batch_size": 3},
+    }
+}
 RESUMED = (*DRAWN, "whole-sampled-current", "whole-full-initial-phase", "lora-full-initial")
 MASKED = ("whole-sampled-current", "lora-full-initial")
 WITH_PHASE = [name for name in SCENARIOS if name.endswith("phase")]
@@ -139,7 +146,7 @@ def outcome(world):
     @functools.cache
     def launched(backend):
         out = world / backend
-        every = SCENARIOS | DRAWN
+        every = SCENARIOS | DRAWN | EVALUATED
         again = {f"{name}-resumed": {**every[name], "resume": str(out / name / "checkpoint-2")} for name in RESUMED}
         try:
             launch(world, backend, every | again, out)
@@ -275,3 +282,19 @@ def test_the_saved_model_is_the_trained_one(backend, name, outcome, world):
     else:
         model = AutoModelForCausalLM.from_pretrained(saved)
     assert farthest(dict(model.named_parameters()), weights) == 0.0
+
+
+@pytest.mark.parametrize("backend", ["ddp", *SHARDED])
+def test_an_evaluation_while_training(outcome, backend):
+    """After every step the figures of one process, on both ranks; and the weights of a run without it, to the bit."""
+    (alone,), _ = outcome("single", "whole-sampled-evaluated")
+    ranks, weights = outcome(backend, "whole-sampled-evaluated")
+    wanted = [{k: v for k, v in entry.items() if k != "epoch"} for entry in alone["logs"] if "eval_avg@2" in entry]
+    assert [entry["step"] for entry in wanted] == [1, 2, 3, 4]
+    assert len({entry["eval_tokens"] for entry in wanted} | {entry["eval_avg@2"] for entry in wanted}) > 2
+    for rank in ranks:
+        got = [{k: v for k, v in entry.items() if k != "epoch"} for entry in rank["logs"] if "eval_avg@2" in entry]
+        assert got == [pytest.approx(entry) for entry in wanted]
+    _, without = outcome(backend, "whole-sampled-current")
+    assert weights.keys() == without.keys()
+    assert all(torch.equal(weights[name], without[name]) for name in weights)

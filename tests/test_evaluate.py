@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from fault_proxy import FaultProxy, StandIn
 
-from sg_opd import MathVerifier
-from sg_opd.engines import Completion, Sampling, weights_checksum
+from sg_opd import MathVerifier, endpoints
+from sg_opd.engines import Completion, Sampling, ServerEngine, weights_checksum
 from sg_opd.evaluate import derived, evaluate, evaluate_model
 from sg_opd.results import EvaluationResult
 
@@ -155,7 +156,9 @@ def test_sampling_out_of_range_is_refused(name):
 
 def run(folder, make_model, tokenizer, dataset, verifier=by_parity, seed=3, **settings):
     given = {"batch_size": 7, "progress": False, "output_dir": folder, **settings}
-    return evaluate_model(make_model(1), tokenizer, dataset, verifier, 2, 8, seed=seed, **given)
+    model = make_model(1)
+    torch.seed()  # what the caller's generator has seen does not count
+    return evaluate_model(model, tokenizer, dataset, verifier, 2, 8, seed=seed, **given)
 
 
 def test_one_seed_gives_identical_files(make_model, tokenizer, dataset, tmp_path):
@@ -165,7 +168,8 @@ def test_one_seed_gives_identical_files(make_model, tokenizer, dataset, tmp_path
     files = [(tmp_path / name / "samples.jsonl").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
     assert results[0].questions == results[1].questions
-    lines = [json.loads(line) for line in files[0].splitlines()]
+    lines, others = ([json.loads(line) for line in some.splitlines()] for some in (files[0], files[2]))
+    assert [line["completion"] for line in lines] != [line["completion"] for line in others]
     assert [(line["question_id"], line["sample_id"]) for line in lines] == [(str(i // 2), i % 2) for i in range(32)]
     assert [line["seed"] for line in lines[6:8]] == [derived(3, 0), derived(3, 1)]
     for line in lines:
@@ -177,7 +181,7 @@ class CrashError(Exception):
     pass
 
 
-@pytest.mark.parametrize("damage", ["none", "half a line", "half a batch"])
+@pytest.mark.parametrize("damage", ["none", "half a line", "half a batch", "all but the end of a batch"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(make_model, tokenizer, dataset, tmp_path, damage):
     """The verifier crashes in the third of five batches: two stay, the error is the verifier's, the rest is as ever."""
     whole = run(tmp_path / "whole", make_model, tokenizer, dataset)
@@ -198,7 +202,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(make_model, tokenizer, dataset, 
     assert path.read_bytes() == b"".join(lines[:14])
     assert not (folder / "result.json").exists()
     with path.open("ab") as stream:
-        stream.write({"none": b"", "half a line": lines[14][:30], "half a batch": b"".join(lines[14:18])}[damage])
+        left = {"none": 0, "half a line": 1, "half a batch": 4, "all but the end of a batch": 7}[damage]
+        stream.write(b"".join(lines[14 : 14 + left])[: -5 if "line" in damage or "end" in damage else None])
     resumed = run(folder, make_model, tokenizer, dataset, crashes)
     assert calls == [7, 7, 7, 7, 7, 4]
     assert path.read_bytes() == full
@@ -302,3 +307,43 @@ def test_settings_of_the_template_reach_it(make_model, tokenizer, dataset):
     assert [r.provenance["example_prompt"][-1] == "=" for r in results] == [True, False]
     assert results[0].settings["prompts_sha256"] != results[1].settings["prompts_sha256"]
     assert results[0].settings["chat_template_sha256"] == results[1].settings["chat_template_sha256"]
+
+
+@pytest.fixture
+def server(make_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(endpoints, "BACKOFF_SECONDS", (0.01, 0.02))
+    proxy = FaultProxy(StandIn(make_model(1), tokenizer))
+    yield proxy
+    proxy.close()
+
+
+def test_a_server_samples_as_it_is_told(server, tokenizer, dataset, tmp_path):
+    """Token ids in, all sampling settings said, a seed a sample; the same files twice, through faults as without."""
+    files = []
+    for name, faults in (("plain", []), ("faulty", ["500", None, "truncated", "short", "refuse"])):
+        server.faults, server.posts[:] = list(faults), []
+        engine = ServerEngine([server.url], tokenizer, concurrency=2, retries=6)
+        sampling = Sampling(8, 0.7, 0.9, 5)
+        rows = dataset.select(range(3))
+        result = evaluate(engine, tokenizer, rows, by_parity, sampling, 2, 4, 3, False, tmp_path / name)
+        assert server.faults == []
+        files.append((tmp_path / name / "samples.jsonl").read_bytes())
+    assert files[0] == files[1]
+    assert len(server.posts) == 6 + 4
+    ids = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    said = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 8}
+    said |= {"model": "served", "stop_token_ids": [tokenizer.eos_token_id], "return_token_ids": True}
+    assert {**said, "prompt": ids, "seed": derived(3, 0, 1)} in server.posts
+    assert result.settings["engine"] == "vllm-server"
+    assert result.settings["model"] == "served"
+
+
+def test_a_server_that_cannot_serve_is_named(server, tokenizer, dataset):
+    with pytest.raises(ValueError, match=rf"`served_model='mine'` is not served by {server.url}, which has 'served'"):
+        ServerEngine([server.url], tokenizer, "mine")
+    engine = ServerEngine([server.url], tokenizer, retries=1)
+    with pytest.raises(ValueError, match=r"room for 256: lower `max_completion_length` \(now 250"):
+        evaluate(engine, tokenizer, dataset, by_parity, Sampling(250), 1)
+    server.faults = ["503"] * 10
+    with pytest.raises(endpoints.TeacherServerError, match="No usable answer from the server in 2 attempts"):
+        evaluate(engine, tokenizer, dataset.select([0]), by_parity, Sampling(4), 1, progress=False)

@@ -66,6 +66,76 @@ def test_train_py_fails_loudly(tmp_path):
     assert "`teacher_model`: there is no folder 'examples/nope'" in result.stderr
 
 
+def evaluate(model, folder, *options):
+    common = ["--num_samples", "2", "--max_completion_length", "64", "--batch_size", "64"]
+    return run("examples/evaluate.py", "--model_name_or_path", model, "--output_dir", folder, *common, *options)
+
+
+def test_evaluate_py_and_its_comparison(tmp_path):
+    """The embedded models on 40 questions: what the demo measures on all of them, and a difference that is seen."""
+    lines = (ARITHMETIC / "data" / "test.jsonl").read_text().splitlines(keepends=True)[:40]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    data = ("--dataset_name", tmp_path / "rows.jsonl")
+    for name in ("student", "teacher"):
+        result = evaluate(ARITHMETIC / name, tmp_path / name, *data)
+        assert result.returncode == 0, result.stderr
+        assert "80/80" in result.stderr  # the progress bar
+        assert "40 questions, 2 samples each" in result.stdout
+    means = {
+        name: json.loads((tmp_path / name / "result.json").read_text())["figures"]["avg@2"]["mean"]
+        for name in ("student", "teacher")
+    }
+    assert 5 < means["student"] < 50 < means["teacher"] < 95
+    files = [tmp_path / name / "result.json" for name in ("student", "teacher")]
+    result = run("examples/evaluate.py", "compare", *files)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line.split() for line in result.stdout.splitlines() if line.startswith("avg@2")]
+    before, after = means["student"], means["teacher"]
+    assert line[1:4] == [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
+    several = run("examples/evaluate.py", "compare", "--baseline", *files[:1] * 2, "--other", *files[1:] * 2)
+    assert "intervals over 2 runs and questions" in several.stdout
+
+
+def test_evaluate_py_on_an_adapter_and_a_task(tmp_path):
+    """A LoRA so large that it takes all the student can do away; a local file of the form of GSM8K."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(ARITHMETIC / "student")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 10)
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(ARITHMETIC / "student").save_pretrained(tmp_path / "adapter")
+    lines = (ARITHMETIC / "data" / "test.jsonl").read_text().splitlines(keepends=True)[:30]
+    (tmp_path / "test.jsonl").write_text("".join(lines))
+    assert evaluate(tmp_path / "adapter", tmp_path / "mine", "--dataset_name", tmp_path).returncode == 0
+    content = json.loads((tmp_path / "mine" / "result.json").read_text())
+    assert len(content["questions"]) == 30
+    assert content["figures"]["avg@2"]["mean"] == 0
+
+    rows = [{"question": row["question"], "answer": f"so\n#### {row['answer']}"} for row in make_problems(3, seed=1)]
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = ("--task", "gsm8k", "--dataset_name", tmp_path / "gsm8k.jsonl")
+    assert evaluate(ARITHMETIC / "student", tmp_path / "task", *task).returncode == 0
+    content = json.loads((tmp_path / "task" / "result.json").read_text())
+    assert content["settings"]["task"] == "gsm8k"
+    assert [question["id"] for question in content["questions"]] == ["0", "1", "2"]
+
+
+def test_evaluate_py_fails_loudly(tmp_path):
+    result = evaluate(ARITHMETIC / "student", tmp_path)
+    assert "Set `task` or `dataset_name`." in result.stderr
+    result = evaluate(ARITHMETIC / "student", tmp_path, "--task", "aime23")
+    assert "there is no task 'aime23'" in result.stderr.casefold()
+    result = run("examples/evaluate.py", "compare", "one.json")
+    assert result.returncode == 2
+    assert "give two results, or --baseline and --other" in result.stderr
+
+
 def test_the_demo_writes_its_result(tmp_path):
     """The demo with two small steps: the table, result.json's keys and the curve."""
     small = ("--max_steps", "2", "--per_device_train_batch_size", "8", "--logging_steps", "1")
@@ -80,6 +150,8 @@ def test_the_demo_writes_its_result(tmp_path):
     # the shipped checkpoints: a teacher that is good but not perfect, a student that can do some
     assert 70 <= summary["teacher"]["avg@8"] <= 90
     assert 10 <= summary["student_before"]["avg@8"] <= 40
+    for name in ("opd", "sg-opd"):  # what the README evaluates
+        assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / name).iterdir()}
     assert (tmp_path / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -39,6 +39,7 @@ LAYERS = {
     "engines": 3,
     "run_folder": 3,
     "evaluate": 4,
+    "callbacks": 5,
     "checks": 3,
     "server_checks": 3,
     "trainer": 4,
@@ -279,3 +280,33 @@ def test_nothing_of_one_machine_is_committed():
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".ipynb", "") and path.is_file():
             assert "/work/" + "main" not in path.read_text(errors="ignore"), name
+
+
+def test_documented_tasks_are_the_codes():
+    from sg_opd.tasks import TASKS
+
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (`\S+/.*?) \| (\w+) \| (.*?) \|$", text, re.M)
+    assert {name: (dataset, split, columns) for name, dataset, split, columns in rows} == {
+        name: (
+            ", ".join(f"`{part}`" for part in (task.dataset, task.config) if part),
+            task.split,
+            ", ".join(f"`{part}`" for part in (task.question, task.answer, task.id) if part),
+        )
+        for name, task in TASKS.items()
+    }
+
+
+def test_documented_figures_and_fields_are_the_codes():
+    from dataclasses import fields
+
+    from sg_opd.results import QuestionResult, Sample
+
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    figures = re.findall(r"^\| `([\w@]+)` \| (?!`)", text[text.index("## Figures") : text.index("## Compare")], re.M)
+    names = QuestionResult("q", 16, *[0] * 6).figures()
+    assert figures == list(dict.fromkeys(re.sub(r"pass@\d+", "pass@k", name).replace("16", "n") for name in names))
+    (line,) = re.findall(r"^\| `samples.jsonl` \| (.*) \|$", text, re.M)
+    assert [name for name in re.findall(r"`(\w+)`", line) if name not in ("stop", "length")] == [
+        field.name for field in fields(Sample)
+    ]

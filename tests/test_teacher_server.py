@@ -181,7 +181,7 @@ def test_the_served_model_is_found_or_named(proxy, make_model, tokenizer):
         teacher_at(two.url)
     assert teacher_at(two.url, model="adapter").model == "adapter"
     two.upstream.name = "other"
-    with pytest.raises(ValueError, match=r"the servers hold different models \(other, served\)"):
+    with pytest.raises(ValueError, match=r"The servers hold different models \(other, served\)"):
         teacher_at(proxy.url, two.url)
     two.close()
 

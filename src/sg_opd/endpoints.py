@@ -160,7 +160,7 @@ class Endpoints:
                     return self._attempt((url or self.urls[turn % len(self.urls)]) + path, payload, read)
         except _AttemptError as error:
             tries = attempts.statistics["attempt_number"]
-            message = f"No usable answer from the teacher's server in {tries} attempts, the last: {error}"
+            message = f"No usable answer from the server in {tries} attempts, the last: {error}"
             raise TeacherServerError(message) from None  # it says all that the client's three layers do
         raise AssertionError("unreachable: a retried request returns or raises")
 
@@ -213,4 +213,4 @@ def _pause(state: RetryCallState) -> float:
 
 def _log_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    logger.warning("Asking the teacher's server again after attempt %d: %s", state.attempt_number, error)
+    logger.warning("Asking the server again after attempt %d: %s", state.attempt_number, error)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .endpoints import Endpoints
 from .teacher import WHOLE_DISTRIBUTION, eos_set, sample_completions
-from .teacher_server import COMPLETIONS, ServerTeacher
+from .teacher_server import COMPLETIONS, served_model
 
 PART = 1 << 24  # bytes summed at a time: torch widens each to 8
 
@@ -178,9 +178,7 @@ class ServerEngine:
     ) -> None:
         self.eos = eos_set(processing_class.eos_token_id)
         self.endpoints = Endpoints(urls, timeout, concurrency, retries)
-        served = ServerTeacher(self.endpoints, model, {}, self.eos)
-        served.connect()
-        self.model, self.context = served.model, served.context
+        self.model, self.context = served_model(self.endpoints, model, "served_model")
 
     def describe(self) -> dict[str, Any]:
         """Of the weights it knows nothing: another output folder is needed when what is served changes."""

