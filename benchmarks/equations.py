@@ -7,9 +7,8 @@
                \\boxed{-25}
 
 The arithmetic world's teacher errs at random, being small; this one was taught to err in one way: where the solution
-is negative it drops the sign in `DROPPED` of its worked solutions. The student goes on from the teacher's checkpoint, as
-two descendants of one base model; it was taught slips of single digits and to keep the sign, and so knows something
-better than its teacher does.
+is negative it drops the sign in `DROPPED` of its worked solutions. The student goes on from the teacher's checkpoint,
+as if both came from one model; it was taught slips of single digits, and to keep the sign, which it knows better.
 
 Usage, to make the two checkpoints again (about 20 minutes on two CPU cores; the results are committed):
 
@@ -81,6 +80,11 @@ def make_problem(rng: random.Random, slip: float = 0.0, dropped: float = 0.0) ->
 def make_problems(count: int, seed: int, exclude: frozenset[str] = frozenset(), **habits: float) -> list[dict]:
     """`count` distinct equations from `seed`, none of whose questions is in `exclude`."""
     return distinct(lambda rng: make_problem(rng, **habits), count, seed, exclude)
+
+
+def negative(answer: str) -> bool:
+    """Whether the teacher's habit concerns an equation with this answer."""
+    return answer.startswith("-")
 
 
 def held_out_questions() -> frozenset[str]:

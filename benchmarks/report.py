@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def signs(histories: Sequence[list[dict]]) -> dict[str, float]:
     return found
 
 
+def habitual(world: Any) -> frozenset[str]:
+    """The ids of the test questions that the teacher's habit concerns."""
+    if world.habit is None:
+        return frozenset()
+    return frozenset(str(index) for index, row in enumerate(world.split("test")) if world.habit(row["solution"]))
+
+
+def only(result: EvaluationResult, ids: frozenset[str]) -> EvaluationResult:
+    """A result's questions of these ids."""
+    return replace(result, questions=tuple(question for question in result.questions if question.id in ids))
+
+
 class Report:
     """The results of a study's records.
 
@@ -87,6 +100,7 @@ class Report:
     def __init__(self, study: Any, cells: dict[str, list[Any]]) -> None:
         self.study, self.cells = study, cells
         self.opd = {world: self.results("opd", world) for world in study.worlds}
+        self.habit = {name: habitual(world) for name, world in study.worlds.items()}
 
     def results(self, arm: str, world: str) -> list[EvaluationResult]:
         cell = next(c for some in self.cells.values() for c in some if (c.arm, c.world, c.changes) == (arm, world, ()))
@@ -108,11 +122,20 @@ class Report:
             "validation": self.study.validation(cell),
             **figures_of(results),
             "minus_opd": differences(self.opd[cell.world], results),
+            **self.under_habit(cell.world, results),
             "budget": {name: records[0][name] for name in SPENT}
             | {"cpu_hours": round(sum(record["cpu_seconds"] for record in records) / 3600, 3)},
             "signs": signs(histories),
             "curve": curve(histories),
         }
+
+    def under_habit(self, world: str, results: Sequence[EvaluationResult]) -> dict[str, Any]:
+        """Figures, and differences to OPD, on the questions that the teacher's habit concerns; empty without one."""
+        ids = self.habit[world]
+        if not ids:
+            return {}
+        own, opd = ([only(result, ids) for result in some] for some in (results, self.opd[world]))
+        return {"under_habit": figures_of(own) | {"minus_opd": differences(opd, own)}}
 
     def content(self) -> dict[str, Any]:
         """All of study.json."""
@@ -130,7 +153,10 @@ class Report:
         return {
             "provenance": provenance(),
             "worlds": {
-                name: {role: figures_of([result]) for role, result in self.study.ends(name).items()}
+                name: {
+                    role: figures_of([result]) | self.under_habit(name, [result])
+                    for role, result in self.study.ends(name).items()
+                }
                 for name in self.study.worlds
             },
             "arms": arms,
@@ -229,6 +255,21 @@ def arms_table(content: dict[str, Any], world: str) -> str:
     return "\n".join(lines)
 
 
+def habit_table(content: dict[str, Any], world: str) -> str:
+    """Accuracy where the teacher errs by habit and on all questions, as Markdown; empty in a world without habit."""
+    average = headline(content)[0]
+    rows = [(arm[world]["title"], arm[world]) for arm in content["arms"].values() if world in arm]
+    rows = [(role, content["worlds"][world][role]) for role in ("student", "teacher")] + rows
+    if "under_habit" not in rows[0][1]:
+        return ""
+    lines = [f"| arm | {average} % there | minus OPD | {average} % on all questions |", "| --- | ---: | ---: | ---: |"]
+    for name, entry in rows:
+        there = entry["under_habit"]
+        apart = "" if name == "OPD" else with_span(there["minus_opd"][average], "+")
+        lines.append(f"| {name} | {with_span(there[average])} | {apart} | {with_span(entry[average])} |")
+    return "\n".join(lines)
+
+
 def others_table(content: dict[str, Any], group: str) -> str:
     """The table of a group of cells with changed settings, as Markdown."""
     figures = headline(content)
@@ -265,6 +306,8 @@ def markdown(content: dict[str, Any]) -> str:
     parts = []
     for world in content["worlds"]:
         parts += [f"### {world}: figures\n\n{arms_table(content, world)}"]
+        if habit := habit_table(content, world):
+            parts += [f"### {world}: where the teacher errs by habit\n\n{habit}"]
         parts += [f"### {world}: budgets and signs\n\n{budget_table(content, world)}"]
     groups = [name for name in content if isinstance(content[name], list)]
     parts += [f"### {name}\n\n{others_table(content, name)}" for name in groups]

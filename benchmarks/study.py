@@ -55,7 +55,7 @@ class Plan:
 PLANS = {
     "small": Plan(),
     "large": Plan(main_seeds=3),
-    "tiny": Plan(2, (5e-4,), 2, 1, 3, 2, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
+    "tiny": Plan(2, (5e-4,), 2, 1, 4, 2, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
 }
 QUICK = Plan(
     steps=10,

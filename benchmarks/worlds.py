@@ -42,6 +42,7 @@ class World:
         sizes: of models to be made on first use, by role, as `make_models.SIZES`; empty where they are there.
         teach: `(count, seed, exclude, **habits)` -> worked solutions for these models; habits are in their sizes.
         tokenizer: of these models.
+        habit: gold -> whether the teacher errs by habit on its question; `None` where it has none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class World:
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     teach: Callable[..., list[dict]] = arithmetic.make_problems
     tokenizer: Callable[[], Any] = arithmetic.make_tokenizer
+    habit: Callable[[str], bool] | None = None
 
     def __hash__(self) -> int:
         return hash((self.name, self.models))
@@ -109,7 +111,7 @@ def small(folder: Path) -> list[World]:
     """The two worlds with their committed models."""
     return [
         World("arithmetic", hard_arithmetic, ROOT / "examples" / "arithmetic", 64, 60, (2e-4, 5e-4)),
-        World("equations", held_out_equations, equations.MODELS, 48, 60, (1e-4, 2e-4, 5e-4)),
+        World("equations", held_out_equations, equations.MODELS, 48, 60, (1e-4, 2e-4, 5e-4), habit=equations.negative),
     ]
 
 
@@ -137,6 +139,7 @@ def made(folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: 
             sizes(equations.HABITS["teacher"], equations.HABITS["student"]),
             equations.make_problems,
             lambda: arithmetic.make_tokenizer(equations.WORDS, equations.PHRASES),
+            equations.negative,
         ),
     ]
 

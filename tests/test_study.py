@@ -155,6 +155,16 @@ def test_figures_and_differences_by_hand():
     assert report.differences(base, base)["avg@2"] == {"mean": 0.0, "standard_error": 0.0, "low": 0.0, "high": 0.0}
 
 
+def test_figures_where_the_teacher_errs_by_habit(tmp_path):
+    """Of two questions the second has a negative answer; only it counts."""
+    given = result([[1, 1], [1, 0]])
+    assert report.figures_of([report.only(given, frozenset({"1"}))])["avg@2"]["mean"] == 50.0
+    ids = report.habitual(SMALL[1])
+    golds = SMALL[1].split("test")["solution"]
+    assert {golds[int(id)][0] for id in ids} == {"-"}
+    assert len(ids) == sum(gold.startswith("-") for gold in golds)
+
+
 def test_curves_and_signs_are_means_over_runs():
     histories = [
         [{"step": 5, "verdict/correct": 0.1, "entropy": 9.0}, {"step": 10, "verdict/correct": 0.3, "entropy": 1.0}],
