@@ -226,6 +226,8 @@ def endorsed_rollouts(world: World, count: int, seed: int, folder: Path) -> Data
         output_dir=folder,
     )
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
+    if not any(sample["verdict"] == 1.0 and sample["finish_reason"] == "stop" for sample in samples):
+        raise ValueError(f"None of the {count} teacher rollouts in {folder} is endorsed: there is nothing to train on.")
     return Dataset.from_list(
         [
             {

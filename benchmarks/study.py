@@ -47,6 +47,7 @@ class Plan:
     other_seeds: int = 2
     test_questions: int | None = None
     validation_questions: int | None = None
+    plane_seeds: int = 1
     plane: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     clips: tuple[float | None, ...] = (None, 5.0, 2.0)
@@ -55,7 +56,7 @@ class Plan:
 PLANS = {
     "small": Plan(),
     "large": Plan(main_seeds=3),
-    "tiny": Plan(2, (5e-4,), 2, 1, 4, 2, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
+    "tiny": Plan(2, (5e-4,), 2, 1, 4, 2, 1, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
 }
 QUICK = Plan(
     steps=10,
@@ -138,7 +139,7 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
             Cell(
                 second,
                 "initial",
-                plan.other_seeds,
+                plan.plane_seeds,
                 (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0)),
                 rate_of=("initial", ()),
             )
@@ -329,7 +330,7 @@ def test_end(world: str, role: str, scale: str, plan: Plan, output: Path) -> Non
     folder, place = output / world / role, worlds_of(scale, output)[world]
     if not (folder / JOBS["test"]).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        measured(str(place.models / role), place, "test", plan.test_questions, 0, folder)
+        measured(getattr(place, role), place, "test", plan.test_questions, 0, folder)
 
 
 def measured(model: str, world: Any, split: str, count: int | None, seed: int, folder: Path) -> str:

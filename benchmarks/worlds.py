@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples" / "arithmetic"))
@@ -43,6 +44,7 @@ class World:
         teach: `(count, seed, exclude, **habits)` -> worked solutions for these models; habits are in their sizes.
         tokenizer: of these models.
         habit: gold -> whether the teacher errs by habit on its question; `None` where it has none.
+        teacher_folder: of a teacher that is not in `models`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class World:
     teach: Callable[..., list[dict]] = arithmetic.make_problems
     tokenizer: Callable[[], Any] = arithmetic.make_tokenizer
     habit: Callable[[str], bool] | None = None
+    teacher_folder: Path | None = None
 
     def __hash__(self) -> int:
         return hash((self.name, self.models))
@@ -65,7 +68,7 @@ class World:
 
     @property
     def teacher(self) -> str:
-        return str(self.models / "teacher")
+        return str(self.teacher_folder or self.models / "teacher")
 
     def split(self, name: str, count: int | None = None) -> Dataset:
         """`test`, `validation` or `train`, or its first `count` rows: columns `prompt` and `solution`."""
@@ -111,12 +114,23 @@ def small(folder: Path) -> list[World]:
     """The two worlds with their committed models."""
     return [
         World("arithmetic", hard_arithmetic, ROOT / "examples" / "arithmetic", 64, 60, (2e-4, 5e-4)),
-        World("equations", held_out_equations, equations.MODELS, 48, 60, (1e-4, 2e-4, 5e-4), habit=equations.negative),
+        World(
+            "equations",
+            held_out_equations,
+            equations.MODELS,
+            48,
+            60,
+            (1e-4, 2e-4, 5e-4),
+            teach=equations.make_problems,
+            habit=equations.negative,
+        ),
     ]
 
 
-def made(folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: int) -> list[World]:
-    """The two worlds with models that are yet to be made, below a folder."""
+def large(folder: Path) -> list[World]:
+    """Longer chains, and models of 27 and 11 million parameters, made below a folder."""
+    teacher = {"hidden": 512, "layers": 8, "heads": 16, "intermediate": 1536, "steps": 6000, "rate": 5e-4, "seed": 1}
+    student = {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1024, "steps": 3000, "rate": 5e-4, "seed": 2}
     chains = {"operations": EIGHT_TO_TWELVE}
 
     def long_chains() -> list[dict]:
@@ -128,13 +142,13 @@ def made(folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: 
     careless = {"slip": 0.1, **chains}
     models = {name: folder / "models" / name for name in ("arithmetic", "equations")}
     return [
-        World("arithmetic", long_chains, models["arithmetic"], 160, steps, RATES, sizes(chains, careless)),
+        World("arithmetic", long_chains, models["arithmetic"], 160, 200, RATES, sizes(chains, careless)),
         World(
             "equations",
             held_out_equations,
             models["equations"],
             48,
-            steps,
+            200,
             RATES,
             sizes(equations.HABITS["teacher"], equations.HABITS["student"]),
             equations.make_problems,
@@ -144,17 +158,19 @@ def made(folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: 
     ]
 
 
-def large(folder: Path) -> list[World]:
-    """27 and 11 million parameters."""
-    teacher = {"hidden": 512, "layers": 8, "heads": 16, "intermediate": 1536, "steps": 6000, "rate": 5e-4, "seed": 1}
-    student = {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1024, "steps": 3000, "rate": 5e-4, "seed": 2}
-    return made(folder, teacher, student, steps=200)
-
-
 def tiny(folder: Path) -> list[World]:
-    """The path of `large`, with models that know nothing."""
-    size = {"hidden": 32, "layers": 1, "heads": 1, "intermediate": 32, "steps": 2}
-    return made(folder, {**size, "seed": 1}, {**size, "seed": 2}, steps=2)
+    """The path of `large` in no time: students that know nothing, made below a folder, and the committed teachers."""
+    size = {"hidden": 32, "layers": 1, "heads": 1, "intermediate": 32, "steps": 2, "seed": 1, "habits": {}}
+    return [
+        replace(
+            world,
+            models=folder / "models" / world.name,
+            teacher_folder=world.models / "teacher",
+            sizes={"student": size},
+            tokenizer=lambda world=world: AutoTokenizer.from_pretrained(world.teacher),
+        )
+        for world in small(folder)
+    ]
 
 
 SCALES = {"small": small, "large": large, "tiny": tiny}
