@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -301,26 +302,38 @@ def with_span(interval: dict[str, float], sign: str = "") -> str:
     return f"{interval['mean']:{sign}.1f} [{interval['low']:{sign}.1f}, {interval['high']:{sign}.1f}]"
 
 
-def markdown(content: dict[str, Any]) -> str:
-    """All tables, each under a heading."""
-    parts = []
+def tables(content: dict[str, Any]) -> dict[str, str]:
+    """All tables as Markdown, by name."""
+    found = {}
     for world in content["worlds"]:
-        parts += [f"### {world}: figures\n\n{arms_table(content, world)}"]
-        if habit := habit_table(content, world):
-            parts += [f"### {world}: where the teacher errs by habit\n\n{habit}"]
-        parts += [f"### {world}: budgets and signs\n\n{budget_table(content, world)}"]
-    groups = [name for name in content if isinstance(content[name], list)]
-    parts += [f"### {name}\n\n{others_table(content, name)}" for name in groups]
-    return "\n\n".join(parts) + "\n"
+        found[f"figures, {world}"] = arms_table(content, world)
+        found[f"habit, {world}"] = habit_table(content, world)
+        found[f"budgets, {world}"] = budget_table(content, world)
+    found.update({name: others_table(content, name) for name, part in content.items() if isinstance(part, list)})
+    return {name: table for name, table in found.items() if table}
 
 
-def report(study: Any, cells: dict[str, list[Any]], folder: Path) -> None:
-    """Write study.json, tables.md and the plots into a folder."""
+def filled(page: str, content: dict[str, Any]) -> str:
+    """A page with each `<!-- table: name -->` ... `<!-- end -->` filled anew; a name without a table is an error."""
+    known = tables(content)
+    return re.sub(
+        r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{known[match[2]]}\n{match[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def report(study: Any, cells: dict[str, list[Any]], folder: Path, page: Path | None) -> None:
+    """Write study.json and the plots into a folder, and the tables into a page that has places for them."""
     content = Report(study, cells).content()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", content)
-    (folder / "tables.md").write_text(markdown(content))
     show_arms(content, folder / "arms.png")
     show_curves(content, folder / "curves.png")
-    if any(isinstance(part, list) for part in content.values()):
-        show_factors(content, folder / "factors.png")
+    show_factors(content, folder / "factors.png")
+    if page is not None:
+        page.write_text(filled(page.read_text(), content))
+    else:
+        for name, table in tables(content).items():
+            print(f"\n{name}\n\n{table}")

@@ -17,136 +17,30 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from arms import ARMS, budget, load, trainer_of, verifier
+from design import PLANS, QUICK, Cell, Plan, Run, groups
+from transformers import PrinterCallback
+from worlds import SCALES
+
+from sg_opd.evaluate import evaluate_model
 from sg_opd.provenance import provenance
 from sg_opd.results import EvaluationResult, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 SAMPLES = 8  # completions a test question
 AVERAGE = f"avg@{SAMPLES}"
 ROLES = ("student", "teacher")
 JOBS = {"train": "train.json", "validate": "validation.json", "test": "test.json"}  # what each leaves when done
 KEPT = ("verdict/correct", "entropy", "gate/", "delta/", "teacher/", "completions/", "reward", "grad_norm", "loss")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How large the study is; `None` is what the world says."""
-
-    steps: int | None = None
-    rates: tuple[float, ...] | None = None
-    main_seeds: int = 5
-    other_seeds: int = 2
-    test_questions: int | None = None
-    validation_questions: int | None = None
-    plane_seeds: int = 1
-    plane: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
-    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-    clips: tuple[float | None, ...] = (None, 5.0, 2.0)
-
-
-PLANS = {
-    "small": Plan(),
-    "large": Plan(main_seeds=3),
-    "tiny": Plan(2, (5e-4,), 2, 1, 4, 2, 1, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
-}
-QUICK = Plan(
-    steps=10,
-    rates=(5e-4,),
-    main_seeds=1,
-    other_seeds=1,
-    test_questions=50,
-    validation_questions=20,
-    plane=(1.0, 1.8),
-    ratios=(0.5,),
-    clips=(2.0,),
-)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: its world, arm, further settings, learning rate, seed and number of optimizer steps."""
-
-    world: str
-    arm: str
-    changes: tuple[tuple[str, Any], ...]
-    learning_rate: float
-    seed: int
-    steps: int
-
-    @property
-    def name(self) -> str:
-        """A folder's name."""
-        changes = "".join(f",{name}={value}" for name, value in self.changes)
-        return f"{self.world}/{self.arm}{changes}/lr={self.learning_rate:g},seed={self.seed},steps={self.steps}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What the study compares: an arm in a world with some settings, over seeds.
-
-    `rate_of` names another cell's arm and settings whose learning rate it takes over instead of choosing its own.
-    """
-
-    world: str
-    arm: str
-    seeds: int
-    changes: tuple[tuple[str, Any], ...] = ()
-    rate_of: tuple[str, tuple[tuple[str, Any], ...]] | None = field(default=None, compare=False)
-
-
-def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
-    """The study in the order in which it is done, the most important first."""
-    from arms import ARMS
-
-    second = worlds[-1]
-    main = [arm for arm in ARMS if ARMS[arm].main]
-    others = [arm for arm in ARMS if not ARMS[arm].main]
-    for world in reversed(worlds):
-        yield f"main arms, {world}", [Cell(world, arm, plan.main_seeds) for arm in main]
-    sampled = [
-        Cell(second, arm, plan.other_seeds, (("estimator", "sampled"), ("log_ratio_clip", clip)))
-        for clip in plan.clips
-        for arm in ("opd", "sg-opd")
-    ]
-    yield "estimators and clip", sampled
-    for world in reversed(worlds):
-        yield f"other arms, {world}", [Cell(world, arm, plan.other_seeds) for arm in others]
-    yield (
-        "line in the factors' ratio",
-        [
-            Cell(
-                second,
-                "no-phase",
-                plan.other_seeds,
-                (("gate_extrapolation", 1.0), ("gate_interpolation", ratio)),
-                rate_of=("no-phase", ()),
-            )
-            for ratio in plan.ratios
-        ],
-    )
-    yield (
-        "plane of the factors",
-        [
-            Cell(
-                second,
-                "initial",
-                plan.plane_seeds,
-                (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0)),
-                rate_of=("initial", ()),
-            )
-            for up in plan.plane
-            for down in plan.plane
-        ],
-    )
 
 
 class Study:
@@ -197,8 +91,6 @@ class Study:
 
     def title(self, cell: Cell) -> str:
         """The arm's, as tables and plots name it."""
-        from arms import ARMS
-
         return ARMS[cell.arm].title
 
     def ends(self, world: str) -> dict[str, EvaluationResult]:
@@ -281,16 +173,11 @@ def one_thread() -> None:
 
 def worlds_of(scale: str, output: Path) -> dict[str, Any]:
     """The worlds of a scale, by name; models that are yet to be made lie below `output`."""
-    from worlds import SCALES
-
     return {world.name: world for world in SCALES[scale](output)}
 
 
 def train(run: Run, scale: str, plan: Plan, output: Path) -> str:
     """Train the run's student; its weights are kept, and a record of how the training went."""
-    from arms import ARMS, budget, trainer_of
-    from transformers import PrinterCallback
-
     world, arm, folder = worlds_of(scale, output)[run.world], ARMS[run.arm], output / run.name
     clock, cpu = time.perf_counter(), time.process_time()
     trainer = trainer_of(world, arm, dict(run.changes), run.steps, run.learning_rate, run.seed, folder)
@@ -335,10 +222,6 @@ def test_end(world: str, role: str, scale: str, plan: Plan, output: Path) -> Non
 
 def measured(model: str, world: Any, split: str, count: int | None, seed: int, folder: Path) -> str:
     """Evaluate the model of a folder on one split, and keep the result; the figures in a line."""
-    from arms import load, verifier
-
-    from sg_opd.evaluate import evaluate_model
-
     result = evaluate_model(
         load(model)[0],
         load(world.student)[1],
@@ -373,9 +256,10 @@ def main() -> None:
     if not (options.only or options.first_only):
         from report import report
 
-        results = RESULTS if plan == PLANS["small"] else output
-        report(study, dict(groups(plan, list(study.worlds))), results)
-        print(f"written: {results / 'study.json'}, tables.md and the plots beside it")
+        whole = plan == PLANS["small"] and options.scale == "small"
+        results = RESULTS if whole else output
+        report(study, dict(groups(plan, list(study.worlds))), results, PAGE if whole else None)
+        print(f"written: {results / 'study.json'} and the plots beside it")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""What the study compares: its runs, the cells they belong to, and how many of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from arms import ARMS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the study is; `None` is what the world says."""
+
+    steps: int | None = None
+    rates: tuple[float, ...] | None = None
+    main_seeds: int = 5
+    other_seeds: int = 2
+    test_questions: int | None = None
+    validation_questions: int | None = None
+    plane_seeds: int = 1
+    plane: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    clips: tuple[float | None, ...] = (None, 5.0, 2.0)
+
+
+PLANS = {
+    "small": Plan(),
+    "large": Plan(main_seeds=3),
+    "tiny": Plan(2, (5e-4,), 2, 1, 4, 2, 1, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
+}
+QUICK = Plan(
+    steps=10,
+    rates=(5e-4,),
+    main_seeds=1,
+    other_seeds=1,
+    test_questions=50,
+    validation_questions=20,
+    plane=(1.0, 1.8),
+    ratios=(0.5,),
+    clips=(2.0,),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its world, arm, further settings, learning rate, seed and number of optimizer steps."""
+
+    world: str
+    arm: str
+    changes: tuple[tuple[str, Any], ...]
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        changes = "".join(f",{name}={value}" for name, value in self.changes)
+        return f"{self.world}/{self.arm}{changes}/lr={self.learning_rate:g},seed={self.seed},steps={self.steps}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the study compares: an arm in a world with some settings, over seeds.
+
+    `rate_of` names another cell's arm and settings whose learning rate it takes over instead of choosing its own.
+    """
+
+    world: str
+    arm: str
+    seeds: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    rate_of: tuple[str, tuple[tuple[str, Any], ...]] | None = field(default=None, compare=False)
+
+
+def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
+    """The study in the order in which it is done, the most important first."""
+    second = worlds[-1]
+    main = [arm for arm in ARMS if ARMS[arm].main]
+    others = [arm for arm in ARMS if not ARMS[arm].main]
+    for world in reversed(worlds):
+        yield f"main arms, {world}", [Cell(world, arm, plan.main_seeds) for arm in main]
+    sampled = [
+        Cell(second, arm, plan.other_seeds, (("estimator", "sampled"), ("log_ratio_clip", clip)))
+        for clip in plan.clips
+        for arm in ("opd", "sg-opd")
+    ]
+    yield "estimators and clip", sampled
+    for world in reversed(worlds):
+        yield f"other arms, {world}", [Cell(world, arm, plan.other_seeds) for arm in others]
+    yield (
+        "line in the factors' ratio",
+        [
+            Cell(
+                second,
+                "no-phase",
+                plan.other_seeds,
+                (("gate_extrapolation", 1.0), ("gate_interpolation", ratio)),
+                rate_of=("no-phase", ()),
+            )
+            for ratio in plan.ratios
+        ],
+    )
+    yield (
+        "plane of the factors",
+        [
+            Cell(
+                second,
+                "initial",
+                plan.plane_seeds,
+                (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0)),
+                rate_of=("initial", ()),
+            )
+            for up in plan.plane
+            for down in plan.plane
+        ],
+    )
