@@ -17,24 +17,26 @@ class Plan:
     rates: tuple[float, ...] | None = None
     main_seeds: int = 5
     other_seeds: int = 2
+    choosing_seeds: int = 2
     test_questions: int | None = None
     validation_questions: int | None = None
     plane_seeds: int = 1
     plane: tuple[float, ...] = (0.6, 1.0, 1.4, 1.8)
-    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-    clips: tuple[float | None, ...] = (None, 5.0, 2.0)
+    ratios: tuple[float, ...] = (0.25, 2.0, 4.0)
+    clips: tuple[float | None, ...] = (None, 2.0)
 
 
 PLANS = {
     "small": Plan(),
     "large": Plan(main_seeds=3),
-    "tiny": Plan(2, (5e-4,), 2, 1, 4, 2, 1, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
+    "tiny": Plan(2, (5e-4,), 2, 1, 1, 4, 2, 1, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
 }
 QUICK = Plan(
     steps=10,
     rates=(5e-4,),
     main_seeds=1,
     other_seeds=1,
+    choosing_seeds=1,
     test_questions=50,
     validation_questions=20,
     plane=(1.0, 1.8),

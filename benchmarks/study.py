@@ -6,7 +6,7 @@
 
 Every run writes its record below `--output` as soon as it ends, and a run that is there is not done again: stop the
 study when you like and start it again with the same command. Of a world's learning rates an arm takes the one whose
-run with the first seed does best on the validation split; the test split is seen once, by the chosen runs. At the end
+runs with the first two seeds do best on the validation split; the test split is seen once, by the chosen runs. At the end
 `study.json` and the plots are written from the records (`--report` does only that).
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -70,13 +71,21 @@ class Study:
         """The learning rates between which a cell chooses."""
         return self.plan.rates or self.worlds[cell.world].rates
 
+    def choosing(self, cell: Cell) -> dict[float, list[Run]]:
+        """By learning rate, the runs between which a cell chooses."""
+        seeds = range(self.plan.choosing_seeds)
+        return {rate: [self.run(cell, rate, seed) for seed in seeds] for rate in self.rates(cell)}
+
     def validation(self, cell: Cell) -> dict[float, float]:
-        """By learning rate, avg@k on the validation split, with the first seed."""
+        """By learning rate, avg@k on the validation split, a mean over the first seeds."""
         if cell.rate_of:
             arm, changes = cell.rate_of
             cell = replace(cell, arm=arm, changes=changes, rate_of=None)
-        files = {rate: self.path(self.run(cell, rate, 0), validate) for rate in self.rates(cell)}
-        return {rate: EvaluationResult.from_json(file).figures[AVERAGE].mean for rate, file in files.items()}
+
+        def average(run: Run) -> float:
+            return EvaluationResult.from_json(self.path(run, validate)).figures[AVERAGE].mean
+
+        return {rate: statistics.fmean(map(average, runs)) for rate, runs in self.choosing(cell).items()}
 
     def rate(self, cell: Cell) -> float:
         """The learning rate that did best on the validation split."""
@@ -123,8 +132,8 @@ class Study:
                 if only and only not in name:
                     continue
                 print(f"# {name}", flush=True)
-                choosing = [cell for cell in cells if cell.rate_of is None]
-                first = [self.run(cell, rate, 0) for cell in choosing for rate in self.rates(cell)]
+                choosing = [self.choosing(cell) for cell in cells if cell.rate_of is None]
+                first = [run for by_rate in choosing for runs in by_rate.values() for run in runs]
                 failed += self._all(pool, train, first)
                 if first_only:
                     continue
