@@ -6,8 +6,8 @@
 
 Every run writes its record below `--output` as soon as it ends, and a run that is there is not done again: stop the
 study when you like and start it again with the same command. Of a world's learning rates an arm takes the one whose
-runs with the first two seeds do best on the validation split; the test split is seen once, by the chosen runs. At the end
-`study.json` and the plots are written from the records (`--report` does only that).
+runs with the first two seeds do best on the validation split; the test split is seen once, by the chosen runs. At the
+end `study.json` and the plots are written from the records (`--report` does only that).
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def small(folder: Path) -> list[World]:
             equations.MODELS,
             48,
             60,
-            (1e-4, 2e-4, 5e-4),
+            (2e-4, 5e-4),
             teach=equations.make_problems,
             habit=equations.negative,
         ),
