@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from arms import ARMS
@@ -67,55 +67,50 @@ class Run:
 class Cell:
     """What the study compares: an arm in a world with some settings, over seeds.
 
-    `rate_of` names another cell's arm and settings whose learning rate it takes over instead of choosing its own.
+    Attributes:
+        changes: settings over the arm's own.
+        choosing: seeds whose validation chooses the learning rate.
+        rate_of: another cell, whose learning rate it takes over instead of choosing its own.
     """
 
     world: str
     arm: str
     seeds: int
     changes: tuple[tuple[str, Any], ...] = ()
-    rate_of: tuple[str, tuple[tuple[str, Any], ...]] | None = field(default=None, compare=False)
+    choosing: int = 1
+    rate_of: Cell | None = None
 
 
 def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
     """The study in the order in which it is done, the most important first."""
     second = worlds[-1]
-    main = [arm for arm in ARMS if ARMS[arm].main]
-    others = [arm for arm in ARMS if not ARMS[arm].main]
+    main = {
+        (arm, world): Cell(world, arm, plan.main_seeds, choosing=plan.choosing_seeds)
+        for world in reversed(worlds)
+        for arm in ARMS
+        if ARMS[arm].main
+    }
+    others = {
+        (arm, world): Cell(world, arm, plan.other_seeds)
+        for world in reversed(worlds)
+        for arm in ARMS
+        if not ARMS[arm].main
+    }
     for world in reversed(worlds):
-        yield f"main arms, {world}", [Cell(world, arm, plan.main_seeds) for arm in main]
-    sampled = [
-        Cell(second, arm, plan.other_seeds, (("estimator", "sampled"), ("log_ratio_clip", clip)))
-        for clip in plan.clips
-        for arm in ("opd", "sg-opd")
+        yield f"main arms, {world}", [cell for cell in main.values() if cell.world == world]
+    sampled = [(("estimator", "sampled"), ("log_ratio_clip", clip)) for clip in plan.clips]
+    cells = [Cell(second, arm, plan.other_seeds, changes) for changes in sampled for arm in ("opd", "sg-opd")]
+    yield "estimators and clip", cells
+    for world in reversed(worlds):
+        yield f"other arms, {world}", [cell for cell in others.values() if cell.world == world]
+    line = [(("gate_extrapolation", 1.0), ("gate_interpolation", ratio)) for ratio in plan.ratios]
+    without_phase = main["no-phase", second]
+    cells = [Cell(second, "no-phase", plan.other_seeds, changes, rate_of=without_phase) for changes in line]
+    yield "line in the factors' ratio", cells
+    plane = [
+        (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0))
+        for up in plan.plane
+        for down in plan.plane
     ]
-    yield "estimators and clip", sampled
-    for world in reversed(worlds):
-        yield f"other arms, {world}", [Cell(world, arm, plan.other_seeds) for arm in others]
-    yield (
-        "line in the factors' ratio",
-        [
-            Cell(
-                second,
-                "no-phase",
-                plan.other_seeds,
-                (("gate_extrapolation", 1.0), ("gate_interpolation", ratio)),
-                rate_of=("no-phase", ()),
-            )
-            for ratio in plan.ratios
-        ],
-    )
-    yield (
-        "plane of the factors",
-        [
-            Cell(
-                second,
-                "initial",
-                plan.plane_seeds,
-                (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0)),
-                rate_of=("initial", ()),
-            )
-            for up in plan.plane
-            for down in plan.plane
-        ],
-    )
+    initial = others["initial", second]
+    yield "plane of the factors", [Cell(second, "initial", plan.plane_seeds, at, rate_of=initial) for at in plane]

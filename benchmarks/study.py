@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,13 @@ class Study:
 
     def choosing(self, cell: Cell) -> dict[float, list[Run]]:
         """By learning rate, the runs between which a cell chooses."""
-        seeds = range(self.plan.choosing_seeds)
+        seeds = range(cell.choosing)
         return {rate: [self.run(cell, rate, seed) for seed in seeds] for rate in self.rates(cell)}
 
     def validation(self, cell: Cell) -> dict[float, float]:
         """By learning rate, avg@k on the validation split, a mean over the first seeds."""
-        if cell.rate_of:
-            arm, changes = cell.rate_of
-            cell = replace(cell, arm=arm, changes=changes, rate_of=None)
+        if cell.rate_of is not None:
+            return self.validation(cell.rate_of)
 
         def average(run: Run) -> float:
             return EvaluationResult.from_json(self.path(run, validate)).figures[AVERAGE].mean

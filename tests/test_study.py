@@ -134,7 +134,7 @@ def result(correct):
 def test_the_rate_is_the_one_that_does_best_in_validation(tmp_path):
     """Over both choosing seeds: 2.0 solves 5 + 3 of 8 samples, 3.0 has the best single run but 6 + 1."""
     runs = study.Study(tmp_path, "small", design.Plan(rates=(1.0, 2.0, 3.0)), 1)
-    cell = design.Cell("equations", "opd", 2)
+    cell = design.Cell("equations", "opd", 2, choosing=2)
     for rate, solved in ((1.0, (2, 2)), (2.0, (5, 3)), (3.0, (6, 1))):
         for seed in range(2):
             path = runs.path(runs.run(cell, rate, seed), study.validate)
@@ -142,7 +142,7 @@ def test_the_rate_is_the_one_that_does_best_in_validation(tmp_path):
             result([[i < solved[seed] for i in range(8)]]).to_json(path)
     assert runs.rate(cell) == 2.0
     assert runs.validation(cell) == {1.0: 25.0, 2.0: 50.0, 3.0: 43.75}
-    other = design.Cell("equations", "no-phase", 2, (("gate_interpolation", 0.0),), rate_of=("opd", ()))
+    other = design.Cell("equations", "no-phase", 2, (("gate_interpolation", 0.0),), rate_of=cell)
     assert [run.learning_rate for run in runs.chosen(other)] == [2.0, 2.0]
     assert runs.test_files(cell) == []
 
