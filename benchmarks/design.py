@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arms import ARMS
@@ -81,6 +81,10 @@ class Cell:
     rate_of: Cell | None = None
 
 
+LINE, PLANE = "line in the factors' ratio", "plane of the factors"
+WHOLE = ("main arms", "other arms")  # begin the names of groups of arms as they are
+
+
 def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
     """The study in the order in which it is done, the most important first."""
     second = worlds[-1]
@@ -98,6 +102,9 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
     }
     for world in reversed(worlds):
         yield f"main arms, {world}", [cell for cell in main.values() if cell.world == world]
+    for world in reversed(worlds):
+        cells = [replace(cell, rate_of=main["opd", world]) for cell in main.values() if cell.world == world]
+        yield f"at OPD's learning rate, {world}", cells
     sampled = [(("estimator", "sampled"), ("log_ratio_clip", clip)) for clip in plan.clips]
     cells = [Cell(second, arm, plan.other_seeds, changes) for changes in sampled for arm in ("opd", "sg-opd")]
     yield "estimators and clip", cells
@@ -106,11 +113,11 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
     line = [(("gate_extrapolation", 1.0), ("gate_interpolation", ratio)) for ratio in plan.ratios]
     without_phase = main["no-phase", second]
     cells = [Cell(second, "no-phase", plan.other_seeds, changes, rate_of=without_phase) for changes in line]
-    yield "line in the factors' ratio", cells
+    yield LINE, cells
     plane = [
         (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0))
         for up in plan.plane
         for down in plan.plane
     ]
     initial = others["initial", second]
-    yield "plane of the factors", [Cell(second, "initial", plan.plane_seeds, at, rate_of=initial) for at in plane]
+    yield PLANE, [Cell(second, "initial", plan.plane_seeds, at, rate_of=initial) for at in plane]

@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from design import LINE, PLANE, WHOLE
 
 from sg_opd.estimates import Interval, mean_interval
 from sg_opd.provenance import provenance
@@ -147,10 +148,10 @@ class Report:
                 entry = self.entry(cell)
                 if entry is None:
                     continue
-                if cell.changes:
-                    others.setdefault(group, []).append({"arm": cell.arm, "world": cell.world, **entry})
-                else:
+                if group.startswith(WHOLE):
                     arms.setdefault(cell.arm, {})[cell.world] = entry
+                else:
+                    others.setdefault(group, []).append({"arm": cell.arm, "world": cell.world, **entry})
         return {
             "provenance": provenance(),
             "worlds": {
@@ -204,7 +205,7 @@ def show_curves(content: dict[str, Any], path: Path) -> None:
 
 def show_factors(content: dict[str, Any], path: Path) -> None:
     """The line in the factors' ratio (current reference) and the plane of both (initial reference)."""
-    line, plane = content.get("line in the factors' ratio", []), content.get("plane of the factors", [])
+    line, plane = content[LINE], content[PLANE]
     figures = headline(content)
     plot, axes = plt.subplots(2, len(figures), figsize=(10, 8), squeeze=False, constrained_layout=True)
     for axis, figure in zip(axes[0], figures, strict=True):
@@ -272,16 +273,18 @@ def habit_table(content: dict[str, Any], world: str) -> str:
 
 
 def others_table(content: dict[str, Any], group: str) -> str:
-    """The table of a group of cells with changed settings, as Markdown."""
+    """The table of a group beside the arms, as Markdown."""
     figures = headline(content)
-    lines = [
-        f"| arm | settings | {' | '.join(f'{f} %' for f in figures)} | seeds | learning rate |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for entry in content.get(group, []):
+    heads = ["arm", "settings", *(f"{f} %" for f in figures), *(f"{f} minus OPD" for f in figures), "seeds"]
+    lines = [f"| {' | '.join([*heads, 'learning rate'])} |", "| --- | --- |" + " ---: |" * (len(heads) - 1)]
+    for entry in content[group]:
         changes = ", ".join(f"{name} {value}" for name, value in entry["changes"].items())
-        own = " | ".join(with_span(entry[figure]) for figure in figures)
-        lines.append(f"| {entry['title']} | {changes} | {own} | {len(entry['seeds'])} | {entry['learning_rate']:g} |")
+        own = [with_span(entry[figure]) for figure in figures]
+        apart = [
+            "" if entry["arm"] == "opd" and not changes else with_span(entry["minus_opd"][f], "+") for f in figures
+        ]
+        cells = [entry["title"], changes, *own, *apart, str(len(entry["seeds"])), f"{entry['learning_rate']:g}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -331,7 +334,8 @@ def report(study: Any, cells: dict[str, list[Any]], folder: Path, page: Path | N
     write_json(folder / "study.json", content)
     show_arms(content, folder / "arms.png")
     show_curves(content, folder / "curves.png")
-    show_factors(content, folder / "factors.png")
+    if LINE in content and PLANE in content:
+        show_factors(content, folder / "factors.png")
     if page is not None:
         page.write_text(filled(page.read_text(), content))
     else:
