@@ -40,12 +40,14 @@ class Arm:
         settings: fields of `SGOPDConfig`; of no meaning to other trainers.
         trainer: which function of `TRAINERS` trains it.
         main: whether it gets all seeds.
+        everywhere: whether it runs in both worlds, or in the second only.
     """
 
     title: str
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: str = "sg-opd"
     main: bool = False
+    everywhere: bool = True
 
 
 ARMS = {
@@ -58,7 +60,7 @@ ARMS = {
     "initial": Arm("SG-OPD, initial reference", {"reference_policy": "initial"}),
     "nll": Arm("SG-OPD, nll on teacher rows", {"teacher_rollout_loss": "nll"}),
     "unendorsed": Arm("SG-OPD, unendorsed phase", trainer="unendorsed"),
-    "entry-gate": Arm("SG-OPD, gate per vocabulary entry", trainer="entry-gate"),
+    "entry-gate": Arm("SG-OPD, gate per vocabulary entry", trainer="entry-gate", everywhere=False),
     "distillation": Arm("TRL DistillationTrainer", trainer="distillation"),
     "grpo": Arm("GRPO, verifier alone", trainer="grpo"),
     "sft": Arm("SFT on endorsed teacher rollouts", trainer="sft"),

@@ -98,7 +98,7 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
         (arm, world): Cell(world, arm, plan.other_seeds)
         for world in reversed(worlds)
         for arm in ARMS
-        if not ARMS[arm].main
+        if not ARMS[arm].main and (ARMS[arm].everywhere or world == second)
     }
     for world in reversed(worlds):
         yield f"main arms, {world}", [cell for cell in main.values() if cell.world == world]

@@ -112,7 +112,9 @@ def test_the_plan_has_every_arm_in_both_worlds_and_no_two_runs_of_one_name():
     done = {(c.arm, c.world): c.seeds for group, some in cells.items() for c in some if group.startswith(design.WHOLE)}
     assert {arm for arm, _ in done} == set(arms.ARMS)
     main = {"opd", "exopd", "opdvr", "sg-opd", "no-gate", "no-phase"}
-    assert done == {(a, w): 5 if a in main else 2 for a in arms.ARMS for w in ("arithmetic", "equations")}
+    expected = {(a, w): 5 if a in main else 2 for a in arms.ARMS for w in ("arithmetic", "equations")}
+    del expected["entry-gate", "arithmetic"]
+    assert done == expected
     assert len(cells["plane of the factors"]) == 16
     compared = [(c.world, c.arm, c.changes) for some in cells.values() for c in some]
     assert len({design.Run(*of, 1.0, 0, 1).name for of in compared}) == len(set(compared))
@@ -192,7 +194,8 @@ def test_the_study_from_its_command_and_again(tmp_path):
     assert "train 1/" in first.stdout
     content = json.loads((tmp_path / "study.json").read_text())
     assert set(content["arms"]) == set(arms.ARMS)
-    assert all(set(arm) == {"arithmetic", "equations"} for arm in content["arms"].values())
+    assert all("equations" in arm for arm in content["arms"].values())
+    assert sum("arithmetic" in arm for arm in content["arms"].values()) == len(arms.ARMS) - 1
     budget = content["arms"]["sg-opd"]["equations"]["budget"]
     assert budget["student_rollouts"] == budget["teacher_scored"] == 2 * arms.ROLLOUTS
     assert content["arms"]["sft"]["equations"]["budget"]["teacher_rollouts"] == 2 * arms.ROLLOUTS
