@@ -74,7 +74,9 @@ def verifier() -> MathVerifier:
 
 
 def load(path: str) -> tuple[PreTrainedModel, Any]:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    """A model, on the GPU where there is one, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(path)
 
 
 def common(world: World, steps: int, learning_rate: float, seed: int, output: Path) -> dict[str, Any]:
@@ -213,7 +215,6 @@ def endorsed_rollouts(world: World, count: int, seed: int, folder: Path) -> Data
     All of them are kept in `folder`, with their verdicts.
     """
     model, tokenizer = load(world.teacher)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     questions = world.split("train", count // GENERATIONS)
     evaluate_model(
         model,
