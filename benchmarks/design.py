@@ -11,7 +11,18 @@ from arms import ARMS
 
 @dataclass(frozen=True)
 class Plan:
-    """How large the study is; `None` is what the world says."""
+    """How large the study is.
+
+    Attributes:
+        steps: optimizer steps of a run; `None` is what the world says, and so it is for `rates`.
+        rates: learning rates between which an arm chooses.
+        main_seeds, other_seeds, plane_seeds: runs of a main arm, of another one, of a point of the plane.
+        choosing_seeds: seeds over which a main arm chooses; the others choose with the first.
+        test_questions, validation_questions: how many; `None` is all.
+        plane: values of both factors.
+        ratios: of interpolation to extrapolation, beside those of the arms (0, 1/1.8 and 1).
+        clips: values of `log_ratio_clip`.
+    """
 
     steps: int | None = None
     rates: tuple[float, ...] | None = None

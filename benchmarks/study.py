@@ -111,13 +111,8 @@ class Study:
         rate = self.rate(cell)
         return [self.run(cell, rate, seed) for seed in range(cell.seeds)]
 
-    def go(self, only: str | None = None, first_only: bool = False) -> list[str]:
-        """Do what is not there yet; the names of runs that failed.
-
-        Args:
-            only: the groups whose name contains this.
-            first_only: of these, train the runs between which the learning rate is chosen.
-        """
+    def go(self, only: str | None = None) -> list[str]:
+        """Do what is not there yet, in the groups whose name contains `only`; the names of runs that failed."""
         failed: list[str] = []
         for world in self.worlds.values():
             world.make_models()
@@ -134,8 +129,6 @@ class Study:
                 choosing = [self.choosing(cell) for cell in cells if cell.rate_of is None]
                 first = [run for by_rate in choosing for runs in by_rate.values() for run in runs]
                 failed += self._all(pool, train, first)
-                if first_only:
-                    continue
                 failed += self._all(pool, validate, first, after=train)
                 runs = [run for cell in cells if self._choosable(cell) for run in self.chosen(cell)]
                 failed += self._all(pool, train, runs)
@@ -251,17 +244,16 @@ def main() -> None:
     parser.add_argument("--scale", choices=("small", "large", "tiny"), default="small")
     parser.add_argument("--quick", action="store_true", help="every arm in both worlds, small, in 10 minutes")
     parser.add_argument("--only", default=None, help="only groups whose name contains this")
-    parser.add_argument("--first-only", action="store_true", help="only train the runs that choose learning rates")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing, write results from what is there")
     options = parser.parse_args()
     output = options.output or ROOT / "runs" / "study" / ("quick" if options.quick else options.scale)
     plan = QUICK if options.quick else PLANS[options.scale]
     study = Study(output, options.scale, plan, options.workers)
-    failed = [] if options.report else study.go(options.only, options.first_only)
+    failed = [] if options.report else study.go(options.only)
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(failed)}. Start the same command again to try them again.")
-    if not (options.only or options.first_only):
+    if not options.only:
         from report import report
 
         whole = plan == PLANS["small"] and options.scale == "small"
