@@ -171,7 +171,7 @@ def entry_gated(
 
 
 def train_sg_opd(world: World, arguments: dict, settings: dict, trainer: type[SGOPDTrainer] = SGOPDTrainer) -> Trainer:
-    settings = {"estimator": "full", **settings}
+    settings = {"estimator": "full", "num_generations": GENERATIONS, **settings}
     return trainer(
         model=world.student,
         teacher_model=world.teacher,
@@ -179,7 +179,6 @@ def train_sg_opd(world: World, arguments: dict, settings: dict, trainer: type[SG
         args=SGOPDConfig(
             **arguments,
             **settings,
-            num_generations=GENERATIONS,
             max_completion_length=world.max_completion_length,
             temperature=1.0,
         ),
