@@ -122,12 +122,9 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
     for world in reversed(worlds):
         yield f"other arms, {world}", [cell for cell in others.values() if cell.world == world]
     single = (("num_generations", 1),)
-    cells = [
-        Cell(world, arm, plan.other_seeds, single, rate_of=main[arm, world])
-        for world in reversed(worlds)
-        for arm in ("opd", "sg-opd")
-    ]
-    yield "one rollout a prompt", cells
+    for world in reversed(worlds):
+        cells = [Cell(world, arm, plan.other_seeds, single, rate_of=main[arm, world]) for arm in ("opd", "sg-opd")]
+        yield f"one rollout a prompt, {world}", cells
     line = [(("gate_extrapolation", 1.0), ("gate_interpolation", ratio)) for ratio in plan.ratios]
     without_phase = main["no-phase", second]
     cells = [Cell(second, "no-phase", plan.other_seeds, changes, rate_of=without_phase) for changes in line]
