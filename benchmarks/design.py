@@ -129,10 +129,6 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
     without_phase = main["no-phase", second]
     cells = [Cell(second, "no-phase", plan.other_seeds, changes, rate_of=without_phase) for changes in line]
     yield LINE, cells
-    plane = [
-        (("gate_extrapolation", up), ("gate_interpolation", down), ("teacher_phase_steps", 0))
-        for up in plan.plane
-        for down in plan.plane
-    ]
-    initial = others["initial", second]
-    yield PLANE, [Cell(second, "initial", plan.plane_seeds, at, rate_of=initial) for at in plane]
+    plane = [(("gate_extrapolation", up), ("gate_interpolation", down)) for up in plan.plane for down in plan.plane]
+    extrapolated = main["exopd", second]
+    yield PLANE, [Cell(second, "exopd", plan.plane_seeds, at, rate_of=extrapolated) for at in plane]
