@@ -317,11 +317,11 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
 
 
 def filled(page: str, content: dict[str, Any]) -> str:
-    """A page with each `<!-- table: name -->` ... `<!-- end -->` filled anew; a name without a table is an error."""
+    """A page with each `<!-- table: name -->` ... `<!-- end -->` filled anew."""
     known = tables(content)
     return re.sub(
         r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{known[match[2]]}\n{match[3]}",
+        lambda match: f"{match[1]}{known.get(match[2], 'Not run yet.')}\n{match[3]}",
         page,
         flags=re.DOTALL,
     )
