@@ -192,13 +192,14 @@ def show_curves(content: dict[str, Any], path: Path) -> None:
     worlds = list(content["worlds"])
     plot, axes = plt.subplots(1, len(worlds), figsize=(6 * len(worlds), 4.2), squeeze=False, constrained_layout=True)
     for axis, world in zip(axes[0], worlds, strict=True):
-        for entry in (arm[world] for arm in content["arms"].values() if world in arm):
-            shown = entry["curve"]
+        for place, arm in enumerate(content["arms"].values()):
+            shown = arm[world]["curve"] if world in arm else {"step": []}
             if shown["step"]:
-                axis.plot(shown["step"], shown["correct"], label=entry["title"], linewidth=1.2)
+                colour = plt.get_cmap("tab20")(place)
+                axis.plot(shown["step"], shown["correct"], color=colour, label=arm[world]["title"], linewidth=1.2)
         axis.set(title=world, xlabel="optimizer step", ylabel="correct training rollouts of the student (%)")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower right")
     plot.savefig(path, dpi=100)
     plt.close(plot)
 
