@@ -43,12 +43,12 @@ PLANS = {
     "tiny": Plan(2, (5e-4,), 2, 1, 1, 4, 2, 1, (1.0, 1.8), (0.5,), (2.0,)),  # two of a thing where one may go unnoticed
 }
 QUICK = Plan(
-    steps=10,
+    steps=5,
     rates=(5e-4,),
     main_seeds=1,
     other_seeds=1,
     choosing_seeds=1,
-    test_questions=50,
+    test_questions=40,
     validation_questions=20,
     plane=(1.0, 1.8),
     ratios=(0.5,),

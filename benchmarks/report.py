@@ -34,6 +34,8 @@ AT_THE_END = (
     "grad_norm",
 )
 IN_THE_PHASE = ("teacher/endorsed",)
+RATIOS = {"opdvr": 0.0, "no-phase": 1 / 1.8, "opd": 1.0}  # the arms that are points of the line
+WIDEST = 8  # points shown to both sides of OPD
 SPENT = ("student_rollouts", "teacher_rollouts", "teacher_scored")
 
 
@@ -181,7 +183,8 @@ def show_arms(content: dict[str, Any], path: Path) -> None:
             axis.errorbar(means, range(len(names)), xerr=np.nan_to_num(errors), fmt="o", capsize=3)
             axis.axvline(0, color="grey", linewidth=1)
             axis.set_yticks(range(len(names)), [content["arms"][name][world]["title"] for name in names])
-            axis.set(title=f"{world}: {figure} minus OPD's", xlabel="points, 95 % interval over seeds and questions")
+            axis.set(title=f"{world}: {figure} minus OPD's", xlabel="points, with 95 % intervals")
+            axis.set_xlim(-WIDEST, WIDEST)
             axis.grid(alpha=0.3)
     plot.savefig(path, dpi=100)
     plt.close(plot)
@@ -206,15 +209,17 @@ def show_curves(content: dict[str, Any], path: Path) -> None:
 
 def show_factors(content: dict[str, Any], path: Path) -> None:
     """The line in the factors' ratio (current reference) and the plane of both (initial reference)."""
-    line, plane = content[LINE], content[PLANE]
-    figures = headline(content)
+    plane, figures = content[PLANE], headline(content)
+    world = content[LINE][0]["world"]
+    line = [(entry["changes"]["gate_interpolation"], entry) for entry in content[LINE]]
+    line += [(ratio, content["arms"][arm][world]) for arm, ratio in RATIOS.items()]
+    line.sort(key=lambda point: point[0])
     plot, axes = plt.subplots(2, len(figures), figsize=(10, 8), squeeze=False, constrained_layout=True)
     for axis, figure in zip(axes[0], figures, strict=True):
-        ratios = [entry["changes"]["gate_interpolation"] for entry in line]
-        rows = [entry[figure] for entry in line]
+        rows = [entry[figure] for _, entry in line]
         errors = [[r["mean"] - r["low"] for r in rows], [r["high"] - r["mean"] for r in rows]]
         axis.errorbar(range(len(rows)), [r["mean"] for r in rows], yerr=np.nan_to_num(errors), fmt="o-", capsize=3)
-        axis.set_xticks(range(len(rows)), [f"{ratio:g}" for ratio in ratios])
+        axis.set_xticks(range(len(rows)), [f"{ratio:.2g}" for ratio, _ in line])
         axis.set(title=f"{figure}, current reference", xlabel="interpolation / extrapolation", ylabel="%")
         axis.grid(alpha=0.3)
     for axis, figure in zip(axes[1], figures, strict=True):
