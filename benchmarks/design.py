@@ -123,7 +123,8 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
         yield f"other arms, {world}", [cell for cell in others.values() if cell.world == world]
     single = (("num_generations", 1),)
     for world in reversed(worlds):
-        cells = [Cell(world, arm, plan.other_seeds, single, rate_of=main[arm, world]) for arm in ("opd", "sg-opd")]
+        arms = [cell.arm for cell in main.values() if cell.world == world]
+        cells = [Cell(world, arm, plan.main_seeds, single, rate_of=main["opd", world]) for arm in arms]
         yield f"one rollout a prompt, {world}", cells
     line = [(("gate_extrapolation", 1.0), ("gate_interpolation", ratio)) for ratio in plan.ratios]
     without_phase = main["no-phase", second]

@@ -35,6 +35,7 @@ AT_THE_END = (
 )
 IN_THE_PHASE = ("teacher/endorsed",)
 RATIOS = {"opdvr": 0.0, "no-phase": 1 / 1.8, "opd": 1.0}  # the arms that are points of the line
+LIKE = "minus_opd_with_the_same_settings"
 WIDEST = 8  # points shown to both sides of OPD
 SPENT = ("student_rollouts", "teacher_rollouts", "teacher_scored")
 
@@ -110,14 +111,19 @@ class Report:
         cell = next(c for some in self.cells.values() for c in some if (c.arm, c.world, c.changes) == (arm, world, ()))
         return [EvaluationResult.from_json(path) for path in self.study.test_files(cell)]
 
-    def entry(self, cell: Any) -> dict[str, Any] | None:
-        """One cell's figures, differences to OPD, seeds, learning rate, budget and signs; `None` without runs."""
+    def entry(self, cell: Any, group: Sequence[Any]) -> dict[str, Any] | None:
+        """One cell's figures, differences to OPD, seeds, learning rate, budget and signs; `None` without runs.
+
+        Where its group has an OPD with the same further settings, so has the entry the differences to that.
+        """
         files = self.study.test_files(cell)
         if not files:
             return None
         results = [EvaluationResult.from_json(path) for path in files]
         records = [json.loads((path.parent / "train.json").read_text()) for path in files]
         histories = [record["history"] for record in records]
+        like = [other for other in group if (other.arm, other.changes) == ("opd", cell.changes) and cell.changes]
+        opd_like = [EvaluationResult.from_json(path) for other in like for path in self.study.test_files(other)]
         return {
             "title": self.study.title(cell),
             "changes": dict(cell.changes),
@@ -126,6 +132,7 @@ class Report:
             "validation": self.study.validation(cell),
             **figures_of(results),
             "minus_opd": differences(self.opd[cell.world], results),
+            **({LIKE: differences(opd_like, results)} if opd_like else {}),
             **self.under_habit(cell.world, results),
             "budget": {name: records[0][name] for name in SPENT}
             | {"cpu_hours": round(sum(record["cpu_seconds"] for record in records) / 3600, 3)},
@@ -147,7 +154,7 @@ class Report:
         others: dict[str, list] = {}
         for group, cells in self.cells.items():
             for cell in cells:
-                entry = self.entry(cell)
+                entry = self.entry(cell, cells)
                 if entry is None:
                     continue
                 if group.startswith(WHOLE):
@@ -281,14 +288,19 @@ def habit_table(content: dict[str, Any], world: str) -> str:
 def others_table(content: dict[str, Any], group: str) -> str:
     """The table of a group beside the arms, as Markdown."""
     figures = headline(content)
-    heads = ["arm", "settings", *(f"{f} %" for f in figures), *(f"{f} minus OPD" for f in figures), "seeds"]
-    lines = [f"| {' | '.join([*heads, 'learning rate'])} |", "| --- | --- |" + " ---: |" * (len(heads) - 1)]
+    like = any(LIKE in entry for entry in content[group])
+    heads = ["arm", "settings", *(f"{f} %" for f in figures), *(f"{f} minus OPD" for f in figures)]
+    heads += [f"{f} minus OPD so set" for f in figures] if like else []
+    heads += ["seeds", "learning rate"]
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
     for entry in content[group]:
         changes = ", ".join(f"{name} {value}" for name, value in entry["changes"].items())
         own = [with_span(entry[figure]) for figure in figures]
         apart = [
             "" if entry["arm"] == "opd" and not changes else with_span(entry["minus_opd"][f], "+") for f in figures
         ]
+        if like:
+            apart += ["" if entry["arm"] == "opd" else with_span(entry[LIKE][f], "+") for f in figures]
         cells = [entry["title"], changes, *own, *apart, str(len(entry["seeds"])), f"{entry['learning_rate']:g}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

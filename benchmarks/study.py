@@ -1,6 +1,6 @@
 """The study: what the gate and the teacher phase contribute, arm by arm, in two synthetic worlds.
 
-    python benchmarks/study.py                  # all of it, about five hours on two CPU cores; resumable
+    python benchmarks/study.py                  # all of it, about six hours on two CPU cores; resumable
     python benchmarks/study.py --quick          # every arm and both worlds, small, in 10 minutes
     python benchmarks/study.py --scale large    # longer chains, models of tens of millions of parameters: one GPU
 
