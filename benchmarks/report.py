@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from design import LINE, PLANE, WHOLE
+from pages import filled
 
 from sg_opd.estimates import Interval, mean_interval
 from sg_opd.provenance import provenance
@@ -334,17 +334,6 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
     return {name: table for name, table in found.items() if table}
 
 
-def filled(page: str, content: dict[str, Any]) -> str:
-    """A page with each `<!-- table: name -->` ... `<!-- end -->` filled anew."""
-    known = tables(content)
-    return re.sub(
-        r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{known.get(match[2], 'Not run yet.')}\n{match[3]}",
-        page,
-        flags=re.DOTALL,
-    )
-
-
 def report(study: Any, cells: dict[str, list[Any]], folder: Path, page: Path | None) -> None:
     """Write study.json and the plots into a folder, and the tables into a page that has places for them."""
     content = Report(study, cells).content()
@@ -355,7 +344,7 @@ def report(study: Any, cells: dict[str, list[Any]], folder: Path, page: Path | N
     if LINE in content and PLANE in content:
         show_factors(content, folder / "factors.png")
     if page is not None:
-        page.write_text(filled(page.read_text(), content))
+        page.write_text(filled(page.read_text(), tables(content)))
     else:
         for name, table in tables(content).items():
             print(f"\n{name}\n\n{table}")

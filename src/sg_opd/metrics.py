@@ -31,29 +31,40 @@ SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
 
-def rollout_metrics(labels: Tensor, from_teacher: Tensor, slots: Tensor | None) -> dict[str, float]:
-    """The `verdict/` and `teacher/` metrics of one generation, from all ranks' rows.
+def rollout_totals(labels: Tensor, from_teacher: Tensor, slots: Tensor) -> dict[str, Tensor]:
+    """Counts of one generation's rows, which ranks and generations may add up before `rollout_metrics`.
 
     Args:
         labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
         from_teacher: (B,), whether a teacher rollout took the row.
-        slots: (B,), whether the row was a teacher slot; `None` in evaluation.
+        slots: (B,), whether the row was a teacher slot.
     """
-    student = labels[~from_teacher.bool()]
-    metrics = {}
-    if student.numel():
-        metrics["verdict/correct"] = (student == 1).float().mean().item()
-        metrics["verdict/incorrect"] = (student == 0).float().mean().item()
-        metrics["verdict/abstained"] = student.isnan().float().mean().item()
-    if slots is not None:
-        metrics["teacher/slot_share"] = slots.float().mean().item()
-        if slots.any():
-            metrics["teacher/endorsed"] = (from_teacher.sum() / slots.sum()).item()
+    student = ~from_teacher.bool()
+    counted = {
+        "student_rollouts": student,
+        "verdict/correct": student & (labels == 1),
+        "verdict/incorrect": student & (labels == 0),
+        "verdict/abstained": student & labels.isnan(),
+        "rollouts": torch.ones_like(student),
+        "teacher/slot_share": slots.bool(),
+        "teacher/endorsed": ~student,
+    }
+    return {name: rows.sum() for name, rows in counted.items()}
+
+
+def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """The `verdict/` and `teacher/` shares from sums of `rollout_totals`; without what there is none of."""
+    slots = totals["teacher/slot_share"]
+    metrics = {"teacher/slot_share": slots / totals["rollouts"]}
+    if totals["student_rollouts"]:
+        metrics |= {name: totals[name] / totals["student_rollouts"] for name in totals if name.startswith("verdict/")}
+    if slots:
+        metrics["teacher/endorsed"] = totals["teacher/endorsed"] / slots
     return metrics
 
 
 class GateMeter:
-    """Adds up what the gate did over micro-batches, on the device; `compute` reduces it over ranks."""
+    """Adds up what the gate did and the verifier said, on the device; `compute` reduces it over ranks."""
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -86,12 +97,16 @@ class GateMeter:
             totals[f"{name}_tokens"] = of_rows.sum()
         if entropy is not None:
             totals["entropy"] = torch.where(mask, entropy, 0.0).sum()
-        for name, value in totals.items():
-            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
-            self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
+        self.add(totals)
         flat = decision.delta.masked_fill(~gated, math.nan).flatten()
         # strided, not drawn: metrics must not move the random state that a resumed run relies on
         self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())
+
+    def add(self, totals: dict[str, Tensor]) -> None:
+        """Take in sums over some rows or tokens of this rank; no synchronisation with the device."""
+        for name, value in totals.items():
+            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
 
     def compute(self, accelerator: Any) -> dict[str, float]:
         """The metrics since the last call, over all ranks; every rank must call this."""
@@ -100,20 +115,21 @@ class GateMeter:
         names = sorted(self.totals)
         sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
         totals = dict(zip(names, sums.float(), strict=True))
+        counts = dict(zip(names, sums.tolist(), strict=True))
         deltas = torch.cat(self.deltas)
         deltas = deltas[:: math.ceil(deltas.numel() / SAMPLE_PER_LOG)]
         padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
         padded[: deltas.numel()] = deltas
         deltas = accelerator.gather(padded)
         gate = {name: totals[name] for name in totals if name == "tokens" or name.startswith(("gate/", "delta/"))}
-        metrics = {}
-        if totals["tokens"] > 0:
-            metrics = {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
+        metrics = rollout_metrics(counts) if "rollouts" in counts else {}
+        if counts["tokens"] > 0:
+            metrics |= {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
         for name in ("student", "teacher"):
-            if totals[f"{name}_tokens"] > 0:
-                metrics[f"loss/{name}"] = (totals[f"loss/{name}"] / totals[f"{name}_tokens"]).item()
-        trained = totals["student_tokens"] + totals["teacher_tokens"]
-        if "entropy" in totals and trained > 0:
-            metrics["entropy"] = (totals["entropy"] / trained).item()
+            if counts[f"{name}_tokens"] > 0:
+                metrics[f"loss/{name}"] = counts[f"loss/{name}"] / counts[f"{name}_tokens"]
+        trained = counts["student_tokens"] + counts["teacher_tokens"]
+        if "entropy" in counts and trained > 0:
+            metrics["entropy"] = counts["entropy"] / trained
         self.totals, self.deltas = {}, []
         return metrics

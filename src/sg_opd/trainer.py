@@ -22,7 +22,7 @@ from .config import SGOPDConfig
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
 from .faults import LastGoodStep
 from .loss import GateDecision, policy_gradient
-from .metrics import GateMeter, rollout_metrics
+from .metrics import GateMeter, rollout_metrics, rollout_totals
 from .reference import InitialPolicy, capture
 from .rollouts import Rollouts, suppress
 from .server_checks import check_server
@@ -180,11 +180,15 @@ class SGOPDTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        mode = "train" if self.model.training else "eval"
-        labels, from_teacher, slots = (gather(x.to(self.accelerator.device)) for x in self._rollouts.tensors().values())
-        metrics = rollout_metrics(labels, from_teacher, slots if mode == "train" else None)
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+        own = {name: value.to(self.accelerator.device) for name, value in self._rollouts.tensors().items()}
+        labels, from_teacher = gather(own["verifier_labels"]), gather(own["from_teacher"])
+        if self.model.training:
+            self._meter.add(rollout_totals(*own.values()))
+        else:
+            totals = {name: value.item() for name, value in rollout_totals(labels, from_teacher, from_teacher).items()}
+            for name, value in rollout_metrics(totals).items():
+                if name.startswith("verdict/"):
+                    self._metrics["eval"][name].append(value)
         if self.log_completions:
             for column, values in self._rollouts.columns().items():
                 self._log_completion_extra(column, values)

@@ -1,0 +1,121 @@
+"""The least a step can cost: student forward and backward, teacher forward, optimizer; and the loss's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from steps import LEARNING_RATE, SPECIAL, Clock, Size, model, peak_of
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sg_opd.divergence import Head, chunked_divergence, chunked_nll, last_hidden_state
+
+
+class Floor:
+    """Plain models, without any trainer, on a size's tokens: what their forward and backward take.
+
+    Args:
+        size: of models and batch.
+        device: "cpu" or "cuda".
+        bf16: under autocast, as the trainers.
+    """
+
+    def __init__(self, size: Size, device: str, bf16: bool = False) -> None:
+        self.size, self.bf16, self.device = size, bf16, torch.device(device)
+        self.student = model(size, size.student, 0).to(device)
+        self.teacher = model(size, size.teacher, 1).to(device).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE)
+        draw = torch.Generator().manual_seed(1)
+        shape = (size.batch, size.prompt + size.tokens)
+        self.ids = torch.randint(len(SPECIAL), size.vocab, shape, generator=draw).to(device)
+        self.clock = Clock(self.device)
+        self.times = {"student": "forward+backward", "teacher": "score teacher", "optimizer": "optimizer"}
+        self.once()  # warm-up; it makes the optimizer's state
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Cross-entropy of the completions, the head applied to them alone, logits whole."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            states = last_hidden_state(model, self.ids, torch.ones_like(self.ids), self.size.tokens)
+            logits = model.get_output_embeddings()(states)
+        targets = self.ids[:, -self.size.tokens :]
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def train(self) -> None:
+        self.loss(self.student).backward()
+
+    def score(self) -> None:
+        with torch.no_grad():
+            self.loss(self.teacher)
+
+    def once(self) -> dict[str, float]:
+        """Seconds of the student's forward and backward, the teacher's forward, and the optimizer."""
+        self.clock.reset()
+        for phase, work in (("forward+backward", self.train), ("score teacher", self.score)):
+            with self.clock.phase(phase):
+                work()
+        with self.clock.phase("optimizer"):
+            nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return {name: self.clock.seconds[phase] for name, phase in self.times.items()}
+
+    def flops(self) -> dict[str, int]:
+        """Floating-point operations of the student's forward and backward, the teacher's forward, and both heads in it.
+
+        `recomputed` is one more pass of the student's head: where no more than a chunk of logits is held, the backward
+        pass needs them a second time.
+        """
+        counts = {"student": flops(self.train), "teacher": flops(self.score)}
+        self.optimizer.zero_grad()
+        positions = self.size.batch * self.size.tokens
+        passes = {"student": 3, "teacher": 1}  # forward, and towards states and weights
+        each = {role: 2 * positions * self.size.vocab * getattr(self.size, role)[1] for role in passes}
+        heads = sum(passes[role] * each[role] for role in passes)
+        return {**counts, "heads": heads, "recomputed": each["student"]}
+
+
+def flops(work: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def floor_seconds(times: dict[str, float], counts: dict[str, int], recomputed: bool) -> float:
+    """A step at the rate at which the plain student's forward and backward ran; the optimizer as it was timed."""
+    rate = counts["student"] / times["student"]
+    extra = counts["recomputed"] if recomputed else 0
+    return (counts["student"] + counts["teacher"] + extra) / rate + times["optimizer"]
+
+
+def loss_memory(
+    estimator: str, tokens: Sequence[int], vocabularies: Sequence[int], hidden: int, device: str
+) -> list[dict[str, float]]:
+    """Peak bytes of the loss on given states and heads, forward and backward, for each number of tokens and of ids."""
+    rows = []
+    for vocab in vocabularies:
+        for count in tokens:
+            states, weight, teacher = (torch.randn(n, hidden, device=device) for n in (count, vocab, vocab))
+            ids = torch.randint(vocab, (count,), device=device)
+            leaves = [states.requires_grad_(), weight.requires_grad_()]
+
+            def work(states=states, weight=weight, teacher=teacher, ids=ids, leaves=leaves) -> None:
+                student = Head(weight, None)
+                if estimator == "full":
+                    loss = chunked_divergence(states, student, states.detach(), Head(teacher, None), ids, 1.0)[0].sum()
+                else:
+                    loss = chunked_nll(states, student, ids, 1.0).sum()
+                torch.autograd.grad(loss, leaves)
+
+            peak = peak_of(work, torch.device(device))
+            rows.append({"estimator": estimator, "tokens": count, "vocab": vocab, "peak": peak})
+    return rows
+
+
+def memory_slope(rows: Sequence[dict[str, float]]) -> float:
+    """Bytes a (token, id) pair, by least squares beside a constant and terms in tokens and in ids alone."""
+    tokens, vocab, peak = (np.array([row[name] for row in rows], dtype=float) for name in ("tokens", "vocab", "peak"))
+    terms = np.stack([np.ones_like(tokens), tokens, vocab, tokens * vocab], axis=1)
+    scale = np.abs(terms).max(axis=0)
+    return float((np.linalg.lstsq(terms / scale, peak, rcond=None)[0] / scale)[3])

@@ -1,0 +1,86 @@
+"""What the cost benchmark is judged by: each target, what was measured, whether it is met, and else why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADS = 0.5  # share of the FLOPs above which the heads decide what a step costs
+FULL_LOGITS = 4.0  # bytes a (token, id) pair that whole logits in fp32 would take
+# what profiling found, for targets that are missed
+REASONS: dict[str, str] = {}
+
+
+def ratios(content: dict[str, Any], name: str) -> dict[str, float]:
+    """A ratio's median by size, where it was measured."""
+    return {row["size"]["name"]: row["ratios"][name]["median"] for row in content["rows"] if name in row["ratios"]}
+
+
+def memory(content: dict[str, Any], variant: str) -> dict[str, float]:
+    """A variant's memory over DistillationTrainer's, by size."""
+    return {row["size"]["name"]: row["memory_vs_distillation"][variant] for row in content["rows"]}
+
+
+def judged(name: str, target: str, measured: float, met: bool, **more: Any) -> dict[str, Any]:
+    met = bool(met)
+    return {"name": name, "target": target, "measured": measured, "met": met, **more} | {
+        "reason": "" if met else REASONS.get(name, "Not explained yet.")
+    }
+
+
+def worst_ratio(content: dict[str, Any], name: str, limit: float) -> dict[str, Any]:
+    by_size = ratios(content, name)
+    worst = max(by_size.values())
+    return judged(name, f"<= {limit:.2f} at every size", worst, worst <= limit, by_size=by_size)
+
+
+def against_distillation(content: dict[str, Any]) -> dict[str, Any]:
+    """The sampled estimator: one limit where heads exceed half of the FLOPs, another elsewhere, and memory."""
+    by_size, by_memory = ratios(content, "sampled_vs_distillation"), memory(content, "sampled")
+    limits = {row["size"]["name"]: 0.90 if row["heads_share"] > HEADS else 1.00 for row in content["rows"]}
+    met = all(by_size[size] <= limit for size, limit in limits.items()) and max(by_memory.values()) <= 1.0
+    target = "<= 0.90 where heads exceed half of the FLOPs, <= 1.00 elsewhere; peak memory <= 1.00"
+    more = {"by_size": by_size, "limits": limits, "memory": by_memory}
+    return judged("sampled_vs_distillation", target, max(by_size.values()), met, **more)
+
+
+def full_against_distillation(content: dict[str, Any]) -> dict[str, Any]:
+    by_size, by_memory = ratios(content, "full_vs_distillation"), memory(content, "full")
+    worst = max(by_size.values())
+    met = max(worst, *by_memory.values()) <= 1.10
+    target = "<= 1.10 in time and peak memory"
+    return judged("full_vs_distillation", target, worst, met, by_size=by_size, memory=by_memory)
+
+
+def targets_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All targets of a benchmark's content, under fixed names."""
+    slopes, grading, imports = content["loss_memory_slope"], content["grading"], content["import"]
+    slope = max(slopes.values(), key=abs)
+    shares = {
+        **ratios(content, "gate_share"),
+        **{f"{k}, full": v for k, v in ratios(content, "gate_share, full").items()},
+    }
+    after = content["phase"]["after_generations"]
+    return [
+        worst_ratio(content, "sampled_vs_floor", 1.05),
+        worst_ratio(content, "sampled_vs_grpo_plus_teacher", 1.05),
+        against_distillation(content),
+        full_against_distillation(content),
+        judged(
+            "loss_memory_slope",
+            f"|slope| < 0.01 x {FULL_LOGITS:g} bytes of a whole logit",
+            slope,
+            abs(slope) < 0.01 * FULL_LOGITS,
+            by_estimator=slopes,
+        ),
+        judged("gate_share", "< 0.01 of a step", max(shares.values()), max(shares.values()) < 0.01, by_size=shares),
+        judged("grade_plain_per_s", ">= 2000", grading["plain_per_s"], grading["plain_per_s"] >= 2000),
+        judged("grade_latex_per_s", ">= 150", grading["latex_per_s"], grading["latex_per_s"] >= 150),
+        judged("phase_after_cost", "== 0 generations by the teacher", after, after == 0, **content["phase"]),
+        judged(
+            "import_seconds",
+            "< 0.3, and the verifier without torch",
+            imports["package"],
+            imports["package"] < 0.3 and imports["without_torch"],
+            verifier=imports["verifier"],
+        ),
+    ]

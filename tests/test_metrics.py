@@ -1,0 +1,107 @@
+"""The meter's metrics by hand, whatever the split into micro-batches, and without waiting for the device."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sg_opd import SignGatedLoss
+from sg_opd.loss import policy_gradient
+from sg_opd.metrics import METRICS, GateMeter, rollout_metrics, rollout_totals
+
+NAN = math.nan
+LABELS = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0, 0.0])
+FROM_TEACHER = torch.tensor([False, False, False, False, True, False])
+SLOTS = torch.tensor([False, False, False, False, True, True])
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a value, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        masked = name.startswith("aten::index") and any(
+            index is not None and index.dtype == torch.bool for index in (args[1] if len(args) > 1 else [])
+        )
+        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique")
+        if masked or name.startswith(waits):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def batch(rows=6, length=5):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(rows, length) - 2, torch.randn(rows, length) - 2
+    mask = torch.rand(rows, length) > 0.3
+    decision = SignGatedLoss().decide(student, teacher, LABELS[:rows])
+    return decision, policy_gradient(student, decision.advantage), mask
+
+
+def part(decision, rows):
+    return type(decision)(*(value[rows] for value in decision))
+
+
+def test_rollout_metrics_by_hand():
+    """Student rows: 2 of 5 correct, 2 incorrect, 1 abstained; 2 of 6 rows are slots, 1 of the 2 endorsed."""
+    totals = {name: value.item() for name, value in rollout_totals(LABELS, FROM_TEACHER, SLOTS).items()}
+    assert rollout_metrics(totals) == pytest.approx(
+        {
+            "verdict/correct": 2 / 5,
+            "verdict/incorrect": 2 / 5,
+            "verdict/abstained": 1 / 5,
+            "teacher/slot_share": 2 / 6,
+            "teacher/endorsed": 1 / 2,
+        }
+    )
+
+
+def test_rollout_metrics_leave_out_what_there_is_none_of():
+    everyone = torch.ones(2, dtype=torch.bool)
+    taken = {name: v.item() for name, v in rollout_totals(torch.ones(2), everyone, everyone).items()}
+    assert rollout_metrics(taken) == {"teacher/slot_share": 1.0, "teacher/endorsed": 1.0}
+    own = {name: v.item() for name, v in rollout_totals(torch.ones(2), ~everyone, ~everyone).items()}
+    assert "teacher/endorsed" not in rollout_metrics(own)
+
+
+@pytest.mark.parametrize("split", [[6], [1, 5], [2, 2, 2]])
+def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
+    decision, loss, mask = batch()
+    meter, start = GateMeter(), 0
+    for size in split:
+        rows = slice(start, start + size)
+        meter.add(rollout_totals(LABELS[rows], FROM_TEACHER[rows], SLOTS[rows]))
+        meter.update(part(decision, rows), loss[rows], mask[rows], FROM_TEACHER[rows], mask[rows])
+        start += size
+    metrics = meter.compute(Accelerator(cpu=True))
+    places = [(r, t) for r in range(6) for t in range(5) if mask[r, t]]
+    for name, case in (("consensus", 1), ("conflict", -1), ("neutral", 0)):
+        expected = sum(decision.case[place].item() == case for place in places) / len(places)
+        assert metrics[f"gate/{name}"] == pytest.approx(expected)
+    of_teacher = [loss[place].item() for place in places if place[0] == 4]
+    of_student = [loss[place].item() for place in places if place[0] != 4]
+    assert metrics["loss/teacher"] == pytest.approx(sum(of_teacher) / len(of_teacher), rel=1e-5)
+    assert metrics["loss/student"] == pytest.approx(sum(of_student) / len(of_student), rel=1e-5)
+    deltas = sorted(decision.delta[place].item() for place in places)
+    assert metrics["delta/p50"] == pytest.approx(torch.tensor(deltas).quantile(0.5).item())
+    assert metrics["verdict/correct"] == pytest.approx(2 / 5)
+    assert set(metrics) == set(METRICS)
+    assert meter.compute(Accelerator(cpu=True)) == {}
+
+
+def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
+    """All between two logging steps; the parent's own `.item()` calls are not ours to remove."""
+    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    loss_fn, meter, mask = SignGatedLoss(), GateMeter(), torch.rand(6, 5) > 0.3
+    with NoSynchronisation():
+        for _ in range(2):
+            decision = loss_fn.decide(student, teacher, LABELS, teacher)
+            loss = policy_gradient(student, decision.advantage)
+            meter.update(decision, loss, mask, FROM_TEACHER, mask, entropy=loss)
+            meter.add(rollout_totals(LABELS, FROM_TEACHER, SLOTS))
+    with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+        meter.compute(Accelerator(cpu=True))
+    for waits in (lambda: student[mask], lambda: bool(mask.any()), lambda: student.sum().item()):
+        with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+            waits()
