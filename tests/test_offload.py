@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sg_opd import SGOPDTrainer, teacher
 from sg_opd.checks import check_offload
 from sg_opd.offload import BlockOffload, blocks_of
+from sg_opd.teacher import load_teacher
 
 PADDED = {"vocab_size": 40, "hidden_size": 48, "tie_word_embeddings": True}  # the student's vocabulary has 27
 
@@ -99,6 +100,15 @@ def test_one_pass_of_blocks_scores_all_micro_batches(estimator, make_model, run)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_device_with_an_index_keeps_parameters(make_model):
+    """ "cpu:0" is what accelerate gives a rank on the CPU."""
+    model = make_model(2)
+    offload = BlockOffload(model, torch.device("cpu:0"))
+    for _ in range(2):
+        with offload.lent():
+            assert all(isinstance(block.mlp.up_proj.weight, torch.nn.Parameter) for block in offload.blocks)
+
+
 def test_proposals_have_the_whole_teacher_and_give_it_back(make_model, run, monkeypatch):
     model = make_model(2, **PADDED)
     trainer = run(True, teacher=model, max_steps=1)
@@ -159,13 +169,23 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(estimator, run, tmp_pa
         assert got.equal(want)
 
 
-def test_a_teacher_loaded_by_name_is_offloaded(make_model, tokenizer, run, tmp_path):
+def test_a_teacher_loaded_by_name_is_offloaded(make_model, tokenizer, run, tmp_path, monkeypatch):
+    """And read into host memory, where TRL's default would put it on a GPU whole."""
+    asked = []
+
+    def loading(*settings, **kwargs):
+        asked.append(kwargs.get("device_map", "auto"))
+        return load_teacher(*settings, **kwargs)
+
+    monkeypatch.setattr("sg_opd.trainer.load_teacher", loading)
     folder = tmp_path / "teacher"
     make_model(2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for init_kwargs in (None, {"device_map": "cpu"}):
         trainer = run(True, teacher=str(folder), max_steps=1, teacher_model_init_kwargs=init_kwargs)
         assert [on_meta(layer) for layer in trainer.teacher.unwrapped.model.layers] == [True, True]
+    run(False, teacher=str(folder), max_steps=1)
+    assert asked == [None, None, "auto"]
 
 
 def test_blocks_are_the_outermost_modules_of_the_declared_classes(make_model):

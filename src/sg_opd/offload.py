@@ -61,6 +61,8 @@ class BlockOffload:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.blocks = blocks_of(model)
         self.hooks = []
+        if device.type == "cpu":  # of "cpu:0", as ranks are given, accelerate's hook would make plain tensors
+            device = torch.device("cpu")
         for block in self.blocks:
             hook = AlignDevicesHook(
                 device,
