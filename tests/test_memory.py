@@ -268,7 +268,7 @@ def test_an_offloaded_teacher_by_hand():
 
 
 def test_what_stays_of_a_real_offloaded_teacher():
-    """Bytes that are not on the meta device, of a model with and one without tied embeddings, and of its largest block."""
+    """Bytes that are not on the meta device, with tied embeddings and without, and of the largest block."""
     from sg_opd.offload import BlockOffload
 
     for tied in (True, False):
