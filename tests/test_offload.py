@@ -70,14 +70,15 @@ def assert_same_run(ours, other):
         assert got.requires_grad == want.requires_grad
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora-bf16"])
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
 def test_a_run_is_the_same_bit_for_bit(estimator, lora, run, monkeypatch):
     """Scores, losses, gradient norms and weights of three steps with a teacher phase, tied and padded embeddings,
-    gradient checkpointing and the initial reference; scored by micro-batches, as without offload."""
+    gradient checkpointing and the initial reference, fp32 and bf16 autocast; scored by micro-batches, as without
+    offload."""
     monkeypatch.setattr(teacher, "TOKENS_AT_ONCE", 1)
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    settings = {"estimator": estimator, "gradient_checkpointing": True, "reference_policy": "initial"}
+    settings = {"estimator": estimator, "gradient_checkpointing": True, "reference_policy": "initial", "bf16": lora}
     plain, offloaded = (run(offload, adapter, **settings) for offload in (False, True))
     assert any(batch["from_teacher"].any() for batch in plain.batches)
     assert_same_run(offloaded, plain)
