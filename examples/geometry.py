@@ -60,9 +60,14 @@ class Geometry:
         return self.layers * sum(a * b for a, b in self.linears.values())
 
     @property
+    def layer(self) -> int:
+        """Parameters of one layer, its four norms among them."""
+        return self.in_layers // self.layers + 2 * (self.hidden + self.head_dim)
+
+    @property
     def parameters(self) -> int:
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.in_layers + tables + self.layers * 2 * (self.hidden + self.head_dim) + self.hidden
+        return self.layers * self.layer + tables + self.hidden
 
     def lora(self, rank: int) -> int:
         """Parameters of LoRA on every linear map of the layers (peft's all-linear leaves the head out)."""

@@ -43,6 +43,7 @@ class Run:
     initial_copy: bool = False  # a frozen copy of the student as the reference
     sharding: str = "none"  # "none", "ddp", "zero2", "zero3", "fsdp"
     offload: bool = False  # ZeRO: weights, gradients and optimizer in the host's memory
+    teacher_offload: bool = False  # the teacher's layers in the host's memory
     world: int = 1
     vllm: float = 0.0  # GiB given to a colocated vLLM, which then generates and holds the KV cache
     vllm_sleeps: bool = False  # and gives them back while the student is trained
@@ -53,7 +54,8 @@ def resident(run: Run) -> dict[str, float]:
 
     fp32 masters under autocast: weights 4, gradients 4, moments 8. DeepSpeed in bf16: 2, 2, and 4 + 8 in fp32. LoRA:
     adapters in fp32 (4, 4, 8), on a 4-bit student in bf16 (2, 2, 4). ZeRO-2 divides gradients and optimizer by
-    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients.
+    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients. Of an
+    offloaded teacher the tables and the last norm stay, and for the full estimator its states of a generation's rows.
     """
     zero, sharded = run.sharding.startswith("zero"), run.sharding in ("zero3", "fsdp")
     base = 2 if zero else run.weight_bytes
@@ -69,6 +71,9 @@ def resident(run: Run) -> dict[str, float]:
     parts["initial policy"] = own / split * on_gpu if run.initial_copy else 0.0
     parts["communication buffers"] = 2 * ZERO_BUCKET if zero else each * trained if run.sharding == "ddp" else 0.0
     parts["teacher weights"] = run.teacher.weights(2, run.teacher_4bit) / split * on_gpu if run.teacher else 0.0
+    if run.teacher and run.teacher_offload:
+        parts["teacher weights"] -= 2 * run.teacher.layers * run.teacher.layer
+        parts["teacher states"] = 2 * run.rows * run.completion * run.teacher.hidden * run.full
     parts["vLLM"] = run.vllm * GIB * (not run.vllm_sleeps)
     return parts
 
@@ -77,8 +82,10 @@ def passing(run: Run) -> dict[str, float]:
     """Bytes of each phase of a step, by part; phases follow one another, so the largest one counts.
 
     Sharded weights are gathered: by ZeRO-3 whole to generate, at most ZERO_LIVE otherwise; by FSDP2 the tables and two
-    layers of the student, all of the teacher (TRL shards it as one unit). Generation holds the cache of every row of a
-    step at once, and scores the last position only, three times in fp32 (scores, filtered scores, probabilities).
+    layers of the student, all of the teacher (TRL shards it as one unit). Of an offloaded teacher one layer comes to
+    score, for more rows at once (`sg_opd.teacher.TOKENS_AT_ONCE`), and all to generate. Generation holds the cache of
+    every row of a step at once, and scores the last position only, three times in fp32 (scores, filtered scores,
+    probabilities).
     """
     student, length, zero3 = run.student, run.prompt + run.completion, run.sharding == "zero3"
     tokens, completions = run.batch * length, run.batch * run.completion
@@ -100,14 +107,27 @@ def passing(run: Run) -> dict[str, float]:
     training = {"activations": kept + in_flight, "head": head, "autocast copies": copies, "gathered weights": gathered}
     phases = {"generation": generation, "training": training}
     if run.teacher:
-        whole = 2 * run.teacher.parameters
-        brought = whole if run.sharding == "fsdp" else min(whole, 2 * ZERO_LIVE) * zero3
-        work = tokens * run.teacher.passing()
-        phases["scoring"] = {"activations": work, "head": tile, "gathered weights": brought}
-        cache = run.teacher.kv_bytes(run.teacher_rows, length, 2) + run.teacher_rows * 12 * run.teacher.vocab
-        held = whole if run.sharding in ("fsdp", "zero3") else 0
-        phases["teacher phase"] = {"KV cache and logits": cache, "gathered weights": held} if run.teacher_rows else {}
+        phases |= teaching(run, run.teacher)
     return {f"{phase}: {part}": size for phase, parts in phases.items() for part, size in parts.items()}
+
+
+def teaching(run: Run, teacher: Geometry) -> dict[str, dict[str, float]]:
+    """Bytes of the phases in which a teacher in process scores and generates, by part."""
+    length, whole = run.prompt + run.completion, 2 * teacher.parameters
+    held = whole if run.sharding in ("fsdp", "zero3") else 0
+    brought = held if run.sharding == "fsdp" else min(held, 2 * ZERO_LIVE)
+    rows = run.batch
+    if run.teacher_offload:
+        from sg_opd.teacher import TOKENS_AT_ONCE
+
+        rows = max(rows, min(run.rows, TOKENS_AT_ONCE // length))
+        brought, held = 2 * teacher.layer, 2 * teacher.layers * teacher.layer
+    tile = min(rows * run.completion, TOKEN_TILE) * VOCAB_TILE * (10 if run.full else 2)
+    phases = {"scoring": {"activations": rows * length * teacher.passing(), "head": tile, "weights brought": brought}}
+    if run.teacher_rows:
+        cache = teacher.kv_bytes(run.teacher_rows, length, 2) + run.teacher_rows * 12 * teacher.vocab
+        phases["teacher phase"] = {"KV cache and logits": cache, "weights brought": held}
+    return phases
 
 
 def estimate(run: Run) -> dict[str, float]:
@@ -164,6 +184,7 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
         initial_copy=given["reference_policy"] == "initial" and not lora_rank,
         sharding=kinds[launch["distributed_type"]],
         offload=zero.get("offload_param_device") == "cpu",
+        teacher_offload=given["teacher_offload"],
         world=launch["num_processes"],
         vllm=gpu * given["vllm_gpu_memory_utilization"] * (given["use_vllm"] and given["vllm_mode"] == "colocate"),
         vllm_sleeps=given["vllm_enable_sleep_mode"],

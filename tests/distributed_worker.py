@@ -112,7 +112,7 @@ def local_share(model: torch.nn.Module) -> float:
             held += parameter.to_local().numel()
         elif hasattr(parameter, "ds_tensor"):
             held += parameter.ds_tensor.numel() + parameter.numel()  # the latter is 0 where it is partitioned
-        else:
+        elif not parameter.is_meta:  # as a teacher's blocks are that rest in host memory
             held += parameter.numel()
     return held / total
 

@@ -284,6 +284,21 @@ def test_the_saved_model_is_the_trained_one(backend, name, outcome, world):
     assert farthest(dict(model.named_parameters()), weights) == 0.0
 
 
+def test_each_rank_of_ddp_offloads_its_own_teacher(outcome, world):
+    """With a teacher phase, both estimators: the run of DDP without offload; a rank holds the teacher's tables only."""
+    out, names = world / "ddp-offloaded", ("whole-full-initial-phase", "lora-sampled-initial-phase")
+    settings = {name: {**SCENARIOS[name]["settings"], "teacher_offload": True} for name in names}
+    launch(world, "ddp", {name: {**SCENARIOS[name], "settings": settings[name]} for name in names}, out)
+    for name in names:
+        ranks, expected = outcome("ddp", name)
+        assert farthest(torch.load(out / name / "weights.pt"), expected) < 1e-5
+        offloaded = [json.loads((out / name / f"rank{rank}.json").read_text()) for rank in range(2)]
+        assert generations(offloaded) == generations(ranks)
+        for rank in offloaded:
+            assert 0.05 < rank["shares"]["teacher"] < 0.25
+            assert rank["shares"]["student"] == 1.0
+
+
 @pytest.mark.parametrize("backend", ["ddp", *SHARDED])
 def test_an_evaluation_while_training(outcome, backend):
     """After every step the figures of one process, on both ranks; and the weights of a run without it, to the bit."""

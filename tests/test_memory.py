@@ -243,3 +243,59 @@ def test_the_command_prints_the_table():
     for name, size in table("qwen3_qlora_16gb", "single_gpu").items():
         assert f"{size:8.2f} GiB  {name}\n" in run.stdout
     assert "an estimate, not measured" in run.stdout
+
+
+def test_an_offloaded_teacher_by_hand():
+    """Qwen3-4B beside 8 rows of 512 + 512 tokens, batch 2: a layer of 2560 x 4096 x 2 + 2 x 2560 x 1024 +
+    3 x 2560 x 9728 + 2 x 2560 + 2 x 128 = 100,930,816 parameters; what stays is 151936 x 2560 + 2560. All 8 rows are
+    scored at once, 8192 tokens being below 32,768, with 8 x 2560 + 6 x 9728 bytes a token in flight."""
+    student, teacher = Geometry.of("Qwen/Qwen3-1.7B"), Geometry.of("Qwen/Qwen3-4B")
+    run = Run(student, teacher, rows=8, batch=2, completion=512, weight_bytes=2, teacher_rows=2)
+    held, parts = estimate(run), estimate(replace(run, teacher_offload=True))
+    layer, stays = 2 * 100_930_816 / GIB, 2 * (151936 * 2560 + 2560) / GIB
+    assert held["teacher weights"] == pytest.approx(stays + 36 * layer)
+    assert parts["teacher weights"] == pytest.approx(stays)
+    assert parts["scoring: weights brought"] == pytest.approx(layer)
+    assert parts["teacher phase: weights brought"] == pytest.approx(36 * layer)
+    assert parts["scoring: activations"] == pytest.approx(8 * 1024 * (8 * 2560 + 6 * 9728) / GIB)
+    assert held["scoring: activations"] == pytest.approx(2 * 1024 * (8 * 2560 + 6 * 9728) / GIB)
+    assert "teacher states" not in parts
+    full = estimate(replace(run, teacher_offload=True, full=True))
+    assert full["teacher states"] == pytest.approx(2 * 8 * 512 * 2560 / GIB)
+    long = estimate(replace(run, teacher_offload=True, rows=64))  # 65,536 tokens: half of them at once
+    assert long["scoring: activations"] == pytest.approx(32 * 1024 * (8 * 2560 + 6 * 9728) / GIB)
+    assert long["peak"] < estimate(replace(run, rows=64))["peak"] - 30 * layer
+
+
+def test_what_stays_of_a_real_offloaded_teacher():
+    """Bytes that are not on the meta device, with tied embeddings and without, and of the largest block."""
+    from sg_opd.offload import BlockOffload
+
+    for tied in (True, False):
+        geometry = replace(TINY, tied=tied)
+        model = build(geometry).to(torch.bfloat16)
+        offload = BlockOffload(model, torch.device("cpu"))
+        stays = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        parts = estimate(Run(TINY, geometry, rows=1, batch=1, completion=8, teacher_offload=True))
+        assert parts["teacher weights"] * GIB == pytest.approx(stays)
+        largest = max(sum(p.nbytes for p in block.parameters()) for block in offload.blocks)
+        assert parts["scoring: weights brought"] * GIB == pytest.approx(largest)
+
+
+def test_what_is_documented_of_an_offloaded_teacher():
+    import re
+
+    text = (ROOT / "docs" / "scale-out.md").read_text().replace("\n", " ")
+    said = re.search(
+        r"falls from ([\d.]+) to ([\d.]+) GiB, and to ([\d.]+) with `--teacher_phase_steps 0`", text
+    ).groups()
+    run = read(CONFIGS / "qwen3_lora_24gb.yaml", ACCELERATE / "single_gpu.yaml")
+    runs = run, replace(run, teacher_offload=True), replace(run, teacher_offload=True, teacher_rows=0)
+    assert list(said) == [f"{estimate(one)['peak']:.1f}" for one in runs]
+
+
+def test_a_recipe_says_whether_its_teacher_is_offloaded(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((CONFIGS / "qwen3_lora_24gb.yaml").read_text() + "teacher_offload: true\n")
+    assert read(recipe, ACCELERATE / "single_gpu.yaml").teacher_offload is True
+    assert read(CONFIGS / "qwen3_lora_24gb.yaml", ACCELERATE / "single_gpu.yaml").teacher_offload is False

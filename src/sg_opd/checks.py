@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .config import SGOPDConfig
 from .data import COLLECTED
 from .divergence import check_linear, head_of
+from .offload import blocks_of
 from .teacher import LocalTeacher, eos_set
 from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
@@ -48,6 +49,8 @@ def check_arguments(
         check_path("teacher_model", teacher)
     if teacher is model and not isinstance(model, str):
         raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
+    if args.teacher_offload:
+        check_offload(teacher, args)
     if not callable(verifier):
         raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
     if args.teacher_phase_steps > 0:
@@ -63,6 +66,22 @@ def check_arguments(
         logger.warning(
             "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
             "use top_p=1, top_k=0, min_p=None for an exact correction."
+        )
+
+
+def check_offload(teacher: Any, args: SGOPDConfig) -> None:
+    """Refuse `teacher_offload=True` where there is no whole model in this process to offload."""
+    if not isinstance(teacher, str | PreTrainedModel):
+        raise ValueError(
+            f"`teacher_offload=True` is for a model, but `teacher_model` is a {type(teacher).__name__}, which keeps "
+            "its weights itself, if it has any. Set teacher_offload=False."
+        )
+    kind = args.distributed_state.distributed_type
+    if kind in ["DEEPSPEED", "FSDP"]:
+        raise ValueError(
+            f"`teacher_offload=True` does not run under {kind.value}, which places the teacher itself. Set "
+            "teacher_offload=False; DeepSpeed's own way is ZeRO-3 with `offload_param` "
+            "(examples/accelerate/zero3_offload.yaml)."
         )
 
 
@@ -244,6 +263,8 @@ def check_models(
     """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
     if not hasattr(teacher, "get_output_embeddings") or teacher.get_output_embeddings() is None:
         raise ValueError(f"The teacher ({type(teacher).__name__}) has no language-model head; pass a causal LM.")
+    if args.teacher_offload:
+        blocks_of(teacher)  # raises
     teacher_tokenizer = tokenizer_of(teacher, args)
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)

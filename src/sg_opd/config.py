@@ -157,6 +157,13 @@ class SGOPDConfig(GRPOConfig):
         default=None,
         metadata={"help": "Keyword arguments for the teacher's from_pretrained. dtype defaults to the checkpoint's."},
     )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the blocks of a teacher in this process in host memory; each comes to the device for its own "
+            "forward, and all of them while the teacher generates."
+        },
+    )
     teacher_server_url: list[str] | None = field(
         default=None,
         metadata={
@@ -238,6 +245,11 @@ class SGOPDConfig(GRPOConfig):
             raise ValueError(
                 "estimator='full' needs the teacher's whole distributions, which no server returns: use "
                 "estimator='sampled' with `teacher_server_url`, or a teacher in this process."
+            )
+        if self.teacher_offload:
+            raise ValueError(
+                "`teacher_offload=True` is for a teacher in this process, but `teacher_server_url` has it elsewhere: "
+                "leave it at False."
             )
         for name in ("teacher_model_revision", "teacher_model_init_kwargs"):
             if getattr(self, name):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from .divergence import last_hidden_state, sequence
 from .faults import TeacherError
+from .offload import BlockOffload
 
 # said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 TEACHER_MEMBERS = ("score", "propose", "sharded", "context", "name")
+# of one forward with offloaded blocks, at least. A weight computes 2 FLOP a token, at 100 TFLOP/s, and 2 bytes of it
+# come at 20 GB/s: these take equally long at 5,000 tokens; at six times as many, still more would gain little
+TOKENS_AT_ONCE = 32_768
 NO_PROBABILITY = -9999.0  # what vLLM writes for minus infinity, which JSON does not have
 # what a multimodal batch carries beside token ids, as the parent's forward takes it
 MULTIMODAL_KEYS = (
@@ -92,10 +98,10 @@ def load_teacher(
     return teacher_model
 
 
-def loading_defaults(args: Any) -> dict[str, Any]:
-    """Keyword arguments for loading a frozen model, under those a user gives."""
+def loading_defaults(args: Any, on_host: bool = False) -> dict[str, Any]:
+    """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory."""
     defaults = {"trust_remote_code": args.trust_remote_code}
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
+    if on_host or args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
         defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
     return defaults
 
@@ -105,15 +111,16 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def prepare_frozen(model: PreTrainedModel, trainer: Any) -> nn.Module:
-    """A frozen model placed, or sharded as the student is, on the trainer's devices."""
+def prepare_frozen(model: PreTrainedModel, trainer: Any, placed: bool = False) -> nn.Module:
+    """A frozen model placed (unless it is `placed`), or sharded as the student is, on the trainer's devices."""
     from trl.models import prepare_deepspeed, prepare_fsdp
 
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(model, trainer.accelerator)
-    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    placement = False if placed else None  # None: the accelerator's own choice
+    return trainer.accelerator.prepare_model(model, device_placement=placement, evaluation_mode=True)
 
 
 @torch.no_grad()
@@ -211,7 +218,8 @@ class LocalTeacher:
     """A frozen teacher in this process; implements `Teacher`.
 
     Args:
-        model: the teacher; frozen here, and its head fused as the student's is.
+        model: the teacher; frozen here, its head fused as the student's is, and with `teacher_offload` its blocks
+            sent to host memory.
         trainer: the trainer whose accelerator, generation settings and EOS ids it shares.
     """
 
@@ -235,7 +243,8 @@ class LocalTeacher:
         self.gather_for_generation = args.ds3_gather_for_generation
         self.sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
         add_fused_lm_head(freeze(model), temperature=args.temperature)
-        self.model = prepare_frozen(model, trainer)
+        self.offload = BlockOffload(model, self.accelerator.device) if args.teacher_offload else None
+        self.model = prepare_frozen(model, trainer, placed=args.teacher_offload)
 
     @property
     def unwrapped(self) -> PreTrainedModel:
@@ -251,7 +260,26 @@ class LocalTeacher:
 
     def score_batch(self, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of a batch's completion tokens, (B, T), on the trainer's device; never whole logits."""
-        return self.trainer.completion_logps(self.model, batch)
+        rows = self._rows_at_once(batch)
+        return self.trainer.completion_logps(self.model, batch, rows)
+
+    @torch.no_grad()
+    def states(self, batch: dict[str, Any]) -> Tensor:
+        """The last hidden states that predict a batch's completion tokens, (B, T, H), on the trainer's device."""
+        rows, keep = self._rows_at_once(batch), batch["completion_ids"].size(1)
+        with self.accelerator.autocast():
+            states = [
+                self.trainer.run_within(self.model, last_hidden_state, *chunk, keep)
+                for chunk in zip(*(part.split(rows) for part in sequence(batch)), strict=True)
+            ]
+        return torch.cat(states)
+
+    def _rows_at_once(self, batch: dict[str, Any]) -> int:
+        """Rows of one forward: the trainer's micro-batch, or more where each forward has to bring the blocks."""
+        rows = self.trainer.args.per_device_train_batch_size
+        if self.offload is None:
+            return rows
+        return max(rows, TOKENS_AT_ONCE // sum(batch[f"{part}_ids"].size(1) for part in ("prompt", "completion")))
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `Teacher.score`, on the trainer's device."""
@@ -263,11 +291,12 @@ class LocalTeacher:
         return [row[: len(ids)] for row, ids in zip(logps.float(), completion_ids, strict=True)]
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
-        """As `Teacher.propose`, from one batched generation."""
+        """As `Teacher.propose`, from one batched generation, for which offloaded blocks all come to the device."""
         from trl.models import unwrap_model_for_generation
 
         config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
         with (
+            self.offload.lent() if self.offload else nullcontext(),
             unwrap_model_for_generation(
                 self.model, self.accelerator, gather_deepspeed3_params=self.gather_for_generation
             ) as model,

@@ -157,7 +157,7 @@ class SGOPDTrainer(GRPOTrainer):
                 check_server(self)
         else:
             settings = args.teacher_model_revision, args.teacher_model_init_kwargs
-            teacher = load_teacher(teacher_model, *settings, **loading_defaults(args))
+            teacher = load_teacher(teacher_model, *settings, **loading_defaults(args, on_host=args.teacher_offload))
             check_models(student, teacher, self._tokenizer, args)
             self.teacher = LocalTeacher(teacher, self)
             self.shared_vocabulary = self.teacher.shared_vocabulary
@@ -207,7 +207,10 @@ class SGOPDTrainer(GRPOTrainer):
         output.update({name: value.to(device) for name, value in self._rollouts.tensors().items()})
         output["row"] = torch.arange(len(inputs), device=device)
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
-        if self.args.estimator == "sampled":
+        if self.args.estimator == "full":
+            if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
+                output["teacher_states"] = self.teacher.states(output)
+        else:
             with self.last_good_step.agreed():
                 output["teacher_per_token_logps"] = ask(self.teacher, output, self.args.log_ratio_clip)
             if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
@@ -216,14 +219,14 @@ class SGOPDTrainer(GRPOTrainer):
         return output
 
     @torch.no_grad()
-    def completion_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the batch's completion tokens under a frozen policy, (B, T)."""
+    def completion_logps(self, model: nn.Module, batch: dict[str, Any], rows: int | None = None) -> Tensor:
+        """Log-probabilities of the batch's completion tokens under a frozen policy, (B, T); `rows` in one forward."""
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, _, _ = super()._get_per_token_logps_and_entropies(
                 model,
                 *sequence(batch),
                 batch["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
+                batch_size=rows or self.args.per_device_train_batch_size,
                 **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
             )
         return logps
@@ -265,7 +268,7 @@ class SGOPDTrainer(GRPOTrainer):
         gated, taught = mask & ~by_likelihood, mask & by_likelihood
 
         def states(model: nn.Module) -> Tensor:
-            return self._run_within(model, last_hidden_state, *sequence(inputs), mask.size(1))
+            return self.run_within(model, last_hidden_state, *sequence(inputs), mask.size(1))
 
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
             return self._decide(inputs, student_logps, teacher_logps).factor
@@ -282,15 +285,15 @@ class SGOPDTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             reference = None
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                teacher = states(self.teacher.model)
+                teacher = inputs["teacher_states"] if self.args.teacher_offload else self.teacher.states(inputs)
                 if self.args.reference_policy == "initial":
                     with self.initial_policy.lend() as policy:
                         reference = states(policy), head_of(self.accelerator.unwrap_model(policy))
-            losses, entropy = self._run_within(model, per_token)
+            losses, entropy = self.run_within(model, per_token)
         self._meter.update(inputs["decision"], losses, mask, inputs["from_teacher"], gated, entropy)
         return losses.sum() / self._divisor(inputs)
 
-    def _run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:
+    def run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:
         """`method(unwrapped model, *args)` within the wrapper's forward, where DDP, FSDP and ZeRO-3 expect it."""
         unwrapped = self.accelerator.unwrap_model(model)
         return self._redirect(model, unwrapped, method, unwrapped, *args)
