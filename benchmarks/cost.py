@@ -62,6 +62,7 @@ PRESET_VARIANTS = tuple(
     if preset != "sg-opd"
     for estimator in ("sampled", "full")
 )
+BESIDE = (*PRESET_VARIANTS, Variant("sampled, teacher_offload", settings={"teacher_offload": True, **NO_PHASE}))
 SWEEP = {"tokens": (4096, 8192), "vocabularies": (32_768, 65_536, 98_304), "hidden": 8}
 QUICK_SIZES = tuple(
     Size(name, vocab=512, student=(1, 64), teacher=(1, 64), prompt=8, tokens=8) for name in ("base", "vocabulary 152k")
@@ -217,7 +218,7 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
     content: dict[str, Any] = {"provenance": provenance(), "threads": torch.get_num_threads(), "rows": []}
     for index, size in enumerate(sizes(options)):
         start = time.perf_counter()
-        variants = MAIN + (PRESET_VARIANTS if index == 0 else ())
+        variants = MAIN + (BESIDE if index == 0 else ())
         content["rows"].append(row_of(measure(size, variants, options.repetitions, options.device)))
         print(f"{size.name}: {time.perf_counter() - start:.0f} s", flush=True)
     sweep = QUICK_SWEEP if options.quick else SWEEP
@@ -258,7 +259,8 @@ def main() -> None:
     for target in content["targets"]:
         print(f"{target['name']}: {target['measured']:.4g} (target {target['target']}): {target['met']}")
     if options.output is None and options.device == "cpu":
-        PAGE.write_text(page_of(PAGE.read_text(), content))
+        quantised = json.loads((RESULTS / "quantised_teacher.json").read_text())
+        PAGE.write_text(page_of(PAGE.read_text(), content, quantised))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,28 @@ def grading_table(content: dict[str, Any]) -> str:
     return table(["answers", "a second"], rows)
 
 
+def quantised_table(found: dict[str, Any]) -> str:
+    """How often the gate changes its mind when the teacher is held in fewer bits."""
+
+    def share(row: dict[str, Any], name: str, interval: str) -> str:
+        low, high = (100 * end for end in row[interval])
+        return f"{100 * row[name]:.2f} [{low:.2f}, {high:.2f}]"
+
+    rows = [
+        [
+            row["teacher"],
+            row["against"],
+            share(row, "changed", "interval"),
+            share(row, "changed_by_delta", "interval_by_delta"),
+            f"{row['mean_abs_logp']:.4f}",
+            f"{row['p99_abs_logp']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["teacher", "against", "tokens whose gate changes, %", "the same weighted by abs(delta), %"]
+    return table([*heads, "mean difference of log-probs, nats", "its 99 % quantile"], rows, left=2)
+
+
 def where(content: dict[str, Any]) -> str:
     made = content["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
@@ -124,8 +146,8 @@ def where(content: dict[str, Any]) -> str:
     )
 
 
-def page_of(page: str, content: dict[str, Any]) -> str:
-    """docs/cost.md with its tables filled."""
+def page_of(page: str, content: dict[str, Any], quantised: dict[str, Any]) -> str:
+    """docs/cost.md with its tables filled, from cost.json and quantised_teacher.json."""
     tables = {
         "where": where(content),
         "targets": targets_table(content),
@@ -136,5 +158,6 @@ def page_of(page: str, content: dict[str, Any]) -> str:
         "loss memory": sweep_table(content),
         "ranks": ranks_table(content),
         "grading": grading_table(content),
+        "quantised teacher": quantised_table(quantised),
     }
     return filled(page, tables)

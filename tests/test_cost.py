@@ -133,8 +133,8 @@ def test_the_answers_to_grade_are_half_right():
     verifier.close()
 
 
-def committed():
-    return json.loads((ROOT / "benchmarks" / "results" / "cost.json").read_text())
+def committed(name="cost"):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def test_the_committed_targets_are_those_of_the_committed_figures():
@@ -147,7 +147,7 @@ def test_the_committed_targets_are_those_of_the_committed_figures():
 
 def test_the_cost_page_has_the_tables_of_the_committed_figures():
     page = (ROOT / "docs" / "cost.md").read_text()
-    assert page_of(page, committed()) == page
+    assert page_of(page, committed(), committed("quantised_teacher")) == page
     assert "Not run yet" not in page
 
 
@@ -170,8 +170,7 @@ def test_the_cost_page_has_the_tables_of_the_committed_figures():
 )
 def test_each_target_can_be_missed(name, spoil):
     content = copy.deepcopy(committed())
-    met = {row["ratios"]["sampled_vs_floor"]["median"] for row in content["rows"]} and content
-    for row in met["rows"]:  # begin where all are met
+    for row in content["rows"]:  # begin where all are met
         row["heads_share"] = 0.6
         row["ratios"].update({key: {"median": 0.5} for key in (*NAMES[:4],)})
         row["ratios"].update({"gate_share": {"median": 0.001}, "gate_share, full": {"median": 0.001}})

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sg_opd import SignGatedLoss
 from sg_opd.loss import policy_gradient
-from sg_opd.metrics import METRICS, GateMeter, rollout_metrics, rollout_totals
+from sg_opd.metrics import METRICS, GateMeter, rollout_metrics, rollout_totals, verdict_metrics
 
 NAN = math.nan
 LABELS = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0, 0.0])
@@ -63,6 +63,12 @@ def test_rollout_metrics_leave_out_what_there_is_none_of():
     assert rollout_metrics(taken) == {"teacher/slot_share": 1.0, "teacher/endorsed": 1.0}
     own = {name: v.item() for name, v in rollout_totals(torch.ones(2), ~everyone, ~everyone).items()}
     assert "teacher/endorsed" not in rollout_metrics(own)
+
+
+def test_verdict_metrics_of_an_evaluation():
+    """3 of 6 correct, 2 incorrect, 1 abstained."""
+    expected = {"verdict/correct": 3 / 6, "verdict/incorrect": 2 / 6, "verdict/abstained": 1 / 6}
+    assert verdict_metrics(LABELS) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("split", [[6], [1, 5], [2, 2, 2]])

@@ -63,6 +63,13 @@ def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
+def verdict_metrics(labels: Tensor) -> dict[str, float]:
+    """The `verdict/` shares of one generation without teacher rows; labels as in `rollout_totals`."""
+    nobody = torch.zeros_like(labels, dtype=torch.bool)
+    totals = {name: value.item() for name, value in rollout_totals(labels, nobody, nobody).items()}
+    return {name: share for name, share in rollout_metrics(totals).items() if name.startswith("verdict/")}
+
+
 class GateMeter:
     """Adds up what the gate did and the verifier said, on the device; `compute` reduces it over ranks."""
 

@@ -22,7 +22,7 @@ from .config import SGOPDConfig
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
 from .faults import LastGoodStep
 from .loss import GateDecision, policy_gradient
-from .metrics import GateMeter, rollout_metrics, rollout_totals
+from .metrics import GateMeter, rollout_totals, verdict_metrics
 from .reference import InitialPolicy, capture
 from .rollouts import Rollouts, suppress
 from .server_checks import check_server
@@ -185,10 +185,8 @@ class SGOPDTrainer(GRPOTrainer):
         if self.model.training:
             self._meter.add(rollout_totals(*own.values()))
         else:
-            totals = {name: value.item() for name, value in rollout_totals(labels, from_teacher, from_teacher).items()}
-            for name, value in rollout_metrics(totals).items():
-                if name.startswith("verdict/"):
-                    self._metrics["eval"][name].append(value)
+            for name, value in verdict_metrics(labels).items():
+                self._metrics["eval"][name].append(value)
         if self.log_completions:
             for column, values in self._rollouts.columns().items():
                 self._log_completion_extra(column, values)
