@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from cost_report import page_of
-from floor import Floor, floor_seconds, loss_memory, memory_slope
+from floor import Floor, floor_seconds, heads_alone, loss_memory, memory_slope
 from grading import grading
 from steps import Size, Step, Variant
 from targets import targets_of
@@ -221,6 +221,7 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
         variants = MAIN + (BESIDE if index == 0 else ())
         content["rows"].append(row_of(measure(size, variants, options.repetitions, options.device)))
         print(f"{size.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    content["heads_alone"] = heads_alone(sizes(options)[0], options.device, options.repetitions)
     sweep = QUICK_SWEEP if options.quick else SWEEP
     content["loss_memory"] = [
         row for estimator in ("sampled", "full") for row in loss_memory(estimator, **sweep, device=options.device)

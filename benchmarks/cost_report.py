@@ -115,6 +115,17 @@ def grading_table(content: dict[str, Any]) -> str:
     return table(["answers", "a second"], rows)
 
 
+def heads_table(content: dict[str, Any]) -> str:
+    found = content["heads_alone"]
+    names = {
+        "whole": "plain: the student's whole logits, cross-entropy, backward",
+        "log_prob": "`sampled`, GRPO: the student's fused head, backward",
+        "log_prob of the teacher": "`sampled`: the teacher's fused head, no gradient",
+        "divergence": "`full`, DistillationTrainer: divergence of both heads, backward",
+    }
+    return table(["what", "ms"], [[title, f"{1000 * found[name]:.0f}"] for name, title in names.items()])
+
+
 def quantised_table(found: dict[str, Any]) -> str:
     """How often the gate changes its mind when the teacher is held in fewer bits."""
 
@@ -155,6 +166,7 @@ def page_of(page: str, content: dict[str, Any], quantised: dict[str, Any]) -> st
         "phases": phases_table(content),
         "presets": presets_table(content),
         "memory": memory_table(content),
+        "heads": heads_table(content),
         "loss memory": sweep_table(content),
         "ranks": ranks_table(content),
         "grading": grading_table(content),

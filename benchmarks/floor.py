@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,39 @@ def floor_seconds(times: dict[str, float], counts: dict[str, int], recomputed: b
     rate = counts["student"] / times["student"]
     extra = counts["recomputed"] if recomputed else 0
     return (counts["student"] + counts["teacher"] + extra) / rate + times["optimizer"]
+
+
+def heads_alone(size: Size, device: str, repetitions: int) -> dict[str, float]:
+    """Median seconds of a size's heads and losses on given states: TRL's kernels, and whole logits beside them."""
+    positions, widths = size.batch * size.tokens, (size.student[1], size.teacher[1])
+    own, other = (torch.randn(positions, width, device=device) for width in widths)
+    weight, frozen = (torch.randn(size.vocab, width, device=device) / width**0.5 for width in widths)
+    ids = torch.randint(size.vocab, (positions,), device=device)
+    leaves = [own.requires_grad_(), weight.requires_grad_()]
+    student, teacher = Head(weight, None), Head(frozen, None)
+
+    def differentiated(loss: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss().sum(), leaves)
+
+    def frozen_logps() -> Tensor:
+        with torch.no_grad():
+            return chunked_nll(other, teacher, ids, 1.0)
+
+    works: dict[str, Callable[[], Any]] = {
+        "whole": differentiated(lambda: nn.functional.cross_entropy(own @ weight.T, ids)),
+        "log_prob": differentiated(lambda: chunked_nll(own, student, ids, 1.0)),
+        "log_prob of the teacher": frozen_logps,
+        "divergence": differentiated(lambda: chunked_divergence(own, student, other, teacher, ids, 1.0).divergence),
+    }
+    clock = Clock(torch.device(device))
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repetitions + 1):
+        for name, work in works.items():
+            clock.reset()
+            with clock.phase("rest"):
+                work()
+            seconds[name].append(clock.seconds["rest"])
+    return {name: float(np.median(some[1:])) for name, some in seconds.items()}
 
 
 def loss_memory(
