@@ -61,6 +61,8 @@ def test_a_step_is_divided_into_phases(tmp_path):
     settings = {"preset": "exopd", "estimator": "sampled"}
     seconds = Step(TINY, Variant("exopd", settings=settings), "cpu", tmp_path).once()
     assert all(seconds[phase] > 0 for phase in seconds), seconds
+    fresh = Step(TINY, Variant("sampled", settings={"teacher_phase_steps": 0}), "cpu", tmp_path).once()
+    assert {phase for phase, value in fresh.items() if value == 0} == {"score student"}  # one student forward suffices
     grpo = Step(TINY, Variant("grpo", trainer="grpo"), "cpu", tmp_path).once()
     assert {phase for phase, value in grpo.items() if value == 0} == {"score teacher", "score student", "gate"}
 
