@@ -14,13 +14,10 @@ FUSED_HEAD = (
 )
 REASONS = {
     "sampled_vs_floor": FUSED_HEAD
-    + "All else is at the floor: a step is GRPO's and one teacher forward, 0.99 to 1.01 where the machine was quiet. "
+    + "All else is at the floor: a step is GRPO's and one teacher forward, 0.99 to 1.01. "
     "Tried: an allocator that keeps freed memory (base size: 1.50, every trainer 1.6 times as fast); torch's own "
     "chunked linear_cross_entropy, as fast as whole logits, but only in the newest torch and without the entropy that "
     "the parent logs. A kernel of our own for the CPU alone was not written.",
-    "sampled_vs_grpo_plus_teacher": "One size, vocabulary 152k, where other work on the machine stretched repetitions "
-    "of the same step from 6 to 12 s; all other sizes are between 0.99 and 1.01, and there is nothing in a step that "
-    "GRPO's and the teacher's forward do not have but the gate, below 0.2 % of it.",
     "sampled_vs_distillation": FUSED_HEAD
     + "By FLOPs of the heads the base size would be at 0.79 (five passes against six). With completions of 256 tokens "
     "and more it is cheaper, in time (0.74 to 0.91) and in memory (0.76 to 0.86). On a GPU the kernels work in place; "
