@@ -4,7 +4,7 @@
 
 Each chain is one run that is killed with SIGKILL several times and then left to end. Its weights, its log (times apart)
 and the order of its data must be those of the run that nobody killed, bit for bit, and no process of it may be left.
-torch and TRL are imported once: every process is forked. Linux only: it reads /proc.
+torch and TRL are imported once: every process is forked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import psutil
 import torch
 from datasets import load_dataset
 
@@ -100,17 +101,10 @@ def run(folder: Path, scenario: str, steps: int, lifetime: float | None) -> tupl
 
 
 def left_over(folder: Path) -> list[int]:
-    """Processes of a chain that live although it was killed, after some patience."""
+    """Processes of a chain that live although it was killed, after some patience; told by their working folder."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    if (entry / "cwd").readlink() == folder:
-                        found.append(int(entry.name))
-                except (FileNotFoundError, ProcessLookupError, PermissionError):
-                    continue
+        found = [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)

@@ -3,7 +3,7 @@
     python benchmarks/soak.py --steps 2000 --output_dir runs/soak    # writes runs/soak/soak.json
 
 Golds are written as roots, so that every answer goes through a grading worker, and every so often one answer hangs its
-worker, which is then killed. Linux only: it reads /proc.
+worker, which is then killed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import psutil
 import torch
 from datasets import load_dataset
 from transformers import TrainerCallback
@@ -26,9 +27,8 @@ from sg_opd.grader import Grader
 from sg_opd.results import write_json
 
 ARITHMETIC = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
-PAGE = os.sysconf("SC_PAGE_SIZE")
 # what sympy reads at once and then computes for longer than any time limit
-HANGING = r"\boxed{\sum_{n=1}^{99999999} \sqrt{n^3+n+1}}"
+HANGING, ITS_GOLD = r"\boxed{(x+y+z)^{300}}", "7x^2"
 HANG_EVERY = 25  # gradings
 WORKERS, TIME_LIMIT = 2, 0.5  # processes, seconds an answer
 WARM_UP = 0.1  # of the steps
@@ -45,7 +45,7 @@ class HangingVerifier(MathVerifier):
         self.calls += 1
         golds = [rf"\sqrt{{{int(gold) ** 2}}}" for gold in solution]
         if self.calls % HANG_EVERY == 0:
-            super().__call__([HANGING], [r"\pi"])
+            super().__call__([HANGING], [ITS_GOLD])
         return super().__call__(completions, golds)
 
 
@@ -75,10 +75,10 @@ class Watch(TrainerCallback):
             {
                 "seconds": seconds,
                 "calibration": calibration_seconds(),
-                "rss": resident_bytes(os.getpid()),
-                "workers": max(map(resident_bytes, workers), default=0),
-                "descriptors": len(os.listdir("/proc/self/fd")),
-                "children": len(children()),
+                "rss": psutil.Process().memory_info().rss,
+                "workers": max((psutil.Process(pid).memory_info().rss for pid in workers), default=0),
+                "descriptors": psutil.Process().num_fds(),
+                "children": len(psutil.Process().children(recursive=True)),
                 "hung": self.verifier.calls % HANG_EVERY == 0,
             }
         )
@@ -92,19 +92,6 @@ def calibration_seconds() -> float:
         matrix = (matrix @ matrix).clamp(max=0.01)
     sum(i * i for i in range(20_000))
     return time.perf_counter() - begin
-
-
-def resident_bytes(pid: int) -> int:
-    """What a process holds in memory; 0 of one that has ended."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
-def children() -> list[str]:
-    """The ids of this process's children."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
 def growth(values: list[float]) -> float:
@@ -152,7 +139,7 @@ def soak(steps: int, rows: int, tokens: int, folder: Path) -> dict[str, Any]:
     trainer = SGOPDTrainer(*models, verifier, args, data, callbacks=[watch])
     trainer.train()
     verifier.close()
-    return {**figures(watch.seen, watch.worker_kills), "processes_left": len(children())}
+    return {**figures(watch.seen, watch.worker_kills), "processes_left": len(psutil.Process().children(recursive=True))}
 
 
 def main() -> None:

@@ -18,6 +18,14 @@ logger = get_logger(__name__)  # of the main process only
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell has it for a process that SIGTERM ended
 
 
+def listening(args: Any) -> bool:
+    """Whether signals can be handled; transformers' own handler raises where they cannot, outside the main thread."""
+    if args.enable_jit_checkpoint and threading.current_thread() is not threading.main_thread():
+        logger.warning("SIGTERM cannot be handled outside the main thread: it ends this run without a checkpoint.")
+        return False
+    return args.enable_jit_checkpoint
+
+
 class StopAtStepEnd(TrainerCallback):
     """What `enable_jit_checkpoint=True` does under this trainer, with transformers' own handler of the signal.
 
@@ -44,11 +52,7 @@ class StopAtStepEnd(TrainerCallback):
         Raises:
             SystemExit: with `EXIT_CODE`, when the run ended so.
         """
-        if self.manager is None:
-            yield
-            return
-        if threading.current_thread() is not threading.main_thread():
-            logger.warning("SIGTERM cannot be handled outside the main thread: it ends the run without a checkpoint.")
+        if self.manager is None or not listening(self.trainer.args):
             yield
             return
         self.manager.is_checkpoint_requested = False

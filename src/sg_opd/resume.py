@@ -21,7 +21,7 @@ from .checkpoints import differences, flaw, last_whole, seal, settings_of, unsea
 from .faults import CheckpointError, LastGoodStep
 from .loss import GateDecision
 from .metrics import GateMeter
-from .preemption import StopAtStepEnd
+from .preemption import StopAtStepEnd, listening
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -58,6 +58,7 @@ class ResumableTrainer(GRPOTrainer):
         self._resumed: Path | None = None
         self._epochs_done = 0
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # the parent's, which sets them in `train`
+        kwargs["args"].enable_jit_checkpoint = listening(kwargs["args"])
         super().__init__(*args, **kwargs)
         self.stop = StopAtStepEnd(self)
         self.callback_handler.callbacks[:0] = [Resumption(self), self.stop]  # before those that look at the state
