@@ -16,7 +16,7 @@ STEPS = 200
 @pytest.fixture(scope="module")
 def soaked(tmp_path_factory):
     out = tmp_path_factory.mktemp("soak")
-    command = [sys.executable, "benchmarks/soak.py", "--steps", STEPS, "--rows", 4, "--tokens", 24, "--output_dir", out]
+    command = [sys.executable, "benchmarks/soak.py", "--steps", STEPS, "--rows", 4, "--tokens", 48, "--output_dir", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300

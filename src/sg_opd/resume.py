@@ -35,6 +35,11 @@ PARENT_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "disable_dropout"),
 )
+# with another of these, rollouts that wait to be trained on belong to no batch of the resumed run
+BATCH_SETTINGS = (
+    *("processes", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+    *("num_iterations", "num_generations"),
+)
 NOT_COMPARED = ("teacher_model_init_kwargs", "teacher_server_")  # may hold tokens, or do not alter what is computed
 ROWS_COMPARED = 100  # of a dataset, spread evenly
 
@@ -60,6 +65,7 @@ class ResumableTrainer(GRPOTrainer):
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # the parent's, which sets them in `train`
         kwargs["args"].enable_jit_checkpoint = listening(kwargs["args"])
         super().__init__(*args, **kwargs)
+        self._data = fingerprint(self.train_dataset)
         self.stop = StopAtStepEnd(self)
         self.callback_handler.callbacks[:0] = [Resumption(self), self.stop]  # before those that look at the state
 
@@ -124,7 +130,7 @@ class ResumableTrainer(GRPOTrainer):
             "model": getattr(self.model.config, "_name_or_path", ""),
             "teacher_model": self.teacher.name,
             "verifier": get_callable_name(self.verifier),
-            "train_dataset": fingerprint(self.train_dataset),
+            "train_dataset": self._data,
             "processes": self.accelerator.num_processes,
         }
         return json.loads(json.dumps(found, default=str))
@@ -212,15 +218,17 @@ class Resumption(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the checkpoint's state, if one is resumed that has it."""
+        """Take up the checkpoint's state, if one is resumed whose batches were this run's."""
         folder = self.trainer._resumed
         if folder is None:
             return
+        control.should_training_stop = False  # as SIGTERM left it, where callbacks' states are restored
+        then, now = settings_of(folder), self.trainer.run_settings()
+        if any(then[name] != now[name] for name in BATCH_SETTINGS):
+            logger.warning("Batches are not what they were: metrics begin anew, and so do rollouts.")
+            return
         path = folder / f"run_state_{args.process_index}.pt"
-        if path.is_file():
-            self.trainer.set_run_state(torch.load(path, map_location="cpu", weights_only=True))
-        else:
-            logger.warning("%s has no state of rank %d: metrics and rollouts begin anew.", folder, args.process_index)
+        self.trainer.set_run_state(torch.load(path, map_location="cpu", weights_only=True))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch's data loader moves the random state, and a resumed run will have it do so again."""
@@ -256,5 +264,7 @@ def fingerprint(dataset: Any) -> str | None:
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None
     step = max(1, len(dataset) // ROWS_COMPARED)
-    rows = json.dumps([dataset[row] for row in range(0, len(dataset), step)], default=str, sort_keys=True)
+    rows = json.dumps(
+        [dataset[row] for row in range(0, len(dataset), step)], default=lambda value: type(value).__name__
+    )
     return f"{len(dataset)} rows, {hashlib.sha256(rows.encode()).hexdigest()[:12]}"
