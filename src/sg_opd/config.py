@@ -45,6 +45,7 @@ CHOICES = {
     "reference_policy": ("current", "initial"),
     "teacher_phase_schedule": tuple(SCHEDULES),
     "teacher_rollout_loss": ("gated", "nll"),
+    "non_finite_log_probs": ("stop", "skip"),
 }
 # what the full divergence replaces, with the value at which the parent's setting does nothing
 UNUSED_BY_FULL = {
@@ -185,6 +186,20 @@ class SGOPDConfig(GRPOConfig):
             "help": "Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0."
         },
     )
+    non_finite_log_probs: str = field(
+        default="stop",
+        metadata={
+            "help": "What a NaN or infinite log-probability of a sampled token does: 'stop' ends the run, 'skip' drops "
+            "its optimizer step. Either names the rollout and the token."
+        },
+    )
+    enable_jit_checkpoint: bool = field(
+        default=True,
+        metadata={
+            "help": "SIGTERM, as a preempted node gets it, ends the run after the step in progress, with a checkpoint "
+            "and exit code 143. GRPO's default is False."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher_server_url, str):  # as one URL in a recipe is
@@ -279,6 +294,10 @@ class SGOPDConfig(GRPOConfig):
             )
         if self.teacher_rollout_loss == "nll" and self.loss_type != "dapo":
             raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
+        if self.non_finite_log_probs == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "non_finite_log_probs='skip' does not run under DeepSpeed, whose engine steps by itself; use 'stop'."
+            )
         if self.sync_ref_model and self.reference_policy == "initial":
             raise ValueError("`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.")
 

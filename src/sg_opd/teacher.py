@@ -178,8 +178,10 @@ def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
     return filled
 
 
-def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None) -> Tensor:
+def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, skips: bool = False) -> Tensor:
     """The teacher's log-probabilities of a batch's completion tokens, (B, T), anything where masked.
+
+    With `skips`, what is no number is left for whoever skips the step, and no probability is minus infinity.
 
     Raises:
         TeacherError: an answer that does not fit the batch, that is not a number, or, unless log-ratios are clipped,
@@ -194,7 +196,9 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None) -
             f"{teacher.name} scored rows of {[len(row) for row in rows]} tokens, but the batch has "
             f"{[len(ids) for ids in completions]}"
         )
-    for row, ids in zip(rows, completions, strict=True):
+    if skips:
+        rows = [row.masked_fill(row <= NO_PROBABILITY, -math.inf) for row in rows]
+    for row, ids in zip(rows, completions, strict=True) if not skips else ():
         for logp, token in zip(row.tolist(), ids, strict=True):
             if math.isnan(logp) or (logp <= NO_PROBABILITY and log_ratio_clip is None):
                 raise TeacherError(
