@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from sg_opd import MathVerifier
-from sg_opd.verifiers import checked_verdicts, extract_answer, last_box
+from sg_opd.answers import extract_answer, last_box
+from sg_opd.verifiers import checked_verdicts
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic" / "data"
 

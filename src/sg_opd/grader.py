@@ -264,8 +264,8 @@ def _bound() -> None:
 @contextlib.contextmanager
 def _task(seconds: float) -> Iterator[None]:
     """Have the system end this process when a task takes more time or CPU than its parent would let it."""
-    used = time.process_time()
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    most, hard = math.ceil(time.process_time() + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -323,6 +323,7 @@ def _serve(timeout: float) -> None:
     for stream in (1, 2):
         os.dup2(silence, stream)
 
+    sys.audit("sg_opd.ready")  # for a hook that watches what grading does
     print(json.dumps({"spent": False}), file=replies, flush=True)
     for line in sys.stdin:
         with _task(timeout + 1.0):
