@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
+from fault_proxy import FaultProxy, StandIn
 from hostile import attacks
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, grader
@@ -31,6 +31,12 @@ SECRETS = {
 }
 
 
+SETTINGS = {
+    **{"bf16": False, "use_cpu": True, "report_to": "none", "max_steps": 1, "logging_steps": 1},
+    **{"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 8},
+}
+
+
 def calls(path):
     """Every call in a file, with the dotted name of what is called."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -39,15 +45,7 @@ def calls(path):
 
 
 # what loads a checkpoint; each must say whether its code is run, or be handed what says it
-LOADERS = (
-    "from_pretrained",
-    "from_config",
-    "create_model_from_path",
-    "pipeline",
-    "LLM",
-    "load_teacher",
-    "snapshot_download",
-)
+LOADERS = ("from_pretrained", "from_config", "create_model_from_path", "pipeline", "LLM", "load_teacher")
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *EXAMPLES], ids=lambda p: str(p.relative_to(ROOT)))
@@ -79,9 +77,7 @@ def saved(make_model, tokenizer, tmp_path):
 
 
 def make_trainer(saved, dataset, student="student", teacher="teacher", **overrides):
-    settings = {"bf16": False, "use_cpu": True, "report_to": "none", "max_steps": 1, "num_generations": 2}
-    settings |= {"per_device_train_batch_size": 2, "max_completion_length": 8, "logging_steps": 1}
-    args = SGOPDConfig(str(saved / "out"), **{**settings, **overrides})
+    args = SGOPDConfig(str(saved / "out"), **{**SETTINGS, **overrides})
     return SGOPDTrainer(str(saved / student), str(saved / teacher), args=args, train_dataset=dataset)
 
 
@@ -111,7 +107,7 @@ def test_student_teacher_reference_and_tokenizers_are_loaded_without_remote_code
 def test_weights_in_a_pickle_are_refused_unless_asked_for(which, saved, dataset, make_model):
     (saved / which / "model.safetensors").unlink()
     torch.save(make_model(1 if which == "student" else 2).state_dict(), saved / which / "pytorch_model.bin")
-    with pytest.raises(OSError, match="model.safetensors"):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
         make_trainer(saved, dataset)
     name = "model_init_kwargs" if which == "student" else "teacher_model_init_kwargs"
     assert make_trainer(saved, dataset, **{name: {"use_safetensors": False}})
@@ -143,8 +139,8 @@ def test_no_foreign_data_is_run_and_nothing_listens(path):
 def test_a_run_listens_on_no_socket(saved):
     """A whole training run in a process of its own whose audit hook sees every socket that is bound."""
     code = (
-        "import sys\nbound = []\n"
-        "sys.addaudithook(lambda event, args: bound.append(args) if event in ('socket.bind', 'socket.listen') else None)\n"
+        "import sys\nbound, listening = [], ('socket.bind', 'socket.listen')\n"
+        "sys.addaudithook(lambda event, args: bound.append(args) if event in listening else None)\n"
         "sys.path += sys.argv[2:]\n"
         "import conftest, test_security\nfrom pathlib import Path\nfrom datasets import Dataset\n"
         "rows = Dataset.from_list([{'prompt': [{'role': 'user', 'content': '1+1'}], 'solution': '2'}] * 4)\n"
@@ -191,9 +187,8 @@ def test_a_worker_opens_no_socket_starts_no_process_and_writes_no_file(tmp_path,
     audited = str(Path(__file__).with_name("audited_worker.py"))
     monkeypatch.setattr(grader, "PROGRAM", (audited, str(fifo), *grader.PROGRAM))
     verifier = MathVerifier(timeout=0.5, workers=2)
-    cases = [
-        case for case in attacks(200) if case.kind in ("injection", "tex_bomb", "reply", "soup", "sets", "numeric")
-    ]
+    kinds = ("injection", "tex_bomb", "reply", "soup", "sets", "numeric")
+    cases = [case for case in attacks(200) if case.kind in kinds]
     verifier([case.completion for case in cases], [case.gold for case in cases])
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
     verifier.close()
@@ -276,17 +271,15 @@ def test_secrets_are_in_no_checkpoint_log_or_model_card(
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     caplog.set_level("DEBUG")
-    with FaultProxy(make_model(2), tokenizer) as proxy:
-        args = SGOPDConfig(
-            str(tmp_path), teacher_server_url=proxy.url, hub_token="hf_0ther", temperature=1.0, max_steps=2, save_steps=1,
-            bf16=False, use_cpu=True, report_to="tensorboard", num_generations=2, per_device_train_batch_size=2,
-            max_completion_length=8, logging_steps=1,
-        )  # fmt: skip
-        trainer = SGOPDTrainer(make_model(1), None, args=args, train_dataset=dataset, processing_class=tokenizer)
-        proxy.faults = ["503"]
-        trainer.train()
-        trainer.create_model_card()
-        address = proxy.url.removeprefix("http://").encode()
+    proxy = FaultProxy(StandIn(make_model(2), tokenizer))
+    settings = {**SETTINGS, "max_steps": 2, "save_steps": 1, "hub_token": "hf_0ther", "report_to": "tensorboard"}
+    args = SGOPDConfig(str(tmp_path), teacher_server_url=proxy.url, temperature=1.0, **settings)
+    trainer = SGOPDTrainer(make_model(1), None, args=args, train_dataset=dataset, processing_class=tokenizer)
+    proxy.faults = ["503"]
+    trainer.train()
+    trainer.create_model_card()
+    address = proxy.url.removeprefix("http://").encode()
+    proxy.close()
     shown = capfd.readouterr()
     written = everything_written(tmp_path)
     assert b"teacher_server" in written  # the files are read as they should be
