@@ -99,8 +99,11 @@ def load_teacher(
 
 
 def loading_defaults(args: Any, on_host: bool = False) -> dict[str, Any]:
-    """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory."""
-    defaults = {"trust_remote_code": args.trust_remote_code}
+    """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory.
+
+    No code of the checkpoint is run unless the trainer's arguments say so, and no weights in pickles are read.
+    """
+    defaults = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     if on_host or args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
         defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
     return defaults

@@ -114,6 +114,8 @@ class SGOPDTrainer(ResumableTrainer):
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
         check_datasets(train_dataset, eval_dataset, verifier, args, kwargs.get("environment_factory"))
+        if isinstance(model, str):
+            args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
         self.verifier = verifier
         self._rollouts = Rollouts(self)
         self.sign_gated_loss = args.sign_gated_loss()
@@ -138,10 +140,7 @@ class SGOPDTrainer(ResumableTrainer):
         self.reward_func_names[0] = get_callable_name(verifier)
         self._set_up_teacher(teacher_model)
         if args.reference_policy == "initial":
-            loading = {**loading_defaults(args), "dtype": self.model.dtype, **(args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                loading["quantization_config"] = quantization_config
-            self.initial_policy = InitialPolicy(captured, self, loading)
+            self.initial_policy = InitialPolicy(captured, self, quantization_config)
         check_set_up(self)
 
     def _set_up_teacher(self, teacher_model: str | PreTrainedModel | Teacher | None) -> None:
