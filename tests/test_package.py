@@ -48,10 +48,10 @@ LAYERS = {
     "run_folder": 3,
     "evaluate": 4,
     "callbacks": 5,
-    "data_checks": 2,
-    "checks": 3,
+    "data_checks": 3,
+    "checks": 4,
     "server_checks": 3,
-    "trainer": 4,
+    "trainer": 5,
     "__init__": 6,
 }
 

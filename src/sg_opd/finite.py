@@ -47,15 +47,19 @@ class FiniteGuard(TrainerCallback):
         Raises:
             NonFiniteError: at the first such token, unless the step is to be skipped.
         """
-        for whose, values in logps.items():
-            if values is None:
-                continue
-            bounded = whose != "student" and self.trainer.args.log_ratio_clip is not None
-            bad = mask & (values.isnan() if bounded else ~values.isfinite())
-            if bad.any():
-                self._report(self._words(inputs, bad, whose, values))
-                logps[whose] = values.masked_fill(bad, 0.0)
+        bad = {whose: self._bad(whose, values, mask) for whose, values in logps.items() if values is not None}
+        if not torch.stack([*bad.values()]).any():  # the host waits for the device here, once a micro-batch
+            return logps
+        for whose, places in bad.items():
+            values = logps[whose]
+            if values is not None and places.any():
+                self._report(self._words(inputs, places, whose, values))
+                logps[whose] = values.masked_fill(places, 0.0)
         return logps
+
+    def _bad(self, whose: str, values: Tensor, mask: Tensor) -> Tensor:
+        bounded = whose != "student" and self.trainer.args.log_ratio_clip is not None
+        return mask & (values.isnan() if bounded else ~values.isfinite())
 
     def _report(self, message: str) -> None:
         if not self.skips:
