@@ -213,14 +213,20 @@ def sizes(options: argparse.Namespace) -> tuple[Size, ...]:
     return QUICK_SIZES if options.quick else SIZES
 
 
+def one_size(size: Size, options: argparse.Namespace) -> dict[str, Any]:
+    """A size's figures, with where they come from: a size may be measured anew."""
+    start = time.perf_counter()
+    variants = MAIN + (BESIDE if size.name == BASE.name else ())
+    row = row_of(measure(size, variants, options.repetitions, options.device))
+    print(f"{size.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return {**row, "provenance": provenance()}
+
+
 def everything(options: argparse.Namespace) -> dict[str, Any]:
     """All of cost.json but the targets."""
     content: dict[str, Any] = {"provenance": provenance(), "threads": torch.get_num_threads(), "rows": []}
-    for index, size in enumerate(sizes(options)):
-        start = time.perf_counter()
-        variants = MAIN + (BESIDE if index == 0 else ())
-        content["rows"].append(row_of(measure(size, variants, options.repetitions, options.device)))
-        print(f"{size.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    for size in sizes(options):
+        content["rows"].append(one_size(size, options))
     content["heads_alone"] = heads_alone(sizes(options)[0], options.device, options.repetitions)
     sweep = QUICK_SWEEP if options.quick else SWEEP
     content["loss_memory"] = [
@@ -244,6 +250,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=None, help="default: 10")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two repetitions: only tries the script")
     parser.add_argument("--output", type=Path, default=None, help="default: below benchmarks/results")
+    parser.add_argument("--sizes", nargs="+", choices=[size.name for size in SIZES], help="measure these anew, only")
     parser.add_argument("--report", action="store_true", help="measure nothing, judge and write what is there")
     parser.add_argument("--rank_output", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -254,7 +261,13 @@ def main() -> None:
     if options.output is None and options.quick:
         sys.exit("--quick says nothing about cost: give --output, so that it does not take the place of real results.")
     output = options.output or RESULTS / ("cost.json" if options.device == "cpu" else "cost_cuda.json")
-    content = json.loads(output.read_text()) if options.report else everything(options)
+    if options.report or options.sizes:
+        content = json.loads(output.read_text())
+        for index, size in enumerate(SIZES):
+            if size.name in (options.sizes or ()):
+                content["rows"][index] = one_size(size, options)
+    else:
+        content = everything(options)
     content["targets"] = targets_of(content)
     write_json(output, content)
     for target in content["targets"]:

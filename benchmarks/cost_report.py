@@ -21,6 +21,10 @@ def with_quartiles(ratio: dict[str, float], digits: int = 2) -> str:
     return f"{ratio['median']:.{digits}f} ({ratio['q25']:.{digits}f} to {ratio['q75']:.{digits}f})"
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def shape(size: dict[str, Any]) -> str:
     student, teacher = ("x".join(map(str, size[role])) for role in ("student", "teacher"))
     return f"{size['vocab']:,} ids, {size['batch']} x {size['tokens']:,} tokens, {student} from {teacher}"
@@ -95,7 +99,7 @@ def ranks_table(content: dict[str, Any]) -> str:
 
 def targets_table(content: dict[str, Any]) -> str:
     rows = [
-        [f"`{t['name']}`", t["target"], f"{t['measured']:.4g}", "yes" if t["met"] else "no", t["reason"]]
+        [f"`{t['name']}`", t["target"], number(t["measured"]), "yes" if t["met"] else "no", t["reason"]]
         for t in content["targets"]
     ]
     return table(["target", "asked", "measured (the worst size)", "met", "why not"], rows, left=5)
