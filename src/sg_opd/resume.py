@@ -41,6 +41,7 @@ BATCH_SETTINGS = (
     *("num_iterations", "num_generations"),
 )
 NOT_COMPARED = ("teacher_model_init_kwargs", "teacher_server_")  # may hold tokens, or do not alter what is computed
+TORCH_WRITER = "inline_container"  # where torch's RuntimeError comes from when it cannot write a file
 ROWS_COMPARED = 100  # of a dataset, spread evenly
 
 
@@ -198,7 +199,9 @@ class ResumableTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 seal(folder, self.run_settings())
-        except (OSError, RuntimeError, SafetensorError) as error:  # as torch and safetensors say that a disk is full
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and TORCH_WRITER not in str(error):  # such as a rank that died
+                raise
             raise CheckpointError(
                 f"{folder} could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e9:.3f} GB are free "
                 "there. It is no whole checkpoint and is passed over by `resume_from_checkpoint=True`."
