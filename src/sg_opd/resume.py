@@ -122,6 +122,12 @@ class ResumableTrainer(GRPOTrainer):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
+        """The parent's, which would train a step beyond the last one where the run was killed after that."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def run_settings(self) -> dict[str, Any]:
         """The settings that alter what a run computes, as JSON has them."""
         own = [name for name in type(self.args).__annotations__ if not name.startswith(NOT_COMPARED)]
@@ -225,7 +231,7 @@ class Resumption(TrainerCallback):
         folder = self.trainer._resumed
         if folder is None:
             return
-        control.should_training_stop = False  # as SIGTERM left it, where callbacks' states are restored
+        control.should_training_stop = state.global_step >= state.max_steps
         then, now = settings_of(folder), self.trainer.run_settings()
         if any(then[name] != now[name] for name in BATCH_SETTINGS):
             logger.warning("Batches are not what they were: metrics begin anew, and so do rollouts.")
