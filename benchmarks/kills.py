@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -24,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 from datasets import load_dataset
+from transformers import TrainerCallback
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.results import write_json
@@ -32,6 +35,8 @@ ARITHMETIC = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
 PATIENCE = 15.0  # seconds in which what a killed process leaves must end
 OF_A_CALL = ("runtime", "per_second", "step_time", "train_loss")
 KILLS_A_CHAIN = 4
+LONGEST_LIFE = 0.6  # of the seconds that the whole run trains
+STARTING = 0.1  # share of the kills whose moment is counted from the start of the process
 CHUNK = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "sampled": {"log_ratio_clip": 2.0, "save_steps": 3, "logging_steps": 4},
@@ -58,7 +63,17 @@ class RootVerifier(MathVerifier):
         return super().__call__(completions, [rf"\sqrt{{{int(gold) ** 2}}}" for gold in solution])
 
 
-def train(folder: Path, scenario: str, steps: int) -> None:
+class Begun(TrainerCallback):
+    """Writes a byte when the first step is about to begin."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        os.write(self.pipe, b"!")
+
+
+def train(folder: Path, scenario: str, steps: int, pipe: int) -> None:
     """One process's life: begin, or go on from the last whole checkpoint."""
     args = SGOPDConfig(
         str(folder), max_steps=steps, per_device_train_batch_size=8, num_generations=4, max_completion_length=32,
@@ -67,16 +82,27 @@ def train(folder: Path, scenario: str, steps: int) -> None:
     )  # fmt: skip
     data = load_dataset("json", data_files=str(ARITHMETIC / "data" / "train.jsonl"), split="train[:24]")
     models = str(ARITHMETIC / "student"), str(ARITHMETIC / "teacher")
-    trainer = Noted(*models, RootVerifier(timeout=5.0, workers=1), args, data)
+    trainer = Noted(*models, RootVerifier(timeout=5.0, workers=1), args, data, callbacks=[Begun(pipe)])
     trainer.train(resume_from_checkpoint=True)
     torch.save(trainer.model.state_dict(), folder / "weights.pt")
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def run(folder: Path, scenario: str, steps: int, lifetime: float | None) -> tuple[int, float]:
-    """Fork a process that trains, and kill it after so many seconds; its exit code and its own seconds."""
+def run(
+    folder: Path, scenario: str, steps: int, lifetime: float | None = None, starting: bool = False
+) -> tuple[int, float]:
+    """Fork a process that trains, and kill it after so many seconds of training.
+
+    Args:
+        starting: count its lifetime from its start, most of which is loading, instead.
+
+    Returns:
+        its exit code and its seconds of training.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    begun, pipe = os.pipe()
+    os.set_blocking(begun, False)
+    begin = time.monotonic() if starting else math.inf
     child = os.fork()
     if child == 0:
         os.chdir(folder)  # by which whatever it starts can be told
@@ -85,19 +111,25 @@ def run(folder: Path, scenario: str, steps: int, lifetime: float | None) -> tupl
         os.dup2(log, 2)
         code = 1
         try:
-            train(folder, scenario, steps)
+            train(folder, scenario, steps, pipe)
             code = 0
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
-    while lifetime is None or time.monotonic() - begin < lifetime:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status), time.monotonic() - begin
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - begin
+    os.close(pipe)
+    pid = 0
+    while pid == 0:
+        if begin == math.inf and select.select([begun], [], [], 0)[0]:
+            begin = time.monotonic()
+        if lifetime is not None and time.monotonic() - begin > lifetime:
+            os.kill(child, signal.SIGKILL)
+            pid, status = os.waitpid(child, 0)
+        else:
+            time.sleep(0.002)
+            pid, status = os.waitpid(child, os.WNOHANG)
+    os.close(begun)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - begin
 
 
 def left_over(folder: Path) -> list[int]:
@@ -137,7 +169,7 @@ def kills(count: int, steps: int, folder: Path) -> dict[str, Any]:
     seconds = {}
     for scenario in SCENARIOS:
         shutil.rmtree(folder / scenario, ignore_errors=True)
-        code, seconds[scenario] = run(folder / scenario, scenario, steps, None)
+        code, seconds[scenario] = run(folder / scenario, scenario, steps)
         if code != 0:
             raise RuntimeError(f"The run that nobody kills ended with {code}: see {folder / scenario / 'log.txt'}.")
     tried, survived, passed_over, orphans, failed = 0, 0, 0, 0, []
@@ -148,8 +180,8 @@ def kills(count: int, steps: int, folder: Path) -> dict[str, Any]:
         shutil.rmtree(at, ignore_errors=True)
         here, code = 0, -signal.SIGKILL
         while code == -signal.SIGKILL:
-            lifetime = rng.uniform(0.1, 0.6) * seconds[scenario] if here < KILLS_A_CHAIN else None
-            code, _ = run(at, scenario, steps, lifetime)
+            lifetime = rng.uniform(0.0, LONGEST_LIFE) * seconds[scenario] if here < KILLS_A_CHAIN else None
+            code, _ = run(at, scenario, steps, lifetime, starting=rng.random() < STARTING)
             if code == -signal.SIGKILL:
                 here += 1
                 orphans += len(left_over(at))

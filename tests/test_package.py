@@ -102,6 +102,7 @@ HOOKS = {
     "_prepare_inputs": ["self", "generation_batch"],
     "_get_train_sampler": ["self", "dataset"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_tokenize_prompts": ["self", "prompts"],
     "_log_completion_extra": ["self", "column", "values"],

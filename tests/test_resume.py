@@ -278,6 +278,16 @@ def test_another_teacher_or_dataset_is_named(train, dataset, make_model, tokeniz
     assert said.count("` was ") == 2
 
 
+@pytest.mark.parametrize("steps", [4, 16, 20])
+def test_a_run_killed_after_its_last_step_trains_no_more(steps, train):
+    """Its last checkpoint is whole, the process did not live to say so: within an epoch, at its end, in the next."""
+    settings = {"max_steps": steps, "save_steps": steps, "max_completion_length": 2}
+    whole, resumed = train(**settings), train(resume=True, **settings)
+    assert resumed.state.global_step == whole.state.global_step == steps
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
 def test_other_batches_begin_anew(train, tmp_path, caplog):
     """The two micro-batches that wait in the checkpoint are of four rows; the resumed run's are of eight."""
     train(max_steps=1, save_steps=1, steps_per_generation=2)

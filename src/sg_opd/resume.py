@@ -41,6 +41,7 @@ BATCH_SETTINGS = (
     *("num_iterations", "num_generations"),
 )
 NOT_COMPARED = ("teacher_model_init_kwargs", "teacher_server_")  # may hold tokens, or do not alter what is computed
+TORCH_WRITER = "inline_container"  # where torch's RuntimeError comes from when it cannot write a file
 ROWS_COMPARED = 100  # of a dataset, spread evenly
 
 
@@ -121,6 +122,12 @@ class ResumableTrainer(GRPOTrainer):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
+        """The parent's, which would train a step beyond the last one where the run was killed after that."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def run_settings(self) -> dict[str, Any]:
         """The settings that alter what a run computes, as JSON has them."""
         own = [name for name in type(self.args).__annotations__ if not name.startswith(NOT_COMPARED)]
@@ -198,7 +205,9 @@ class ResumableTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 seal(folder, self.run_settings())
-        except (OSError, RuntimeError, SafetensorError) as error:  # as torch and safetensors say that a disk is full
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and TORCH_WRITER not in str(error):  # such as a rank that died
+                raise
             raise CheckpointError(
                 f"{folder} could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e9:.3f} GB are free "
                 "there. It is no whole checkpoint and is passed over by `resume_from_checkpoint=True`."
@@ -222,7 +231,7 @@ class Resumption(TrainerCallback):
         folder = self.trainer._resumed
         if folder is None:
             return
-        control.should_training_stop = False  # as SIGTERM left it, where callbacks' states are restored
+        control.should_training_stop = state.global_step >= state.max_steps
         then, now = settings_of(folder), self.trainer.run_settings()
         if any(then[name] != now[name] for name in BATCH_SETTINGS):
             logger.warning("Batches are not what they were: metrics begin anew, and so do rollouts.")
