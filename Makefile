@@ -7,7 +7,7 @@ CONSTRAINT := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cp
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test test-integration lint format clean
+.PHONY: install demo test test-integration torture audit lint format clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,16 @@ test: install
 test-integration: install
 	PYTHON=$(PYTHON) bash tests/make_vllm_env.sh || echo "no vLLM environment: see the messages above"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration
+
+# random kills, a long run, hostile answers: under forty minutes on two quiet cores; writes benchmarks/results/torture.json
+torture: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py
+
+# known vulnerabilities of what is installed; needs the network, and fails without it
+audit: install
+	$(BIN)/pip-audit --local --skip-editable --progress-spinner off \
+	    || { echo "make audit: failed. Either the packages listed above have advisories, or, where an error is shown" \
+	         "instead, the advisories could not be fetched and nothing was audited."; exit 1; }
 
 lint: install
 	$(BIN)/ruff check .

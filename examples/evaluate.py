@@ -36,6 +36,7 @@ class EvaluationArguments:
     )
     output_dir: str = field(metadata={"help": "Folder for settings.json, samples.jsonl and result.json."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub id."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, bfloat16, float32."})
     task: str | None = field(default=None, metadata={"help": f"A benchmark: {', '.join(TASKS)}."})
     dataset_name: str | None = field(
@@ -75,10 +76,14 @@ def make_engine(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase) -
             raise SystemExit("`engine=server` needs `server_url`.")
         return ServerEngine(args.server_url, tokenizer, args.served_model)
     if args.engine == "vllm":
-        options = as_dict(args.vllm_options)
-        return VLLMEngine(args.model_name_or_path, tokenizer, revision=args.model_revision, dtype=args.dtype, **options)
+        options = {"revision": args.model_revision, "dtype": args.dtype, **as_dict(args.vllm_options)}
+        return VLLMEngine(args.model_name_or_path, tokenizer, args.trust_remote_code, **options)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, dtype=args.dtype
+        args.model_name_or_path,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        use_safetensors=True,
     )
     return TransformersEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
@@ -95,7 +100,9 @@ def main(args: EvaluationArguments) -> None:
         dataset = prepare_dataset(load_data(args.dataset_name, split, args.dataset_config))
     else:
         raise SystemExit("Set `task` or `dataset_name`.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    )
     sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k)
     result = evaluate(
         make_engine(args, tokenizer),

@@ -32,7 +32,7 @@ class Geometry:
             return cls(*_QWEN3[name.removeprefix("Qwen/Qwen3-")])
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != "qwen3":
             raise SystemExit(f"The formulas are for Qwen3 layers; {name} is a {config.model_type} model.")
         sizes = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads)

@@ -41,7 +41,8 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    last = str(args.resume_from_checkpoint).lower() == "true"  # the last whole checkpoint, not one of that name
+    trainer.train(resume_from_checkpoint=last or args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"The student is saved in {args.output_dir}.")
     if args.push_to_hub:

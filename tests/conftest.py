@@ -59,3 +59,14 @@ def dataset():
     return Dataset.from_list(
         [{"prompt": [{"role": "user", "content": r["question"]}], "solution": r["answer"]} for r in rows]
     )
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory, tokenizer, make_model, dataset):
+    """A folder with a student, a teacher and twelve problems."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    dataset.select(range(12)).to_json(folder / "data.jsonl")
+    return folder

@@ -9,15 +9,8 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.checks import (
-    check_arguments,
-    check_dataset,
-    check_prompts,
-    check_set_up,
-    check_tokenizers,
-    has_images,
-    rows_to_check,
-)
+from sg_opd.checks import check_arguments, check_prompts, check_set_up, check_tokenizers
+from sg_opd.data_checks import check_dataset, has_images, rows_to_check
 
 
 def coin(prompts, completions, **kwargs):
@@ -184,3 +177,24 @@ def test_full_estimator_under_fsdp(build):
     trainer._dist.fsdp_version = 1
     with pytest.raises(ValueError, match=r"FSDP version 1.*fsdp_version: 2.*'sampled'"):
         check_set_up(trainer)
+
+
+def test_a_teacher_that_is_no_causal_model(build, tokenizer):
+    """Without a head, with an encoder, and with a head that looks at both sides."""
+    from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
+
+    size = {"vocab_size": len(tokenizer), "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1, decoder_start_token_id=0
+    )
+    with pytest.raises(ValueError, match=r"The teacher \(BertModel\) has no language-model head"):
+        build(teacher_model=BertModel(BertConfig(**size)))
+    with pytest.raises(ValueError, match=r"The teacher \(T5ForConditionalGeneration\) is an encoder-decoder"):
+        build(teacher_model=T5ForConditionalGeneration(t5))
+    with pytest.raises(ValueError, match=r"The teacher \(BertForMaskedLM\) is no model that generates"):
+        build(teacher_model=BertForMaskedLM(BertConfig(**size)))
+
+
+def test_a_dataset_smaller_than_one_generation(build, dataset):
+    with pytest.raises(ValueError, match="one generation takes 8 prompts"):
+        build(config={"num_generations": 1}, train_dataset=dataset.select(range(7)))

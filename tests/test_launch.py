@@ -205,6 +205,34 @@ def test_a_signal_ends_server_and_trainer_too(number, code, stage):
     assert gone(launched["rank"])  # which a launcher's own end does not end
 
 
+# stands for a trainer that finishes its step, for which it needs the server, and saves
+SAVING = """
+import os, signal, sys, time, urllib.request
+def save(*_):
+    time.sleep(1.5)
+    url = sys.argv[sys.argv.index("--teacher_server_url") + 1]
+    open(os.environ["RECORD"], "a").write(f" {urllib.request.urlopen(url + '/health').status}")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(os.environ["RECORD"], "w").write("up")
+time.sleep(60)
+"""
+
+
+def test_a_signalled_trainer_may_save_before_its_server_ends(stage, tmp_path):
+    (tmp_path / "record.py").write_text(SAVING)
+    run = subprocess.Popen(["bash", str(ROOT / "examples" / "launch" / "teacher_server.sh")], env=stage)
+    record = Path(stage["RECORD"])
+    for _ in range(300):
+        if record.exists() and record.read_text() == "up":
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 143
+    assert record.read_text() == "up 200"
+    assert gone(int(Path(stage["SERVED"]).read_text().split()[0]))
+
+
 # in processes of their own on the CPU; the losses of the first are those of all others with two processes
 # not fsdp2: on the CPU accelerate makes DDP of it, unnoticed; test_distributed.py has its settings
 CONFIGS = ("ddp", "zero2", "zero3", "zero3_offload", "single_gpu")

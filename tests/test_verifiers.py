@@ -10,11 +10,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from sg_opd import MathVerifier
-from sg_opd.verifiers import checked_verdicts, extract_answer, last_box
+from sg_opd.answers import extract_answer, last_box
+from sg_opd.verifiers import checked_verdicts
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic" / "data"
 
@@ -394,7 +397,9 @@ def test_any_reward_function_of_1_0_and_none_is_a_verifier():
         assert checked_verdicts(verifier, list("abcd"), list("abcd")) == [1.0, 0.0, None, 1.0]
 
 
-@pytest.mark.parametrize("value", [0.5, -1, "1", float("nan")])
+@pytest.mark.parametrize(
+    "value", [0.5, -1, "1", "correct", float("nan"), float("inf"), [1], {}, np.array([1, 0]), torch.tensor([1.0, 0.0])]
+)
 def test_another_value_is_refused_with_its_row(value):
     def graded(prompts, completions, **kwargs):
         return [1, value]
@@ -408,9 +413,28 @@ def test_another_number_of_values_is_refused():
         checked_verdicts(lambda prompts, completions: [1], ["a", "b"], ["a", "b"])
 
 
-def test_a_verifier_that_answers_no_list_is_refused():
-    with pytest.raises(ValueError, match="answered None; it must return a list"):
-        checked_verdicts(lambda prompts, completions: None, ["a"], ["a"])
+@pytest.mark.parametrize("answer", [None, 1.0, "1", b"1", {0: "a"}, {1}, iter([1])], ids=str)
+def test_a_verifier_that_answers_no_list_is_refused(answer):
+    with pytest.raises(ValueError, match="it must return a list"):
+        checked_verdicts(lambda prompts, completions: answer, ["a"], ["a"])
+
+
+@pytest.mark.parametrize("answer", [np.array([1.0, 0.0]), torch.tensor([1, 0]), (True, False)], ids=repr)
+def test_arrays_and_tuples_of_verdicts_are_taken(answer):
+    assert checked_verdicts(lambda prompts, completions: answer, ["a", "b"], ["a", "b"]) == [1.0, 0.0]
+
+
+def test_a_verifier_that_raises_is_named_with_its_own_error():
+    def raises(prompts, completions, **kwargs):
+        raise KeyError("solution")
+
+    async def raises_later(prompts, completions, **kwargs):
+        raise KeyError("solution")
+
+    for verifier in (raises, raises_later):
+        with pytest.raises(KeyError, match="solution") as caught:
+            checked_verdicts(verifier, ["a", "b"], ["a", "b"])
+        assert caught.value.__notes__ == [f"It came from the verifier {verifier.__name__}, asked for 2 verdicts."]
 
 
 def test_works_in_a_thread():

@@ -98,10 +98,11 @@ def main() -> None:
     options, extra = parser.parse_known_args()
     console, verifier = Console(width=110), MathVerifier()
     options.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "student")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "student", trust_remote_code=False)
     results, gates, histories, seconds, length = {}, {}, {}, {}, 64
     for name, folder in (("student before", "student"), ("teacher", "teacher")):
-        results[name] = evaluate(AutoModelForCausalLM.from_pretrained(HERE / folder), tokenizer, verifier, length)
+        model = AutoModelForCausalLM.from_pretrained(HERE / folder, trust_remote_code=False)
+        results[name] = evaluate(model, tokenizer, verifier, length)
     for name, preset in (("OPD", "opd"), ("SG-OPD", "sg-opd")):
         console.print(f"[bold]training {name}[/bold]")
         trainer, seconds[name] = train(preset, verifier, options.seed, options.output, extra)

@@ -57,7 +57,7 @@ def pretrain(
         start: checkpoint to go on from; `None` is a new model.
     """
     set_seed(size["seed"])
-    model = Qwen3ForCausalLM.from_pretrained(start) if start else make_model(size, tokenizer)
+    model = Qwen3ForCausalLM.from_pretrained(start, trust_remote_code=False) if start else make_model(size, tokenizer)
     dataset = Dataset.from_list(
         [
             {

@@ -12,6 +12,7 @@
 #   SERVE          command that serves, before the model's name    SERVE_ARGS      its flags
 #   ACCELERATE     configuration for accelerate                    LAUNCH          command that runs a training script
 #   WAIT           seconds until the server must answer            LOG             file of the server's output
+#   GRACE          seconds a signalled trainer has to save
 #   VLLM_API_KEY   if set, the server asks for it and the trainer sends it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,6 +24,7 @@ TRAINER_GPUS=${TRAINER_GPUS:-0,1,2,3,4,5}
 ACCELERATE=${ACCELERATE:-examples/accelerate/zero3.yaml}
 PORT=${PORT:-8000}
 WAIT=${WAIT:-1800}
+GRACE=${GRACE:-300}
 LOG=${LOG:-teacher_server.log}
 MAX_MODEL_LEN=${MAX_MODEL_LEN:-5120}
 count() { local list; IFS=, read -ra list <<<"$1"; echo "${#list[@]}"; }
@@ -36,7 +38,14 @@ read -ra launch <<<"${LAUNCH:-accelerate launch --config_file $ACCELERATE --num_
 
 server= trainer=
 stop() {
-    [[ -z $trainer ]] || kill -- "-$trainer" 2>/dev/null || true
+    if [[ -n $trainer ]]; then # which ends its step, for that it needs the server, and saves
+        kill -- "-$trainer" 2>/dev/null || true
+        for _ in $(seq "$GRACE"); do
+            kill -0 -- "-$trainer" 2>/dev/null || break
+            sleep 1
+        done
+        kill -9 -- "-$trainer" 2>/dev/null || true
+    fi
     [[ -n $server ]] || return 0
     kill "$server" 2>/dev/null || return 0
     for _ in $(seq 30); do

@@ -12,17 +12,15 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SGOPDConfig
-from .data import COLLECTED
+from .data_checks import rows_to_check
 from .divergence import check_linear, head_of
 from .offload import blocks_of
 from .teacher import LocalTeacher, eos_set
 from .teacher_server import ServerTeacher
-from .verifiers import MathVerifier
 
 logger = get_logger(__name__)  # of the main process only
 
 TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
-ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
 
 
@@ -97,84 +95,6 @@ def check_path(name: str, value: Any) -> None:
 def truncated_sampling(args: SGOPDConfig) -> bool:
     """Whether rollouts come from a cut-off distribution instead of the student's own."""
     return args.top_p < 1 or args.top_k > 0 or bool(args.min_p)
-
-
-def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig, environments: Any = None) -> None:
-    """Columns, emptiness and golds of one dataset, or of each in a dict; a streaming one by its first row only."""
-    if dataset is None:
-        if name == "train_dataset" and environments is None:
-            raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
-        return
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_dataset(f"{name}[{key!r}]", part, verifier, args)
-        return
-    sized = hasattr(dataset, "__len__")
-    if sized and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    first = dataset[0] if sized else next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"`{name}` is empty.")
-    needed = ["prompt"] + ["solution"] * isinstance(verifier, MathVerifier)
-    missing = [column for column in needed if column not in first]
-    if missing:
-        raise ValueError(
-            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
-        )
-    if args.remove_unused_columns and "solution" in needed:
-        raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
-    check_collected(name, dataset if sized else [first])
-    if args.teacher_phase_steps > 0 and has_images(first):
-        raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
-    if sized and isinstance(verifier, MathVerifier):
-        check_golds(name, dataset, verifier)
-
-
-def check_collected(name: str, dataset: Any) -> None:
-    """Refuse a column `teacher_completions` that is no list of texts, or of lists of token ids, in each row."""
-    if COLLECTED not in dataset[0]:
-        return
-    for row in rows_to_check(len(dataset)):
-        collected = dataset[row][COLLECTED]
-        fits = collected is None or (
-            isinstance(collected, list)
-            and all(
-                isinstance(one, str) or (isinstance(one, list) and one and all(isinstance(t, int) for t in one))
-                for one in collected
-            )
-        )
-        if not fits:
-            raise ValueError(
-                f"`{COLLECTED}` in `{name}`, row {row}: expected a list of texts, or of non-empty lists of token ids, "
-                f"got {str(collected)[:80]!r}."
-            )
-
-
-def has_images(row: dict[str, Any]) -> bool:
-    """Whether a row carries images, in a column of their own or within its messages."""
-    prompt = row["prompt"] if isinstance(row["prompt"], list) else []
-    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
-    return "image" in row or "images" in row or any(part.get("type") == "image" for part in parts)
-
-
-def rows_to_check(length: int) -> range:
-    """At most `ROWS_CHECKED` places, evenly spread over `length` rows."""
-    return range(0, length, max(1, -(-length // ROWS_CHECKED)))
-
-
-def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
-    """Warn once of golds on which every verdict would abstain; an error where it is all of them."""
-    rows = rows_to_check(len(dataset))
-    golds = [dataset[row]["solution"] for row in rows]
-    bad = verifier.unparseable(golds)
-    if not bad:
-        return
-    shown = "; ".join(f"row {rows[i]}: {str(golds[i])[:80]!r}" for i in bad[:3])
-    message = f"{len(bad)} of the {len(golds)} golds checked in `{name}` cannot be parsed, first {shown}."
-    if len(bad) == len(golds):
-        raise ValueError(f"{message} The verifier would abstain on every row.")
-    logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)
 
 
 def check_prompts(
@@ -261,8 +181,8 @@ def check_models(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SGOPDConfig
 ) -> None:
     """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
-    if not hasattr(teacher, "get_output_embeddings") or teacher.get_output_embeddings() is None:
-        raise ValueError(f"The teacher ({type(teacher).__name__}) has no language-model head; pass a causal LM.")
+    check_causal("student", student.get_base_model() if hasattr(student, "get_base_model") else student)
+    check_causal("teacher", teacher)
     if args.teacher_offload:
         blocks_of(teacher)  # raises
     teacher_tokenizer = tokenizer_of(teacher, args)
@@ -284,6 +204,16 @@ def check_models(
         logger.warning(
             "Teacher and student are the same model, by path or by weights: every delta is zero and nothing is learnt."
         )
+
+
+def check_causal(role: str, model: PreTrainedModel) -> None:
+    """Refuse a model that does not predict the next token from the ones before it."""
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"The {role} ({name}) has no language-model head; pass a causal LM.")
+    if model.config.is_encoder_decoder or not model.can_generate():
+        kind = "an encoder-decoder" if model.config.is_encoder_decoder else "no model that generates"
+        raise ValueError(f"The {role} ({name}) is {kind}; pass a causal LM.")
 
 
 def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:

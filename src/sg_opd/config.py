@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from trl import GRPOConfig
 
+from .confidential import Confidential, check_url
 from .loss import SignGatedLoss, check_settings
 from .teacher_phase import SCHEDULES, TeacherPhaseSampler
 
@@ -45,6 +45,7 @@ CHOICES = {
     "reference_policy": ("current", "initial"),
     "teacher_phase_schedule": tuple(SCHEDULES),
     "teacher_rollout_loss": ("gated", "nll"),
+    "non_finite_log_probs": ("stop", "skip"),
 }
 # what the full divergence replaces, with the value at which the parent's setting does nothing
 UNUSED_BY_FULL = {
@@ -60,15 +61,6 @@ UNUSED_BY_FULL = {
 }
 
 
-def is_base_url(url: str) -> bool:
-    """Whether it is `http://host` or `https://host`, with or without a port and a path."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        return False
-
-
 class _OneGeneration(int):
     """1, but not below 2: GRPO's check asks for a group to centre rewards in, which SG-OPD does not do."""
 
@@ -76,12 +68,13 @@ class _OneGeneration(int):
         return False if other == 2 else super().__lt__(other)
 
 
-@dataclass
-class SGOPDConfig(GRPOConfig):
+@dataclass(repr=False)
+class SGOPDConfig(Confidential, GRPOConfig):
     """Settings of [`SGOPDTrainer`]: all of [`~trl.GRPOConfig`], and the fields below.
 
     `num_generations=1` is allowed. GRPO's reward weights and scaling have no effect: the verifier's verdict is a sign.
     A field that a preset sets is `None` until the preset fills it, and a value given here wins over the preset's.
+    Addresses of servers and tokens are left out of what is saved or shown of a configuration.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -185,6 +178,20 @@ class SGOPDConfig(GRPOConfig):
             "help": "Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0."
         },
     )
+    non_finite_log_probs: str = field(
+        default="stop",
+        metadata={
+            "help": "What a NaN or infinite log-probability of a sampled token does: 'stop' ends the run, 'skip' drops "
+            "its optimizer step. Either names the rollout and the token."
+        },
+    )
+    enable_jit_checkpoint: bool = field(
+        default=True,
+        metadata={
+            "help": "SIGTERM, as a preempted node gets it, ends the run after the step in progress, with a checkpoint "
+            "and exit code 143. GRPO's default is False."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher_server_url, str):  # as one URL in a recipe is
@@ -234,8 +241,7 @@ class SGOPDConfig(GRPOConfig):
         if self.teacher_server_url is None:
             return
         for url in self.teacher_server_url or [""]:
-            if not (isinstance(url, str) and is_base_url(url)):
-                raise ValueError(f"`teacher_server_url` must hold URLs as http://host:8000, got {url!r}.")
+            check_url(url, "teacher_server_url")
         if self.temperature != 1.0:
             raise ValueError(
                 f"`temperature={self.temperature!r}` and `teacher_server_url` do not go together: a server scores at "
@@ -279,6 +285,10 @@ class SGOPDConfig(GRPOConfig):
             )
         if self.teacher_rollout_loss == "nll" and self.loss_type != "dapo":
             raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
+        if self.non_finite_log_probs == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "non_finite_log_probs='skip' does not run under DeepSpeed, whose engine steps by itself; use 'stop'."
+            )
         if self.sync_ref_model and self.reference_policy == "initial":
             raise ValueError("`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.")
 

@@ -22,6 +22,7 @@ from tenacity import (
 from tenacity.nap import sleep_using_event
 from tenacity.stop import stop_when_event_set
 
+from .confidential import check_url
 from .faults import TeacherError
 
 logger = logging.getLogger(__name__)  # of every rank: each asks for its own rows
@@ -63,15 +64,20 @@ class Endpoints:
         concurrency: requests in flight, >= 1.
         retries: further attempts after a failed one, >= 0.
         offset: of the first request in the turns over the URLs; a rank's own spreads ranks over servers.
+
+    Raises:
+        ValueError: what is no base URL, or one with credentials.
     """
 
     def __init__(self, urls: Sequence[str], timeout: float, concurrency: int, retries: int, offset: int = 0) -> None:
+        for url in urls:
+            check_url(url, "server URL")
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self.timeout = timeout
         self.concurrency = concurrency
         self.retries = retries
         self.turn = offset
-        key = os.environ.get("VLLM_API_KEY")
+        key = self._key = os.environ.get("VLLM_API_KEY")
         self.client = httpx2.Client(
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
             limits=httpx2.Limits(max_connections=concurrency),
@@ -171,10 +177,10 @@ class Endpoints:
             raise _AttemptError(url, f"{type(error).__name__}: {error}") from error
         if response.status_code in RETRIED_STATUS:
             after = response.headers.get("Retry-After", "")
-            raise _AttemptError(url, f"status {_shown(response)}", float(after) if after.isdigit() else 0.0)
+            raise _AttemptError(url, f"status {self._shown(response)}", float(after) if after.isdigit() else 0.0)
         if response.status_code != 200:
             hint = HINTS.get(response.status_code, "")
-            raise TeacherServerError(f"{url} refused the request with status {_shown(response)} {hint}".strip())
+            raise TeacherServerError(f"{url} refused the request with status {self._shown(response)} {hint}".strip())
         try:
             is_json = response.content and "json" in response.headers.get("Content-Type", "")
             return read(response.json() if is_json else None)
@@ -192,14 +198,16 @@ class Endpoints:
                     raise httpx2.ReadTimeout(f"the answer was not complete after {self.timeout:g} s")
         return httpx2.Response(response.status_code, headers=_plain(response.headers), content=bytes(body))
 
+    def _shown(self, response: httpx2.Response) -> str:
+        """The status and the server's own words, in one line and without the key, which some servers repeat."""
+        text = response.text.replace(self._key, "<VLLM_API_KEY>") if self._key else response.text
+        plain = "".join(sign if sign.isprintable() else " " for sign in text[:SHOWN_CHARACTERS])
+        return f"{response.status_code}: {plain.strip()}"
+
 
 def _plain(headers: httpx2.Headers) -> dict[str, str]:
     """The headers that still hold once a body is decoded."""
     return {name: value for name, value in headers.items() if name in ("content-type", "retry-after")}
-
-
-def _shown(response: httpx2.Response) -> str:
-    return f"{response.status_code}: {response.text[:SHOWN_CHARACTERS].strip()}"
 
 
 def _pause(state: RetryCallState) -> float:

@@ -119,18 +119,21 @@ class VLLMEngine:
     Args:
         model: path or hub id.
         processing_class: its tokenizer, whose EOS ends a completion beside the checkpoint's own.
+        trust_remote_code: whether code that comes with a checkpoint is run.
         **kwargs: for `vllm.LLM`, such as `tensor_parallel_size` or `max_model_len`.
     """
 
     seeds: Literal["batch", "sample"] = "sample"
 
-    def __init__(self, model: str, processing_class: PreTrainedTokenizerBase, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str, processing_class: PreTrainedTokenizerBase, trust_remote_code: bool = False, **kwargs: Any
+    ) -> None:
         from vllm import LLM
 
         self.name = model
         self.eos = eos_set(processing_class.eos_token_id)
         self.options = kwargs
-        self.llm = LLM(model=model, **kwargs)
+        self.llm = LLM(model=model, trust_remote_code=trust_remote_code, **kwargs)
         self.context = self.llm.llm_engine.model_config.max_model_len
 
     def describe(self) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .answers import extract_answer
 from .engines import Engine, Sampling, TransformersEngine
 from .provenance import provenance
 from .results import EvaluationResult, Sample
 from .run_folder import RunFolder
-from .verifiers import as_completion, checked_verdicts, columns_of, extract_answer
+from .verifiers import as_completion, checked_verdicts, columns_of
 
 Verifier = Callable[..., list[float | None]]
 Place = tuple[int, int]  # a question's row, and the sample's number within it

@@ -17,6 +17,10 @@ class TeacherError(RuntimeError):
     """A teacher cannot answer; a teacher of your own may raise it too. On one rank it ends all, after a checkpoint."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, as on a full disk; what is there of it is never taken for a whole one."""
+
+
 class LastGoodStep:
     """Can save the last finished optimizer step from within the next one.
 
@@ -30,14 +34,15 @@ class LastGoodStep:
         """The last step with a checkpoint."""
         self._step: int | None = None
         self._states: tuple[Any, ...] = ()
+        self._run_state: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Note the random states at a step's first generation: a run resumed from the last step begins with them."""
+        """Note the states that a step begins with, at its first generation or before: a resumed run begins so too."""
         step = self.trainer.state.global_step
         if self._step is None:  # what a run begins with is its first step, or has the checkpoint it resumed from
             self.saved = step
         if self._step != step:
-            self._step, self._states = step, random_states()
+            self._step, self._states, self._run_state = step, random_states(), self.trainer.run_state()
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -63,7 +68,8 @@ class LastGoodStep:
         folder = Path(self.trainer.args.output_dir) / f"checkpoint-{step}"
         if self.saved != step or not folder.is_dir():
             set_random_states(self._states)
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            self.trainer.state.num_input_tokens_seen = self._run_state["tokens"]
+            self.trainer.write_checkpoint(self.trainer.model, None, self._run_state)
         return (
             f"The last good step is {step}, saved in {folder}; go on from there with `resume_from_checkpoint` once the "
             "cause is mended."

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
+import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # what sympy would evaluate for ever: huge exponents, towers of powers, huge or repeated factorials
@@ -29,8 +32,16 @@ NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")  # a command or a letter
 GREEK_CAPITALS = {"\\Gamma", "\\Delta", "\\Theta", "\\Lambda", "\\Xi", "\\Pi", "\\Sigma", "\\Phi", "\\Psi", "\\Omega"}
 UNIT = re.compile(r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?\s*$")
 SMALL, RELATIVE_TOLERANCE = 1e-2, 1e-5
+PROGRAM = (os.path.abspath(__file__),)  # of a worker
 WORKER_START_SECONDS = 120.0
-WORKER_MEMORY_BYTES = 4 * 1024**3
+WORKER_MEMORY_BYTES = 1024**3  # of address space; sympy, math-verify and 16,384 golds take 0.1 to 0.2 GiB
+WORKER_SPENT_BYTES = 256 * 1024**2  # resident after a task: the worker is replaced before the next one
+WORKER_FILES = 64  # open at a time
+GOLDS_KEPT = 16_384  # read golds that a worker remembers
+# all of the environment that a worker gets: how to find Python's modules and libraries, and the language. No secrets
+ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
+# a verdict must not hang on the order of a hash, nor a worker take a second core
+ENVIRONMENT_SET = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
 
 class Grader:
@@ -45,6 +56,8 @@ class Grader:
         self.timeout = timeout
         self.workers = workers
         self.pool: list[_Worker] = []
+        self.replaced = 0
+        """Workers that timed out, died or had grown too large, so far."""
         self._lock = threading.Lock()  # a pipe carries one task at a time
         self._finalizer = weakref.finalize(self, _kill_all, self.pool)
 
@@ -56,54 +69,75 @@ class Grader:
         """The workers' answer to each task by its key; `None` after a time-out, a crash or a gold without meaning.
 
         A task with a `gold` and an `answer` is compared, 1.0 or 0.0; one with a `gold` alone is read, 1.0 if it can be.
+        The replacement of a worker starts at once and is not waited for where there is nothing left to do.
 
         Raises:
             RuntimeError: a worker could not start (its own output says why).
         """
         results: dict[int, float | None] = {}
         queue = deque(tasks)
-        busy: dict[_Worker, tuple[int, float]] = {}
         with self._lock, selectors.DefaultSelector() as selector:
+            for worker in self.pool:
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
             try:
-                while queue or busy:
-                    while queue and len(busy) < self.workers:
-                        key, task = queue.popleft()
-                        worker = self._send(task, busy)
-                        busy[worker] = (key, time.monotonic() + self.timeout)
-                        selector.register(worker.stdout, selectors.EVENT_READ, worker)
-                    patience = min(deadline for _, deadline in busy.values()) - time.monotonic()
-                    answered = {event.data for event, _ in selector.select(max(patience, 0.0))}
-                    for worker in list(busy):
-                        key, deadline = busy[worker]
-                        if worker not in answered and time.monotonic() < deadline:
-                            continue
-                        reply = worker.receive() if worker in answered else None
-                        results[key] = None if reply is None else reply["verdict"]
-                        selector.unregister(worker.stdout)
-                        del busy[worker]
-                        if reply is None:  # timed out or died: never use it again
-                            self._discard(worker)
+                while queue or any(worker.key is not None for worker in self.pool):
+                    self._hand_out(queue, selector)
+                    self._collect(results, selector)
             finally:
-                for worker in busy:  # an interrupt: its answer must never be read as that of a later task
-                    self._discard(worker)
+                # after an interrupt: a late answer must never be read as that of a later task
+                for worker in [w for w in self.pool if w.key is not None]:
+                    self._discard(worker, selector)
         return results
 
-    def _send(self, task: dict[str, Any], busy: dict[_Worker, tuple[int, float]]) -> _Worker:
-        """Give the task to an idle worker, or to a new one where those at hand have died."""
-        for worker in [w for w in self.pool if w not in busy]:
+    def _hand_out(self, queue: deque[tuple[int, dict[str, Any]]], selector: selectors.BaseSelector) -> None:
+        """Give tasks to idle workers, and start workers for the others."""
+        for worker in [w for w in self.pool if w.key is None and not w.starting]:
+            if not queue:
+                return
             try:
-                worker.send(task)
-            except BrokenPipeError:
-                self._discard(worker)
+                worker.send(*queue[0], deadline=time.monotonic() + self.timeout)
+            except BrokenPipeError:  # died since its last task
+                self._replace(worker, selector)
             else:
-                return worker
-        self.pool.append(_Worker(self.timeout))
-        self.pool[-1].send(task)
-        return self.pool[-1]
+                queue.popleft()
+        while len(self.pool) < min(self.workers, len(queue) + sum(w.key is not None for w in self.pool)):
+            self._start(selector)
 
-    def _discard(self, worker: _Worker) -> None:
-        worker.kill()
+    def _collect(self, results: dict[int, float | None], selector: selectors.BaseSelector) -> None:
+        """Wait for an answer, a worker that is ready, or the next deadline."""
+        patience = min(worker.deadline for worker in self.pool) - time.monotonic()
+        answered = {event.data for event, _ in selector.select(max(patience, 0.0))}
+        for worker in list(self.pool):
+            if worker not in answered and time.monotonic() < worker.deadline:
+                continue
+            reply = worker.receive() if worker in answered else None
+            if worker.starting:
+                if reply is None:
+                    self._discard(worker, selector)
+                    raise RuntimeError(
+                        "A grading worker did not start. Its error is above; most often math-verify is missing from "
+                        f"{sys.executable}: pip install math-verify."
+                    )
+            elif worker.key is not None:
+                results[worker.key] = None if reply is None else reply["verdict"]
+            if reply is None or reply["spent"]:  # timed out, died or grown too large: never use it again
+                self._replace(worker, selector)
+            else:
+                worker.rest()
+
+    def _start(self, selector: selectors.BaseSelector) -> None:
+        self.pool.append(_Worker(self.timeout))
+        selector.register(self.pool[-1].stdout, selectors.EVENT_READ, self.pool[-1])
+
+    def _discard(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
         self.pool.remove(worker)
+        selector.unregister(worker.stdout)
+        worker.kill()
+
+    def _replace(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
+        self._discard(worker, selector)
+        self.replaced += 1
+        self._start(selector)
 
 
 class _Worker:
@@ -113,29 +147,30 @@ class _Worker:
         # -P: the package's folder must not shadow modules that sympy imports. A session of its own: Ctrl-C is for the
         # caller, who then ends the workers.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", os.path.abspath(__file__), str(timeout)],
+            [sys.executable, "-P", *PROGRAM, str(timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | ENVIRONMENT_SET,
         )
         assert self.process.stdin is not None and self.process.stdout is not None  # noqa: PT018
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ)
-            if not selector.select(WORKER_START_SECONDS) or self.receive() is None:
-                self.kill()
-                raise RuntimeError(
-                    "A grading worker did not start. Its error is above; most often math-verify is missing from "
-                    f"{sys.executable}: pip install math-verify."
-                )
+        self.starting = True
+        self.key: int | None = None
+        """Of the task at hand."""
+        self.deadline = time.monotonic() + WORKER_START_SECONDS
 
-    def send(self, task: dict[str, Any]) -> None:
-        self.stdin.write(json.dumps(task).encode() + b"\n")
+    def send(self, key: int, task: dict[str, Any], deadline: float) -> None:
+        self.key, self.deadline = key, deadline  # first: what an interrupt cuts short must not be taken for idle
+        self.stdin.write(json.dumps(task).encode() + b"\n")  # ASCII: a lone surrogate passes as an escape
         self.stdin.flush()
 
     def receive(self) -> dict[str, Any] | None:
         line = self.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
+
+    def rest(self) -> None:
+        self.starting, self.key, self.deadline = False, None, math.inf
 
     def kill(self) -> None:
         self.process.kill()
@@ -217,24 +252,41 @@ def _reader() -> Callable[[str], list[Any]]:
     return read
 
 
-def _serve(timeout: float) -> None:
-    """A worker's life: parse and compare until standard input ends."""
-    import functools
-    import logging
-    import resource
-    import signal
-    import warnings
+def _bound() -> None:
+    """Bound this process's memory, open files, and writing to files, for good."""
+    for what, most in (("AS", WORKER_MEMORY_BYTES), ("NOFILE", WORKER_FILES), ("FSIZE", 0), ("CORE", 0)):
+        kind = getattr(resource, f"RLIMIT_{what}")
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
 
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for a reply
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
+
+@contextlib.contextmanager
+def _task(seconds: float) -> Iterator[None]:
+    """Have the system end this process when a task takes more time or CPU than its parent would let it."""
+    most, hard = math.ceil(time.process_time() + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _spent() -> bool:
+    """Whether this process has grown too large, as Linux shows it; elsewhere its limit alone holds."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") > WORKER_SPENT_BYTES
+
+
+def _judge() -> Callable[[dict[str, Any]], float | None]:
+    """The function that does one task, see `Grader.run`; whatever it raises means no verdict."""
+    import functools
 
     from math_verify import verify
 
     read = _reader()
-    read_gold = functools.lru_cache(maxsize=65_536)(read)
+    read_gold = functools.lru_cache(maxsize=GOLDS_KEPT)(read)
 
     def judge(task: dict[str, Any]) -> float | None:
         if "answer" not in task:
@@ -253,15 +305,33 @@ def _serve(timeout: float) -> None:
         )
         return float(same and close(gold[0], answer[0]) and same_unit(task["gold"], task["answer"]))
 
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    return judge
+
+
+def _serve(timeout: float) -> None:
+    """A worker's life: parse and compare until standard input ends."""
+    import logging
+    import warnings
+
+    replies = os.fdopen(os.dup(1), "w")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    _bound()
+    judge = _judge()
+    # what a library prints of an answer is neither a reply nor a line of the caller's log
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+
+    sys.audit("sg_opd.ready")  # for a hook that watches what grading does
+    print(json.dumps({"spent": False}), file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, timeout + 1.0)  # ends an orphan that its parent can no longer kill
-        try:
-            verdict = judge(json.loads(line))
-        except Exception:  # whatever a comparison raises means one thing: no verdict. The parent reads it as abstained
-            verdict = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+        with _task(timeout + 1.0):
+            try:
+                verdict = judge(json.loads(line))
+            except Exception:  # whatever a comparison raises means one thing: no verdict. The parent abstains
+                verdict = None
+        print(json.dumps({"verdict": verdict, "spent": _spent()}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from .config import SGOPDConfig
-from .teacher import freeze, prepare_frozen
+from .teacher import freeze, loading_defaults, prepare_frozen
 
 ADAPTER = "ref"  # the parent trainer's own name for a frozen copy of an adapter
 
@@ -55,15 +55,19 @@ class InitialPolicy:
     Args:
         captured: what `capture` kept.
         trainer: the trainer, its student set up.
-        loading: keyword arguments to load the student's path with, where it is loaded again.
+        quantization_config: the student's, where its path is loaded again.
     """
 
-    def __init__(self, captured: PreTrainedModel | None, trainer: Any, loading: dict[str, Any]) -> None:
+    def __init__(self, captured: PreTrainedModel | None, trainer: Any, quantization_config: Any = None) -> None:
         self.trainer = trainer
         self.frozen: nn.Module | None = None
         if is_peft_model(trainer.model):
             return
         if captured is None:
+            args = trainer.args
+            loading = {**loading_defaults(args), "dtype": trainer.model.dtype, **(args.model_init_kwargs or {})}
+            if quantization_config is not None:
+                loading["quantization_config"] = quantization_config
             captured = create_model_from_path(get_config_model_id(trainer.model.config), **loading)
         add_fused_lm_head(freeze(captured), temperature=trainer.temperature)
         self.frozen = prepare_frozen(captured, trainer)

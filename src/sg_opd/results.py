@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .answers import canonical_answer
 from .estimates import CONFIDENCE, Interval, majority, mean_interval, pass_at_k, powers_of_two
-from .verifiers import canonical_answer
 
 SCHEMA_VERSION = 1
 # settings that may differ between two results which are compared: what is compared, chance, and how it was computed
@@ -268,14 +268,15 @@ def checked(path: str | Path, content: Any, record: type) -> dict[str, Any]:
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write a file in one go: a reader finds the old one or the new one."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    partial.write_bytes(text.encode("utf-8", "surrogatepass"))  # a lone surrogate as json.loads reads it
     partial.replace(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file; a `ValueError` that names the file where it holds none."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):

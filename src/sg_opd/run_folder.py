@@ -66,7 +66,8 @@ class RunFolder:
 
     def append(self, samples: Sequence[Sample]) -> None:
         """Write a batch of samples, one line each."""
-        with self.samples.open("a") as stream:
+        # a lone surrogate in a completion is kept, as json.loads reads it
+        with self.samples.open("a", encoding="utf-8", errors="surrogatepass") as stream:
             stream.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 

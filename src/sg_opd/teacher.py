@@ -99,8 +99,11 @@ def load_teacher(
 
 
 def loading_defaults(args: Any, on_host: bool = False) -> dict[str, Any]:
-    """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory."""
-    defaults = {"trust_remote_code": args.trust_remote_code}
+    """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory.
+
+    No code of the checkpoint is run unless the trainer's arguments say so, and no weights in pickles are read.
+    """
+    defaults = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     if on_host or args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
         defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
     return defaults
@@ -178,8 +181,10 @@ def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
     return filled
 
 
-def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None) -> Tensor:
+def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, skips: bool = False) -> Tensor:
     """The teacher's log-probabilities of a batch's completion tokens, (B, T), anything where masked.
+
+    With `skips`, what is no number is left for whoever skips the step, and no probability is minus infinity.
 
     Raises:
         TeacherError: an answer that does not fit the batch, that is not a number, or, unless log-ratios are clipped,
@@ -194,7 +199,9 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None) -
             f"{teacher.name} scored rows of {[len(row) for row in rows]} tokens, but the batch has "
             f"{[len(ids) for ids in completions]}"
         )
-    for row, ids in zip(rows, completions, strict=True):
+    if skips:
+        rows = [row.masked_fill(row <= NO_PROBABILITY, -math.inf) for row in rows]
+    for row, ids in zip(rows, completions, strict=True) if not skips else ():
         for logp, token in zip(row.tolist(), ids, strict=True):
             if math.isnan(logp) or (logp <= NO_PROBABILITY and log_ratio_clip is None):
                 raise TeacherError(

@@ -13,17 +13,18 @@ from accelerate.utils import gather
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
-from .checks import check_arguments, check_dataset, check_models, check_set_up
+from .checks import check_arguments, check_models, check_set_up
 from .config import SGOPDConfig
+from .data_checks import check_datasets
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
-from .faults import LastGoodStep
+from .finite import FiniteGuard
 from .loss import GateDecision, policy_gradient
-from .metrics import GateMeter, rollout_totals, verdict_metrics
+from .metrics import rollout_totals, verdict_metrics
 from .reference import InitialPolicy, capture
+from .resume import ResumableTrainer
 from .rollouts import Rollouts, suppress
 from .server_checks import check_server
 from .teacher import MULTIMODAL_KEYS, LocalTeacher, Teacher, ask, load_teacher, loading_defaults, padding_ids
@@ -32,7 +33,7 @@ from .teacher_server import ServerTeacher
 from .verifiers import MathVerifier
 
 
-class SGOPDTrainer(GRPOTrainer):
+class SGOPDTrainer(ResumableTrainer):
     """Sign-Gated On-Policy Distillation (arXiv 2606.09304) as a subclass of [`~trl.GRPOTrainer`].
 
     The student samples completions; the verifier judges each; the teacher scores each token. Tokens that the teacher
@@ -112,15 +113,14 @@ class SGOPDTrainer(GRPOTrainer):
         verifier = MathVerifier() if verifier is None else verifier
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
-        check_dataset("train_dataset", train_dataset, verifier, args, kwargs.get("environment_factory"))
-        check_dataset("eval_dataset", eval_dataset, verifier, args)
+        check_datasets(train_dataset, eval_dataset, verifier, args, kwargs.get("environment_factory"))
+        if isinstance(model, str):
+            args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
         self.verifier = verifier
         self._rollouts = Rollouts(self)
         self.sign_gated_loss = args.sign_gated_loss()
-        self._meter = GateMeter()
         self._gate_inputs: dict[str, Any] | None = None
-        self._row_advantages: Tensor | None = None
-        self.last_good_step = LastGoodStep(self)
+        self.finite = FiniteGuard(self)
         self._redirect = _ForwardRedirection()
         captured = capture(model, peft_config, args)
         super().__init__(
@@ -136,13 +136,11 @@ class SGOPDTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             **kwargs,
         )
+        self.add_callback(self.finite)
         self.reward_func_names[0] = get_callable_name(verifier)
         self._set_up_teacher(teacher_model)
         if args.reference_policy == "initial":
-            loading = {**loading_defaults(args), "dtype": self.model.dtype, **(args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                loading["quantization_config"] = quantization_config
-            self.initial_policy = InitialPolicy(captured, self, loading)
+            self.initial_policy = InitialPolicy(captured, self, quantization_config)
         check_set_up(self)
 
     def _set_up_teacher(self, teacher_model: str | PreTrainedModel | Teacher | None) -> None:
@@ -167,10 +165,6 @@ class SGOPDTrainer(GRPOTrainer):
     def teacher_phase(self) -> TeacherPhaseSampler:
         """The teacher phase of this run; a phase that is a share of the steps has its length once training began."""
         return self.args.teacher_phase_sampler(self.state.max_steps)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.last_good_step.saved = self.state.global_step
 
     def _generate(self, prompts: list) -> tuple:
         output = super()._generate(prompts)
@@ -202,7 +196,7 @@ class SGOPDTrainer(GRPOTrainer):
         if not self.model.training:
             return output
         device = self.accelerator.device
-        output.update({name: value.to(device) for name, value in self._rollouts.tensors().items()})
+        output |= {name: value.to(device) for name, value in self._rollouts.tensors().items()}
         output["row"] = torch.arange(len(inputs), device=device)
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
@@ -210,7 +204,8 @@ class SGOPDTrainer(GRPOTrainer):
                 output["teacher_states"] = self.teacher.states(output)
         else:
             with self.last_good_step.agreed():
-                output["teacher_per_token_logps"] = ask(self.teacher, output, self.args.log_ratio_clip)
+                clip = self.args.log_ratio_clip
+                output["teacher_per_token_logps"] = ask(self.teacher, output, clip, self.finite.skips)
             if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
                 with self.initial_policy.lend() as model:
                     output["initial_per_token_logps"] = self.completion_logps(model, output)
@@ -258,6 +253,7 @@ class SGOPDTrainer(GRPOTrainer):
         if self.args.teacher_rollout_loss == "nll":
             inputs["nll"] = torch.where(mask & by_likelihood, -logps, 0.0).sum() / self._divisor(inputs)
             per_token = torch.where(by_likelihood, -logps.detach(), per_token)
+        mask = mask & (not self.finite.found)
         self._meter.update(decision, per_token, mask, inputs["from_teacher"], mask & ~by_likelihood)
 
     def _full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -288,6 +284,7 @@ class SGOPDTrainer(GRPOTrainer):
                     with self.initial_policy.lend() as policy:
                         reference = states(policy), head_of(self.accelerator.unwrap_model(policy))
             losses, entropy = self.run_within(model, per_token)
+        mask, gated = (kept & (not self.finite.found) for kept in (mask, gated))
         self._meter.update(inputs["decision"], losses, mask, inputs["from_teacher"], gated, entropy)
         return losses.sum() / self._divisor(inputs)
 
@@ -302,7 +299,8 @@ class SGOPDTrainer(GRPOTrainer):
         """The gate's decision on a micro-batch, made once and kept while its rollouts are trained on."""
         if "decision" not in inputs:
             labels, mask = inputs["verifier_labels"], self._loss_mask(inputs)
-            decision = self.sign_gated_loss.decide(student_logps, teacher_logps, labels, reference)
+            logps = self.finite.checked(inputs, mask, student=student_logps, teacher=teacher_logps, initial=reference)
+            decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, logps["initial"])
             inputs["decision"] = decision
             self._row_advantages[inputs["row"]] = (decision.advantage * mask).sum(1).float() / mask.sum(1)
         return inputs["decision"]

@@ -1,0 +1,175 @@
+"""What is verified of a dataset before the first step: columns, types, golds, and questions that are held out too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from .config import SGOPDConfig
+from .data import COLLECTED
+from .verifiers import MathVerifier
+
+logger = get_logger(__name__)  # of the main process only
+
+ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
+
+
+def check_datasets(train: Any, held_out: Any, verifier: Callable, args: SGOPDConfig, environments: Any) -> None:
+    """All that is verified of the datasets of a trainer."""
+    check_dataset("train_dataset", train, verifier, args, environments)
+    check_dataset("eval_dataset", held_out, verifier, args)
+    check_held_out(train, held_out)
+    check_batch(train, args)
+
+
+def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig, environments: Any = None) -> None:
+    """Columns, emptiness and golds of one dataset, or of each in a dict; a streaming one by its first row only."""
+    if dataset is None:
+        if name == "train_dataset" and environments is None:
+            raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part, verifier, args)
+        return
+    sized = hasattr(dataset, "__len__")
+    if sized and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    first = dataset[0] if sized else next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty.")
+    needed = ["prompt"] + ["solution"] * isinstance(verifier, MathVerifier)
+    missing = [column for column in needed if column not in first]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
+        )
+    if args.remove_unused_columns and "solution" in needed:
+        raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
+    check_types(name, dataset if sized else [first], "solution" in needed)
+    check_collected(name, dataset if sized else [first])
+    if args.teacher_phase_steps > 0 and has_images(first):
+        raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
+    if sized and isinstance(verifier, MathVerifier):
+        check_golds(name, dataset, verifier)
+
+
+def check_types(name: str, dataset: Any, with_solution: bool) -> None:
+    """Refuse prompts that are neither text nor messages, or are empty, and golds that are neither text nor number."""
+    for row in rows_to_check(len(dataset)):
+        prompt = dataset[row]["prompt"]
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise ValueError(f"`prompt` in `{name}`, row {row} is empty: {prompt!r}.")
+        if not isinstance(prompt, str) and not is_conversation(prompt):
+            raise ValueError(
+                f"`prompt` in `{name}`, row {row}: expected text, or a list of messages "
+                f"{{'role': ..., 'content': ...}}, got {str(prompt)[:80]!r}. `sg_opd.data.prepare_dataset` makes them."
+            )
+        gold = dataset[row].get("solution")
+        if with_solution and not isinstance(gold, str | int | float | None):
+            raise ValueError(
+                f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(gold)[:80]!r}. "
+                "`sg_opd.data.prepare_dataset` reads the usual forms."
+            )
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether it is a list of messages, each with a role and a content."""
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
+        for message in prompt
+    )
+
+
+def check_held_out(train: Any, held_out: Any) -> None:
+    """Warn of questions that are held out and trained on, and of those that are trained on several times, by count."""
+    if not isinstance(train, Dataset):
+        return
+    trained: dict[str, int] = {}
+    for question in questions(train):
+        trained[question] = trained.get(question, 0) + 1
+    again = len(train) - len(trained)
+    if again:
+        logger.warning("%d of the %d rows of `train_dataset` repeat an earlier row's question.", again, len(train))
+    parts = held_out if isinstance(held_out, dict) else {"": held_out}
+    for key, part in parts.items():
+        if not isinstance(part, Dataset):
+            continue
+        known = sum(question in trained for question in questions(part))
+        if known:
+            logger.warning(
+                "%d of the %d questions of `eval_dataset%s` are in `train_dataset` too: what is measured on them is "
+                "no measure of unseen questions.",
+                *(known, len(part), f"[{key!r}]" if key else ""),
+            )
+
+
+def questions(dataset: Dataset) -> Iterator[str]:
+    """Each row's question: its prompt, or that prompt's last message, without differences in white space."""
+    for batch in dataset.select_columns("prompt").iter(1000):
+        for prompt in batch["prompt"]:
+            yield " ".join(str(prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
+
+
+def check_batch(dataset: Any, args: SGOPDConfig) -> None:
+    """Refuse a dataset of fewer prompts than one generation takes, on which the parent would train no step."""
+    if not hasattr(dataset, "__len__"):
+        return
+    prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, but one generation takes {prompts} prompts "
+            f"(generation_batch_size={args.generation_batch_size} = per_device_train_batch_size x processes x "
+            f"steps_per_generation, over num_generations={args.num_generations}): no step could be trained. Lower the "
+            "batch, or raise `num_generations`."
+        )
+
+
+def check_collected(name: str, dataset: Any) -> None:
+    """Refuse a column `teacher_completions` that is no list of texts, or of lists of token ids, in each row."""
+    if COLLECTED not in dataset[0]:
+        return
+    for row in rows_to_check(len(dataset)):
+        collected = dataset[row][COLLECTED]
+        fits = collected is None or (
+            isinstance(collected, list)
+            and all(
+                isinstance(one, str) or (isinstance(one, list) and one and all(isinstance(t, int) for t in one))
+                for one in collected
+            )
+        )
+        if not fits:
+            raise ValueError(
+                f"`{COLLECTED}` in `{name}`, row {row}: expected a list of texts, or of non-empty lists of token ids, "
+                f"got {str(collected)[:80]!r}."
+            )
+
+
+def has_images(row: dict[str, Any]) -> bool:
+    """Whether a row carries images, in a column of their own or within its messages."""
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else []
+    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+    return "image" in row or "images" in row or any(part.get("type") == "image" for part in parts)
+
+
+def rows_to_check(length: int) -> range:
+    """At most `ROWS_CHECKED` places, evenly spread over `length` rows."""
+    return range(0, length, max(1, -(-length // ROWS_CHECKED)))
+
+
+def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
+    """Warn once of golds on which every verdict would abstain; an error where it is all of them."""
+    rows = rows_to_check(len(dataset))
+    golds = [dataset[row]["solution"] for row in rows]
+    bad = verifier.unparseable(golds)
+    if not bad:
+        return
+    shown = "; ".join(f"row {rows[i]}: {str(golds[i])[:80]!r}" for i in bad[:3])
+    message = f"{len(bad)} of the {len(golds)} golds checked in `{name}` cannot be parsed, first {shown}."
+    if len(bad) == len(golds):
+        raise ValueError(f"{message} The verifier would abstain on every row.")
+    logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)

@@ -1,0 +1,168 @@
+"""Run by test_resume.py, alone or under torchrun: trains, and ends itself with SIGKILL where its job says.
+
+    [torchrun --nproc_per_node 2] kill_worker.py JOBS.json
+
+Without torchrun each job runs in a forked process of its own, one after another, and `<out>/codes.json` gets their exit
+codes; torch and TRL are imported once. A job has `name`, `folder` (shared by a killed run and the one that goes on),
+`settings`, `resume`, and `kill`: `[point, n]`, at the n-th passing of that point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from distributed_worker import BACKEND, JOB, OUT, coin_verifier, configuration, whole_weights
+from transformers import TrainerCallback
+
+import sg_opd.resume
+from sg_opd import SGOPDTrainer
+
+
+class Reaper:
+    """Kills this process at the n-th passing of one point."""
+
+    def __init__(self, point: str | None, n: int, how: int = signal.SIGKILL) -> None:
+        self.point, self.left, self.how = point, n, how
+
+    def pass_by(self, point: str) -> None:
+        if point == self.point:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.how)
+                time.sleep(0.2)  # SIGTERM's handler asks from a thread of its own
+
+
+class Doomed(SGOPDTrainer):
+    """Notes each generation's rows in a file, and passes by all points of a step."""
+
+    def __init__(self, reaper: Reaper, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reaper, self.generating = reaper, False
+        self.record = Path(self.args.output_dir) / f"rows{self.accelerator.process_index}.jsonl"
+        self.model.register_forward_pre_hook(lambda *_: reaper.pass_by("generation") if self.generating else None)
+        scored = self.teacher.score_batch if self.args.estimator == "sampled" else self.teacher.states
+
+        def scoring(batch: dict[str, Any]) -> torch.Tensor:
+            reaper.pass_by("scoring")
+            return scored(batch)
+
+        setattr(self.teacher, scored.__name__, scoring)
+        next(self.model.parameters()).register_hook(lambda _: reaper.pass_by("backward"))
+        propose = self.teacher.propose
+
+        def proposed(*args: Any) -> Any:
+            reaper.pass_by("proposal")
+            return propose(*args)
+
+        self.teacher.propose = proposed
+        self.add_callback(AtUpdate(reaper))
+
+    def _generate(self, prompts: list) -> tuple:
+        self.generating = True
+        output = super()._generate(prompts)
+        self.generating = False
+        return output
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        self.reaper.pass_by("grading")
+        return super()._calculate_rewards(*args)
+
+    def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            seen = [self.state.global_step, self._step, [row["prompt"][-1]["content"] for row in inputs]]
+            seen += [output["completion_ids"].tolist(), output["from_teacher"].tolist()]
+            with self.record.open("a") as file:
+                file.write(json.dumps(seen) + "\n")
+        return output
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self.reaper.pass_by("weights")  # written, with the optimizer's states, but nothing else
+        super()._save_rng_state(output_dir)
+
+
+class AtUpdate(TrainerCallback):
+    def __init__(self, reaper: Reaper) -> None:
+        self.reaper = reaper
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.reaper.pass_by("update")
+
+
+def run(job: dict[str, Any]) -> None:
+    """Train one job and write this rank's log and the weights."""
+    reaper = Reaper(*job.get("kill") or (None, 0), *([signal.SIGTERM] if job.get("gently") else []))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank != world - 1:  # one rank dies, not the one that seals
+        reaper = Reaper(None, 0)
+    seal, rotate = sg_opd.resume.seal, sg_opd.resume.rotate_checkpoints
+
+    def sealed(*args: Any) -> None:
+        reaper.pass_by("unsealed")
+        seal(*args)
+
+    def rotated(*args: Any, **kwargs: Any) -> None:
+        reaper.pass_by("rotation")
+        rotate(*args, **kwargs)
+
+    sg_opd.resume.seal, sg_opd.resume.rotate_checkpoints = sealed, rotated
+    folder = OUT / job["folder"]
+    folder.mkdir(parents=True, exist_ok=True)
+    args = configuration(folder, world, job["settings"])
+    data = load_dataset("json", data_files=JOB["data"], split="train")
+    trainer = Doomed(reaper, JOB["student"], JOB["teacher"], coin_verifier, args, data)
+    trainer.teacher.generation_config.do_sample = True
+    assert trainer.accelerator.num_processes == world
+    trainer.train(resume_from_checkpoint=job["resume"])
+    if rank == 0:
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+    weights = whole_weights(trainer.accelerator.unwrap_model(trainer.model))
+    if rank == 0:
+        torch.save(weights, folder / "weights.pt")
+    trainer.accelerator.wait_for_everyone()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if BACKEND == "zero3":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
+    if BACKEND != "single":
+        for job in JOB["jobs"]:
+            run(job)
+        torch.distributed.destroy_process_group()
+        return
+    codes = {}
+    for job in JOB["jobs"]:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with (OUT / f"{job['name']}.log").open("w") as log:
+                    os.dup2(log.fileno(), 1)
+                    os.dup2(log.fileno(), 2)
+                run(job)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                raise
+            finally:
+                os._exit(code)
+        codes[job["name"]] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    (OUT / "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()
