@@ -43,6 +43,7 @@ CHANGING = re.compile(
     rf"|times(?=\s+\w)|not|wrong|incorrect|false|{'|'.join(SCALES)})"
 )
 BASE = re.compile(r"\d_\{?(\d+)\}?$")  # of a numeral
+EDGE = re.compile(r"^(?:\s|~|\\[,!;: ])+|(?:(?:\s|~|\\[,!;: ])+|(?<!\\right)\.)+$")  # which math-verify stumbles over
 CHOICE = re.compile(r"^\(([A-Za-z])\)$")  # one letter in parentheses
 MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
 MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
@@ -157,6 +158,15 @@ def normalised(text: str) -> str:
     return CHOICE.sub(r"\1", LONE_SPACE.sub("", text))
 
 
+def for_sympy(gold: str, answer: str) -> tuple[str, str]:
+    r"""Both without spacing and full stops at their ends, and without `\%` where both have it: math-verify reads no
+    `\sqrt{8}.` and no `\frac{1}{2}\%`."""
+    gold, answer = EDGE.sub("", gold), EDGE.sub("", answer)
+    if PERCENT.search(gold) and PERCENT.search(answer):
+        gold, answer = PERCENT.sub("", gold), PERCENT.sub("", answer)
+    return gold, answer
+
+
 def canonical_answer(answer: str) -> Hashable:
     """What two ways to write an answer have in common, for counting votes: an exact number's value, else the text."""
     answer = as_latex(answer)
@@ -191,7 +201,8 @@ def quick_verdict(gold: str, answer: str) -> float | None:
     if p is not None and q is not None:
         if p == q:
             return 1.0
-        if "." not in gold + answer and "%" not in gold + answer:  # else a matter of rounding, or of per cent
+        in_percent = [PERCENT.search(text) is not None for text in (gold, answer)]
+        if "." not in gold + answer and in_percent[0] == in_percent[1]:  # else a matter of rounding, or of per cent
             return 0.0
     if is_text(gold):
         return float(a.casefold() == b.casefold())
