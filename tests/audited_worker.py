@@ -15,7 +15,7 @@ FORBIDDEN = (
     *("urllib.", "http.", "ftplib.", "smtplib.", "webbrowser.", "pickle.", "sqlite3.", "mmap."),
 )
 # what sympy compiles of its own: numerals, the names of units, operations on monomials
-SYMPYS_OWN = re.compile(rb"from sympy import \*$|(Integer|Float|Symbol) \('?[\w.+-]+'? \)$|E $|def monomial_\w+\(A, B")
+SYMPYS_OWN = re.compile(rb"from sympy import \*$|(Integer|Float|Symbol) \('?[\w.+-]+'? \)$|E $|def monomial_\w+\(A, ")
 fifo = os.open(sys.argv[1], os.O_WRONLY)
 sys.argv = sys.argv[2:]
 started = False
