@@ -97,10 +97,8 @@ def test_student_teacher_reference_and_tokenizers_are_loaded_without_remote_code
     assert [where for kind, where, _ in seen if kind == "PreTrainedModel"] == ["student", "teacher", "student"]
     assert {"AutoConfig", "AutoTokenizer", "AutoProcessor"} <= {kind for kind, *_ in seen}
     for kind, where, kwargs in seen:
-        if kind == "PreTrainedModel":
-            assert kwargs["use_safetensors"] is True, where
-        else:
-            assert kwargs["trust_remote_code"] is False, (kind, where)
+        assert kwargs["trust_remote_code"] is False, (kind, where)
+        assert kind != "PreTrainedModel" or kwargs["use_safetensors"] is True, where
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
