@@ -259,7 +259,7 @@ def nothing(draw: Draw) -> Attack:
 
 def no_text(draw: Draw) -> Attack:
     """Completions of other types than a text or a list of messages."""
-    contents = [None, 5, [], {}, [None], ["x"], [{"text": None}], [{"text": 5}], b"x", float("nan")]
+    contents = [None, 5, [], {}, [None], ["x"], [{"text": None}], [{"text": 5}], b"x", float("inf")]
     message = {"role": "assistant", "content": draw.choice(contents)}
     plain = [None, 42, 4.2, True, b"\\boxed{1}", {}, {"a": 1}, [], [1, 2], [None], ["x"], (), object, {1, 2}]
     return Attack("no_text", draw.choice([*plain, message, [message], [message], [[message]]]), draw.choice(GOLDS))

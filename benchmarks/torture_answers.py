@@ -29,11 +29,12 @@ from sg_opd.results import write_json
 
 GRACE_SECONDS = 2.0  # for the start of a replaced worker on a busy machine, and for texts of a megabyte
 ORDINARY = 100  # answers of an ordinary batch
-ROUNDS = 7  # ordinary batches of each verifier
 SHOWN = 10
 
 
-def torture_answers(count: int, timeout: float = 1.0, workers: int = 2, seed: int = 0) -> dict[str, Any]:
+def torture_answers(
+    count: int, timeout: float = 1.0, workers: int = 2, seed: int = 0, rounds: int = 9
+) -> dict[str, Any]:
     """The figures of one attack.
 
     Args:
@@ -41,6 +42,7 @@ def torture_answers(count: int, timeout: float = 1.0, workers: int = 2, seed: in
         timeout: seconds, of the verifier.
         workers: of the verifier.
         seed: of the answers.
+        rounds: ordinary batches of each verifier, before and after.
 
     Returns:
         `answers_tried`, `hangs`, `slowest_verdict_s`, `verdicts` (counts), `taken_for_correct` (the first of them),
@@ -48,11 +50,11 @@ def torture_answers(count: int, timeout: float = 1.0, workers: int = 2, seed: in
     """
     attacked, spared = (MathVerifier(timeout, workers) for _ in range(2))
     try:
-        before = [rates(verifier)[1] for verifier in (attacked, spared)]  # the first batch starts the workers
+        before = [steady_rate(verifier, rounds) for verifier in (attacked, spared)]
         with peak_memory(attacked) as peak:
             found = attack(attacked, attacks(count, seed), timeout)
         found |= {"workers_replaced": attacked._grader.replaced, "worker_peak_mib": round(peak[0] / 2**20)}
-        after = np.median([[rate(verifier) for verifier in (attacked, spared)] for _ in range(ROUNDS + 1)][1:], axis=0)
+        after = np.median([[rate(verifier) for verifier in (attacked, spared)] for _ in range(rounds + 1)][1:], axis=0)
         found["workers_left"] = sum(worker.process.poll() is None for worker in attacked._grader.pool)
         found["ordinary_per_s"] = {
             "before": round(before[0], 1),
@@ -102,9 +104,9 @@ def rate(verifier: MathVerifier) -> float:
     return ORDINARY / (time.perf_counter() - start)
 
 
-def rates(verifier: MathVerifier) -> tuple[float, float]:
-    """Of the first batch, which starts the workers, and the median of the following ones."""
-    return rate(verifier), float(np.median([rate(verifier) for _ in range(ROUNDS)]))
+def steady_rate(verifier: MathVerifier, rounds: int) -> float:
+    """The median of some batches, after one that starts the workers."""
+    return float(np.median([rate(verifier) for _ in range(rounds + 1)][1:]))
 
 
 @contextlib.contextmanager

@@ -97,10 +97,8 @@ def test_student_teacher_reference_and_tokenizers_are_loaded_without_remote_code
     assert [where for kind, where, _ in seen if kind == "PreTrainedModel"] == ["student", "teacher", "student"]
     assert {"AutoConfig", "AutoTokenizer", "AutoProcessor"} <= {kind for kind, *_ in seen}
     for kind, where, kwargs in seen:
-        if kind == "PreTrainedModel":
-            assert kwargs["use_safetensors"] is True, where
-        else:
-            assert kwargs["trust_remote_code"] is False, (kind, where)
+        assert kwargs["trust_remote_code"] is False, (kind, where)
+        assert kind != "PreTrainedModel" or kwargs["use_safetensors"] is True, where
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
@@ -195,7 +193,7 @@ def test_a_worker_opens_no_socket_starts_no_process_and_writes_no_file(tmp_path,
     seen = os.read(reading, 65_536).decode() if os_readable(reading) else ""
     os.close(reading)
     assert "watching" in seen  # the hook was there
-    assert [line for line in seen.splitlines() if line != "watching"] == []
+    assert set(seen.splitlines()) - {"watching"} == set()
 
 
 def os_readable(descriptor: int) -> bool:
@@ -272,7 +270,7 @@ def test_secrets_are_in_no_checkpoint_log_or_model_card(
         monkeypatch.setenv(name, value)
     caplog.set_level("DEBUG")
     proxy = FaultProxy(StandIn(make_model(2), tokenizer))
-    settings = {**SETTINGS, "max_steps": 2, "save_steps": 1, "hub_token": "hf_0ther", "report_to": "tensorboard"}
+    settings = {**SETTINGS, "max_steps": 2, "save_steps": 1, "hub_token": "hf_0ther"}
     args = SGOPDConfig(str(tmp_path), teacher_server_url=proxy.url, temperature=1.0, **settings)
     trainer = SGOPDTrainer(make_model(1), None, args=args, train_dataset=dataset, processing_class=tokenizer)
     proxy.faults = ["503"]

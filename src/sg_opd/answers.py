@@ -43,6 +43,7 @@ CHANGING = re.compile(
     rf"|times(?=\s+\w)|not|wrong|incorrect|false|{'|'.join(SCALES)})"
 )
 BASE = re.compile(r"\d_\{?(\d+)\}?$")  # of a numeral
+EDGE = re.compile(r"^(?:\s|~|\\[,!;: ])+|(?:(?:\s|~|\\[,!;: ])+|(?<!\\right)\.)+$")  # which math-verify stumbles over
 CHOICE = re.compile(r"^\(([A-Za-z])\)$")  # one letter in parentheses
 MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
 MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
@@ -155,6 +156,15 @@ def normalised(text: str) -> str:
     text = TEXT_COMMAND.sub(r"\1", undecorated(text).replace("dfrac", "frac").replace("tfrac", "frac"))
     text = " ".join(WIDE_SPACE.sub(" ", NO_SPACE.sub("", text)).split())
     return CHOICE.sub(r"\1", LONE_SPACE.sub("", text))
+
+
+def for_sympy(gold: str, answer: str) -> tuple[str, str]:
+    r"""Both without spacing and full stops at their ends, and without `\%` where both have it: math-verify reads no
+    `\sqrt{8}.` and no `\frac{1}{2}\%`."""
+    gold, answer = EDGE.sub("", gold), EDGE.sub("", answer)
+    if PERCENT.search(gold) and PERCENT.search(answer):
+        gold, answer = PERCENT.sub("", gold), PERCENT.sub("", answer)
+    return gold, answer
 
 
 def canonical_answer(answer: str) -> Hashable:

@@ -318,6 +318,7 @@ def _serve(timeout: float) -> None:
     logging.disable(logging.CRITICAL)
     _bound()
     judge = _judge()
+    judge({"gold": "x+1", "answer": "1+x", "words": False})  # whatever is imported or built at first use, before a task
     # what a library prints of an answer is neither a reply nor a line of the caller's log
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import Any
 
-from .answers import MAX_GOLD, as_latex, extract_answer, gold_answer, is_readable, normalised, quick_verdict
+from .answers import MAX_GOLD, as_latex, extract_answer, for_sympy, gold_answer, is_readable, normalised, quick_verdict
 from .grader import Grader
 from .time_limit import time_limit
 
@@ -93,7 +93,8 @@ class MathVerifier:
             verdicts[row] = 0.0 if not answer else quick_verdict(gold, answer)
             if verdicts[row] is None and len(gold) <= MAX_GOLD:
                 words = normalised(gold).isalpha() and len(normalised(gold)) > 2
-                tasks.append((row, {"gold": gold, "answer": answer, "words": words}))
+                pair = dict(zip(("gold", "answer"), for_sympy(gold, answer), strict=True))
+                tasks.append((row, {**pair, "words": words}))
         for row, verdict in self._grader.run(tasks).items():
             verdicts[row] = verdict
         return verdicts
@@ -161,7 +162,7 @@ def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Se
 def _is_verdict(value: Any) -> bool:
     try:
         return value is None or bool(value in (0, 1))
-    except (TypeError, ValueError):  # equal or not is no question of an array, or of pandas' NA
+    except (TypeError, ValueError, RuntimeError):  # equal or not is no question of an array, a tensor or pandas' NA
         return False
 
 
