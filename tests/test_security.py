@@ -111,7 +111,7 @@ def test_weights_in_a_pickle_are_refused_unless_asked_for(which, saved, dataset,
     assert make_trainer(saved, dataset, **{name: {"use_safetensors": False}})
 
 
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "yaml.load", "input"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "input"}
 FORBIDDEN_MODULES = {
     *("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "ctypes"),  # run what they read
     *("socket", "socketserver", "http.server", "xmlrpc", "multiprocessing.managers", "aiohttp", "flask", "fastapi"),
@@ -126,7 +126,7 @@ def test_no_foreign_data_is_run_and_nothing_listens(path):
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         assert keywords.get("shell", "False") == "False"
         assert keywords.get("allow_pickle", "False") == "False"
-        assert keywords.get("weights_only", "True") == "True"
+        assert keywords.get("weights_only", "False" if name == "torch.load" else "True") == "True"  # else it unpickles
     for node in ast.walk(ast.parse(path.read_text())):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

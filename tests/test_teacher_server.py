@@ -13,7 +13,7 @@ from datasets import Dataset
 from fault_proxy import FaultProxy, StandIn
 from test_trainer import coin_verifier, make_config
 
-from sg_opd import SGOPDConfig, SGOPDTrainer, checks, server_checks
+from sg_opd import SGOPDConfig, SGOPDTrainer, data_checks, server_checks
 from sg_opd import endpoints as endpoints_module
 from sg_opd.endpoints import Endpoints, TeacherServerError
 from sg_opd.faults import TeacherError
@@ -368,7 +368,7 @@ def test_another_vocabulary_is_refused(build, proxy):
 
 def test_every_row_that_may_be_too_long_is_checked(build, proxy, dataset, monkeypatch):
     """The only long prompt is one that the evenly spread rows leave out."""
-    monkeypatch.setattr(checks, "ROWS_CHECKED", 4)
+    monkeypatch.setattr(data_checks, "ROWS_CHECKED", 4)
     rows = [{**row, "prompt": [{"role": "user", "content": "Start with 3"}]} for row in dataset]
     proxy.upstream.context = 60
     build(train_dataset=Dataset.from_list(rows))
