@@ -35,6 +35,7 @@ LAYERS = {
     "offload": 0,
     "data": 1,
     "metrics": 1,
+    "resume": 2,
     "teacher": 1,
     "endpoints": 1,
     "teacher_server": 2,
