@@ -23,7 +23,6 @@ from datasets import load_dataset
 from transformers import TrainerCallback
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.grader import Grader
 from sg_opd.results import write_json
 
 ARITHMETIC = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
@@ -56,14 +55,6 @@ class Watch(TrainerCallback):
         self.verifier = verifier
         self.seen: list[dict[str, float]] = []
         self.began = 0.0
-        self.worker_kills = 0
-        discard = Grader._discard
-
-        def counted(grader: Grader, worker: Any) -> None:
-            self.worker_kills += 1
-            discard(grader, worker)
-
-        Grader._discard = counted
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.began = time.perf_counter()
@@ -138,8 +129,9 @@ def soak(steps: int, rows: int, tokens: int, folder: Path) -> dict[str, Any]:
     models = str(ARITHMETIC / "student"), str(ARITHMETIC / "teacher")
     trainer = SGOPDTrainer(*models, verifier, args, data, callbacks=[watch])
     trainer.train()
+    kills = verifier._grader.replaced
     verifier.close()
-    return {**figures(watch.seen, watch.worker_kills), "processes_left": len(psutil.Process().children(recursive=True))}
+    return {**figures(watch.seen, kills), "processes_left": len(psutil.Process().children(recursive=True))}
 
 
 def main() -> None:

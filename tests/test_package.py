@@ -25,7 +25,6 @@ LAYERS = {
     "faults": 0,
     "preemption": 0,
     "finite": 0,
-    "resume": 2,
     "confidential": 0,
     "time_limit": 0,
     "answers": 1,
