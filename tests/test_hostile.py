@@ -1,7 +1,9 @@
 """Hostile answers in short form, and properties of any answer: what equals a gold, and on what a verdict depends."""
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torture_answers import held, torture_answers
 
-from sg_opd import MathVerifier
-from sg_opd.answers import MAX_GOLD, quick_verdict
+from sg_opd import MathVerifier, answers
+from sg_opd.answers import MAX_ANSWER, MAX_GOLD, quick_verdict
 from sg_opd.run_folder import read_sample
 
 ANSWERS = 300
@@ -49,6 +51,41 @@ def test_hostile_answers_in_short():
     assert found["workers_left"] >= 1
     assert found["throughput_ratio"] > 0.5  # two batches measure nothing finer; `make torture` holds it to 0.9
     assert held({**found, "throughput_ratio": 1.0}) == []
+
+
+REPEATED = (
+    " ",
+    "~",
+    "\t",
+    "\\,",
+    "\\",
+    "\\text{",
+    "{",
+    "}",
+    "}{",
+    "1",
+    "1,",
+    "1 ",
+    "1.",
+    "1/",
+    "-",
+    "a ",
+    "√(",
+    "%",
+    ".",
+    "=",
+)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", [name for name, value in vars(answers).items() if isinstance(value, re.Pattern)])
+def test_no_pattern_takes_more_than_squares_of_its_texts_length(name):
+    """They run in the trainer's process, where nothing ends them; one with a repeat in a repeat would take for ever."""
+    pattern = getattr(answers, name)
+    for part, end in itertools.product(REPEATED, ("x", "")):
+        text = "1" + part * (MAX_ANSWER // len(part)) + end
+        pattern.search(text)
+        pattern.fullmatch(text)
 
 
 def test_what_an_attack_broke_is_named():

@@ -1,5 +1,6 @@
 """MathVerifier: a table of verdicts, hostile answers, its workers, and the reward-function form."""
 
+import gc
 import json
 import os
 import signal
@@ -312,6 +313,17 @@ def test_a_worker_that_dies_at_its_task_abstains():
     assert verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"], ["7x^2", "x+x"]) == [None, 1.0]
     assert time.monotonic() - start < 25
     verifier.close()
+
+
+def test_workers_have_a_session_of_their_own_and_end_with_their_verifier():
+    """Ctrl-C goes to the caller's session; workers are killed by the finalizer, not when they next read."""
+    verifier = MathVerifier(workers=1)
+    assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
+    process = verifier._grader.pool[0].process
+    assert os.getsid(process.pid) == process.pid
+    del verifier
+    gc.collect()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_an_interrupt_does_not_shift_later_verdicts():

@@ -43,7 +43,7 @@ CHANGING = re.compile(
     rf"|times(?=\s+\w)|not|wrong|incorrect|false|{'|'.join(SCALES)})"
 )
 BASE = re.compile(r"\d_\{?(\d+)\}?$")  # of a numeral
-EDGE = re.compile(r"^(?:\s|~|\\[,!;: ])+|(?:(?:\s|~|\\[,!;: ])+|(?<!\\right)\.)+$")  # which math-verify stumbles over
+EDGE = re.compile(r"^(?:\s|~|\\[,!;: ])+|(?:\s|~|\\[,!;: ]|(?<!\\right)\.)+$")  # which math-verify stumbles over
 CHOICE = re.compile(r"^\(([A-Za-z])\)$")  # one letter in parentheses
 MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
 MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
