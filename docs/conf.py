@@ -2,6 +2,7 @@
 
 import re
 
+from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import sg_opd
@@ -13,15 +14,13 @@ version = release = sg_opd.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # `page.md#a-heading` resolves as it does on GitHub
-templates_path: list[str] = []
 
 html_theme = "furo"
 html_title = f"sg_opd {version}"
 html_show_copyright = html_show_sphinx = html_copy_source = False
 html_math_renderer = "mathml"
 
-# docstrings: Google style, inline code in single backticks, as in Markdown
-default_role = "code"
+# docstrings are in Google's style
 napoleon_numpy_docstring = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -36,42 +35,38 @@ nitpick_ignore_regex = [
 ]
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-OBJECT = re.compile(r"\[`([~\w.]+)`\]")  # TRL's form of a link to a name
+CODE = re.compile(r"\[`([~\w.]+)`\]|(?<!`)`([^`]+)`(?!`)")  # TRL's form of a link to a name, or inline code
 
 
 def from_markdown(app, what, name, obj, options, lines):
-    """Turn what is Markdown in a docstring, fenced code and TRL's links, into what Sphinx reads; before Napoleon."""
+    """Turn what is Markdown in a docstring into what Sphinx reads: fenced and inline code, TRL's links."""
 
     def block(fence):
         margin, language, code = fence.groups()
         body = "".join(f"    {line}" if line.strip() else line for line in code.splitlines(keepends=True))
         return f"{margin}.. code-block:: {language}\n\n{body}"
 
+    def inline(code):
+        name, literal = code.groups()
+        return f":py:obj:`{name}`" if name else f"``{literal}``"
+
     if what == "attribute":
         lines[:0] = ["..", ""]  # a comment: else Napoleon takes what stands before the first colon for a type
-    text = OBJECT.sub(r":py:obj:`\1`", FENCE.sub(block, "\n".join(lines)))
-    lines[:] = text.split("\n")
+    lines[:] = CODE.sub(inline, FENCE.sub(block, "\n".join(lines))).split("\n")
 
 
 def inline_math(writer, node):
     writer.body.append(tex2mathml(node.astext()))
+    raise SkipNode
 
 
 def block_math(writer, node):
-    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
-
-
-def skip_children(visit):
-    from docutils.nodes import SkipNode
-
-    def visitor(writer, node):
-        visit(writer, node)
-        raise SkipNode
-
-    return visitor
+    formula = tex2mathml(node.astext(), as_block=True)
+    writer.body.append(f'<div style="overflow: auto hidden; padding-block: 0.3em">{formula}</div>')
+    raise SkipNode
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", from_markdown, priority=400)
+    app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before Napoleon
     # MathML, which browsers draw themselves: no script, so nothing is fetched to read a formula
-    app.add_html_math_renderer("mathml", (skip_children(inline_math), None), (skip_children(block_math), None))
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
