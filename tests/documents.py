@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent
+TARGET = {"link_open": "href", "image": "src"}
 COMMENT = re.compile(r"<!--\s*(needs|covered by):\s*(.*?)\s*-->\s*")
 
 
@@ -32,7 +34,7 @@ def documents() -> list[Path]:
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def name(path: Path) -> str:
+def path_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
@@ -50,7 +52,7 @@ def blocks(text: str) -> list[Block]:
 def anchors(text: str) -> set[str]:
     """What `#...` may name in a document, as GitHub makes it of headings."""
     tokens, seen, slugs = MarkdownIt().parse(text), Counter(), set()
-    for token, inline in zip(tokens, tokens[1:], strict=False):
+    for token, inline in itertools.pairwise(tokens):
         if token.type == "heading_open":
             title = "".join(part.content for part in inline.children)
             slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
@@ -61,10 +63,8 @@ def anchors(text: str) -> set[str]:
 
 def links(text: str) -> list[str]:
     """Targets of links and images, tables' included; not those in code."""
-    tokens = [child for token in MarkdownIt().enable("table").parse(text) for child in token.children or []]
-    return [
-        token.attrs.get("href") or token.attrs.get("src") for token in tokens if token.type in ("link_open", "image")
-    ]
+    parts = [part for token in MarkdownIt().enable("table").parse(text) for part in token.children or []]
+    return [part.attrs[TARGET[part.type]] for part in parts if part.type in TARGET]
 
 
 def docstring_blocks() -> dict[str, list[Block]]:

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 import yaml
-from documents import ROOT, anchors, documents, links, name
+from documents import ROOT, anchors, documents, links, path_name
 from memory import estimate, read
 
 import sg_opd
@@ -65,7 +65,7 @@ def test_nothing_is_fetched_to_read_a_page(site):
         assert not [source for pair in sources for source in pair if source.startswith(("http", "//"))], page
 
 
-@pytest.mark.parametrize("path", documents(), ids=name)
+@pytest.mark.parametrize("path", documents(), ids=path_name)
 def test_links_name_what_is_there(path):
     """Relative links, and what stands after a #: a heading, as GitHub names it; the site has the same names."""
     for target in links(path.read_text()):

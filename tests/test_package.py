@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import documents, name
+from documents import documents, path_name
 from trl import GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 
 import sg_opd
@@ -229,7 +229,7 @@ def test_lint(command):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("path", documents(), ids=name)
+@pytest.mark.parametrize("path", documents(), ids=path_name)
 def test_named_paths_exist(path):
     """Paths in code, from the repository's root; tests/test_docs.py follows the links."""
     text = path.read_text()

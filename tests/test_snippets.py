@@ -6,23 +6,22 @@
 - `bash` blocks are read by a real bash in which every program only notes how it was called; each call then is compared
   with the program's own parser, files and targets (`CHECKS`).
 - `yaml` and `json` blocks are parsed; Sphinx's directives are for tests/test_docs.py.
-- A comment above a block may say `needs: gpu`, `hub` or `network` (then it does not run; calls that can be checked still
-  are), or `covered by: tests/test_x.py::test_y`. Any other block is an error.
+- A comment above a block may say `needs: gpu`, `hub` or `network` (then it does not run, but what can be checked is), or
+  `covered by: tests/test_x.py::test_y`. Any other block is an error.
 """
 
 import functools
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
-from documents import ROOT, Block, blocks, docstring_blocks, documents, name
+from documents import ROOT, Block, blocks, docstring_blocks, documents, path_name
 
-PAGES = {name(path): blocks(path.read_text()) for path in documents()}
+PAGES = {path_name(path): blocks(path.read_text()) for path in documents()}
 DOCSTRINGS = docstring_blocks()
 NEEDS = {"gpu", "hub", "network"}
 
@@ -64,9 +63,7 @@ def test_every_block_has_a_rule(page):
             {"yaml": yaml.safe_load, "json": json.loads}[block.language](block.code)
         else:
             directive = page.startswith("docs/") and re.fullmatch(r"\{(eval-rst|toctree)\}", block.language)
-            assert directive or block.language in ("python", "bash"), (
-                f"{where}: no rule for {block.language or 'this'!r}"
-            )
+            assert directive or block.language in ("python", "bash"), f"{where}: no rule for {block.language!r}"
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +75,10 @@ def rows():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where blocks run: an empty folder that shows the examples, and settings that are small unless a block gives them."""
-    from sg_opd import SGOPDConfig
+    """Where blocks run: an empty folder that shows the examples; settings are small unless a block gives them."""
     from trl import DistillationConfig, GRPOConfig
+
+    from sg_opd import SGOPDConfig
 
     for config in (SGOPDConfig, GRPOConfig, DistillationConfig):
 
@@ -121,6 +119,11 @@ def test_every_stand_in_stands_for_something():
     assert GIVEN.keys() <= (PAGES | DOCSTRINGS).keys()
 
 
+SHIM = """#!/bin/sh
+{{ printf '%s\\0' '{program}' "$#" "$@"; /usr/bin/env -0; printf '\\0'; }} >>'{record}'
+"""
+
+
 class Call(NamedTuple):
     """A program as a shell called it: its name, what stands after it, and the variables set for it."""
 
@@ -135,8 +138,7 @@ def calls(block: Block, folder: Path) -> list[Call]:
     for program in CHECKS:
         shim = folder / "bin" / program
         shim.parent.mkdir(parents=True, exist_ok=True)
-        noted = f"printf '%s\\0' '{program}' \"$#\" \"$@\" >>'{record}'; /usr/bin/env -0 >>'{record}'; printf '\\0' >>'{record}'"
-        shim.write_text(f"#!/bin/sh\n{noted}\n")
+        shim.write_text(SHIM.format(program=program, record=record))
         shim.chmod(0o755)
     (folder / ".venv").mkdir()
     (folder / ".venv" / "bin").symlink_to(folder / "bin")
@@ -155,8 +157,9 @@ def calls(block: Block, folder: Path) -> list[Call]:
 
 
 def check_recipe(arguments: list[str]) -> None:
-    from sg_opd import SGOPDConfig
     from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from sg_opd import SGOPDConfig
 
     parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
     parser.parse_args_and_config([*arguments, "--bf16", "false", "--use_cpu", "true"])
@@ -245,6 +248,5 @@ def test_commands_are_what_their_programs_take(page, tmp_path, monkeypatch):
             try:
                 check(call)
             except (Exception, SystemExit) as error:
-                raise AssertionError(
-                    f"{page}:{block.line}: {call.program} {' '.join(call.arguments)}: {error}"
-                ) from error
+                said = " ".join([call.program, *call.arguments])
+                raise AssertionError(f"{page}:{block.line}: {said}: {error}") from error
