@@ -6,7 +6,7 @@
 - `bash` blocks are read by a real bash in which every program only notes how it was called; each call then is compared
   with the program's own parser, files and targets (`CHECKS`).
 - `yaml` and `json` blocks are parsed; Sphinx's directives are for tests/test_docs.py.
-- A comment above a block may say `needs: gpu`, `hub` or `network` (then it does not run, but what can be checked is), or
+- A comment above a block may say `needs: gpu`, `hub` or `network` (it does not run, but what can be checked is), or
   `covered by: tests/test_x.py::test_y`. Any other block is an error.
 """
 
