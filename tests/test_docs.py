@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -103,6 +104,24 @@ def test_a_recipes_page_says_what_the_recipe_says(path):
     if launch:
         peak = estimate(read(path, ROOT / "examples" / "accelerate" / f"{launch}.yaml"))["peak"]
         assert f"| memory | {peak:.1f} GiB at its peak" in page
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_what_to_change_can_be_changed(path):
+    """The options that a recipe's page names with their values, laid over the recipe; and variables of the scripts."""
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    parser = TrlParser((ScriptArguments, sg_opd.SGOPDConfig, ModelConfig), allow_abbrev=False)
+    page = (DOCS / "recipes" / f"{path.stem}.md").read_text()
+    changes = [shlex.split(code) for code in re.findall(r"`(--\w+[^`]*)`", page)]
+    assert changes
+    for change in changes:
+        if len(change) > 1:
+            options = ["--config", str(path), "--bf16", "false", "--use_cpu", "true", *change]
+            parser.parse_args_and_config(options)
+        assert change[0] in parser._option_string_actions
+    for variable in re.findall(r"`([A-Z_]{3,})[=`]", page):
+        assert variable in (ROOT / "examples" / "launch" / "teacher_server.sh").read_text()
 
 
 def rollouts(recipe, processes):

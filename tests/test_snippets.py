@@ -161,7 +161,7 @@ def check_recipe(arguments: list[str]) -> None:
 
     from sg_opd import SGOPDConfig
 
-    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
+    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig), allow_abbrev=False)
     parser.parse_args_and_config([*arguments, "--bf16", "false", "--use_cpu", "true"])
 
 
@@ -186,7 +186,7 @@ def check_python(call: Call) -> None:
     if script == "examples/train.py":
         check_recipe(arguments)
     elif script == "examples/evaluate.py" and arguments[0] != "compare":
-        TrlParser((evaluate.EvaluationArguments,)).parse_args_and_config(arguments)
+        TrlParser((evaluate.EvaluationArguments,), allow_abbrev=False).parse_args_and_config(arguments)
     else:  # its options are those that its source adds to a parser
         source = (ROOT / script).read_text()
         for option in [argument for argument in arguments if argument.startswith("-")]:
