@@ -7,7 +7,7 @@ CONSTRAINT := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cp
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test test-integration torture audit lint format clean
+.PHONY: install demo test test-integration docs linkcheck torture audit lint format clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,14 @@ test: install
 test-integration: install
 	PYTHON=$(PYTHON) bash tests/make_vllm_env.sh || echo "no vLLM environment: see the messages above"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration
+
+# the pages as HTML, build/docs/index.html; a warning or a name without a target fails, as in the tests
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs build/docs
+
+# the links that leave the pages, which no test follows; needs the network
+linkcheck: install
+	$(BIN)/python -m sphinx -q -b linkcheck docs build/linkcheck
 
 # random kills, a long run, hostile answers: under forty minutes on two quiet cores; writes benchmarks/results/torture.json
 torture: install
