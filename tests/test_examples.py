@@ -152,7 +152,8 @@ def test_the_demo_writes_its_result(tmp_path):
     assert 10 <= summary["student_before"]["avg@8"] <= 40
     for name in ("opd", "sg-opd"):  # what the README evaluates
         assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / name).iterdir()}
-    assert (tmp_path / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Correct rollouts" in (tmp_path / "curves.html").read_text()
 
 
 def test_the_embedded_data_is_what_the_script_makes():
