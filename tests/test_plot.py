@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
 
 import pytest
 
@@ -177,13 +180,13 @@ def test_evaluations_of_several_datasets_have_a_line_each():
 
 
 def test_repeated_steps_gaps_and_words():
-    """Step 2 was logged, lost in a kill, and logged again; TRL logs None, and its state file has NaN, for no value."""
+    """Steps 2 and 4 were logged, lost in a kill, and 2 logged again. TRL logs None for no value, others NaN."""
     history = [
         {"step": 1, "loss": 4.0, "entropy": None, "note": "x", "flag": True},
         {"step": 2, "loss": 3.0, "entropy": None},
-        {"step": 3, "loss": 2.0},
-        {"step": 2, "loss": 2.5},
         {"step": 4, "loss": NAN, "epoch": 1},
+        {"step": 2, "loss": 2.5},
+        {"step": 3, "loss": 2.0},
     ]
     log = RunLog.of(json.loads(json.dumps(history)), "run")
     assert log.series.keys() == {"loss"}
@@ -336,8 +339,11 @@ def test_the_page_names_nothing_outside_of_it(run):
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_draws_the_page_from_the_file_alone(run, tmp_path):
-    """Under the page's policy: no refusal, no error on its console, a drawing with the legend's words a panel."""
-    runs = [RunLog.read(run[0])]
+    """Under the page's policy: no refusal, no error on its console, and in each panel its lines and the legend's words,
+    one of which would be markup to plotly."""
+    log = RunLog.read(run[0])
+    odd = {"eval_<b>odd</b>_verdict/correct": log.series["eval_avg@4"]}
+    runs = [replace(log, series=log.series | odd)]
     (tmp_path / "curves.html").write_text(page(runs))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom"]
@@ -348,10 +354,21 @@ def test_a_browser_draws_the_page_from_the_file_alone(run, tmp_path):
     for chart, section in zip(charts(runs), sections, strict=True):
         lines = re.findall(r'class="js-line"[^>]* d="M[^"]+"|<path class="point"', section)
         assert len(lines) >= len(chart.curves), chart.title
-        assert "modebar-btn" in section
-        assert "cloud" not in section.lower().split("<style")[0]
-        legend = re.findall(r'class="legendtext"[^>]*>([^<]*)<', section)
-        assert legend == ([curve.label for curve in chart.curves] if chart.legend else [])
+        buttons = re.findall(r'data-title="([^"]*)"', section)  # none of them shares the chart with plotly's cloud
+        assert buttons == ["Download plot as a PNG", "Zoom", "Pan", "Reset axes"]
+        legend = re.findall(r'class="legendtext"[^>]*>(.*?)</text>', section)
+        assert [unescape(text) for text in legend] == ([curve.label for curve in chart.curves] if chart.legend else [])
+
+
+def test_the_panels_to_pin_are_metrics_of_ours_or_plotted():
+    """The integrations of transformers put `train/` or `eval/` in front."""
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    named = set(re.findall(r"`((?:train|eval)/[\w/@]+)`", text))
+    known = {*METRICS, *(line.metric for panel in PANELS for line in panel.lines), "eval_avg@8", "eval_pass@8"}
+    assert len(named) > 10
+    assert named <= rewrite_logs(dict.fromkeys(known, 0.0)).keys()
 
 
 def test_the_table_of_panels_names_metrics_that_exist():
