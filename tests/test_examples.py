@@ -212,7 +212,7 @@ def test_notebooks_run_from_a_clean_kernel(name, tmp_path, monkeypatch):
     source = notebook.cells[1].source
     assert "Path.cwd()" in source
     notebook.cells[1].source = f"import os\nos.chdir({str(ROOT)!r})\n{source}\nos.chdir({str(tmp_path)!r})"
-    ExecutePreprocessor(timeout=170).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    ExecutePreprocessor(timeout=400).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     data = [output.get("data", {}) for output in outputs]
     text = "\n".join(found.get("text/plain", "") for found in data) + "\n".join(o.get("text", "") for o in outputs)
