@@ -36,6 +36,9 @@ LAYERS = {
     "data": 1,
     "metrics": 1,
     "resume": 2,
+    "run_log": 1,
+    "panels": 2,
+    "plot": 3,
     "teacher": 1,
     "endpoints": 1,
     "teacher_server": 2,
@@ -86,6 +89,7 @@ def test_public_names():
         ("import sg_opd", {"torch", "trl", "transformers", "sympy"}),
         ("from sg_opd import MathVerifier; MathVerifier()", {"torch", "trl", "transformers", "sympy"}),
         ("from sg_opd import SignGatedLoss, TeacherPhaseSampler", {"trl", "transformers", "peft"}),
+        ("from sg_opd.plot import plot_runs", {"matplotlib", "plotly", "trl", "transformers"}),
     ],
 )
 def test_imports_are_lazy(code, absent):

@@ -1,7 +1,7 @@
 """`make demo`: the embedded student distilled with SG-OPD and, on the same budget, with plain OPD.
 
 Prints avg@8 and pass@8 on 200 held-out questions for the student before, OPD, SG-OPD and the teacher, and the gate's
-shares; writes runs/demo/result.json, runs/demo/learning_curve.png, and the students: runs/demo/opd, runs/demo/sg-opd.
+shares; writes to runs/demo: result.json, the curves of both runs (curves.png, curves.html), and the students.
 
     python examples/arithmetic/demo.py [--seed 0] [--output runs/demo] [--max_steps N]
 """
@@ -13,7 +13,6 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
@@ -22,9 +21,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.data import load_data
 from sg_opd.evaluate import EvaluationResult, evaluate_model
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from sg_opd.plot import plot_runs
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"
@@ -63,19 +60,8 @@ def train(preset: str, verifier: MathVerifier, seed: int, output: Path, extra: l
     start = time.perf_counter()
     trainer.train()
     trainer.save_model()
+    trainer.save_state()
     return trainer, time.perf_counter() - start
-
-
-def plot(histories: dict[str, list[dict]], path: Path) -> None:
-    """The student's accuracy on its own training rollouts, over the steps."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
-    for name, history in histories.items():
-        points = [(entry["step"], 100 * entry["verdict/correct"]) for entry in history if "verdict/correct" in entry]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set(xlabel="optimizer step", ylabel="correct student rollouts in training (%)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def show(results: dict[str, EvaluationResult], gates: dict[str, dict[str, float]], console: Console) -> None:
@@ -99,7 +85,7 @@ def main() -> None:
     console, verifier = Console(width=110), MathVerifier()
     options.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(HERE / "student", trust_remote_code=False)
-    results, gates, histories, seconds, length = {}, {}, {}, {}, 64
+    results, gates, seconds, length = {}, {}, {}, 64
     for name, folder in (("student before", "student"), ("teacher", "teacher")):
         model = AutoModelForCausalLM.from_pretrained(HERE / folder, trust_remote_code=False)
         results[name] = evaluate(model, tokenizer, verifier, length)
@@ -107,18 +93,17 @@ def main() -> None:
         console.print(f"[bold]training {name}[/bold]")
         trainer, seconds[name] = train(preset, verifier, options.seed, options.output, extra)
         results[name] = evaluate(trainer.model, tokenizer, verifier, length)
-        histories[name] = trainer.state.log_history
-        logged = [entry for entry in histories[name] if GATE[0] in entry]
+        logged = [entry for entry in trainer.state.log_history if GATE[0] in entry]
         gates[name] = {metric: sum(entry[metric] for entry in logged) / len(logged) for metric in GATE}
     results = {name: results[name] for name in ("student before", "OPD", "SG-OPD", "teacher")}
     show(results, gates, console)
     console.print(f"training took {seconds['OPD']:.0f} s (OPD) and {seconds['SG-OPD']:.0f} s (SG-OPD)")
-    plot(histories, options.output / "learning_curve.png")
+    written = plot_runs([options.output / preset for preset in ("opd", "sg-opd")], options.output / "curves")
     keys = {"student before": "student_before", "SG-OPD": "student_after", "OPD": "opd", "teacher": "teacher"}
     summary = {keys[name]: result.means() for name, result in results.items()}
     summary.update(train_seconds=seconds["SG-OPD"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates)
     (options.output / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
-    console.print(f"written: {options.output}/result.json, {options.output}/learning_curve.png")
+    console.print(f"written: {options.output}/result.json, {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":
