@@ -425,7 +425,9 @@ def test_another_number_of_values_is_refused():
         checked_verdicts(lambda prompts, completions: [1], ["a", "b"], ["a", "b"])
 
 
-@pytest.mark.parametrize("answer", [None, 1.0, "1", b"1", {0: "a"}, {1}, iter([1])], ids=lambda answer: type(answer).__name__)
+@pytest.mark.parametrize(
+    "answer", [None, 1.0, "1", b"1", {0: "a"}, {1}, iter([1])], ids=lambda answer: type(answer).__name__
+)
 def test_a_verifier_that_answers_no_list_is_refused(answer):
     with pytest.raises(ValueError, match="it must return a list"):
         checked_verdicts(lambda prompts, completions: answer, ["a"], ["a"])
