@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # without an NVIDIA driver, a torch build without CUDA's gigabytes
 CONSTRAINT := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+# a file of tests stays in one process, in the order of their names: the long ones do not come last
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
@@ -21,7 +23,7 @@ demo: install
 	$(BIN)/python examples/arithmetic/demo.py
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration" $(PARALLEL)
 
 # where vLLM cannot be installed its tests are skipped with the reason; SG_OPD_REQUIRE_VLLM=1 makes that a failure
 test-integration: install

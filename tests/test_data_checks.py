@@ -2,8 +2,9 @@
 
 import logging
 
+import PIL.Image
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset
 
 from sg_opd import MathVerifier, SGOPDConfig
 from sg_opd.data_checks import check_batch, check_dataset, check_datasets, check_held_out
@@ -25,6 +26,7 @@ PROMPTS = {
     "a number": (7, r"row 2: expected text, or a list of messages .*, got '7'.*prepare_dataset"),
     "texts": (["What?"], "row 2: expected text, or a list of messages"),
     "no content": ([{"role": "user"}], "row 2: expected text"),
+    "no content, no calls": ([{"role": "assistant", "content": None}], "row 2: expected text"),
     "no role": ([{"content": "What?"}], "row 2: expected text"),
 }
 
@@ -33,7 +35,8 @@ PROMPTS = {
 def test_prompts(name, args):
     """As rows of a list, where each row may be of another type."""
     value, words = PROMPTS[name]
-    rows = [{"prompt": "p"}, {"prompt": user("q")}, {"prompt": value}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    rows = [{"prompt": [*user("p"), call]}, {"prompt": user("q")}, {"prompt": value}]
     with pytest.raises(ValueError, match=words):
         check_dataset("train_dataset", rows, len, args)
     check_dataset("train_dataset", rows[:2], len, args)
@@ -45,6 +48,31 @@ def test_golds_of_a_wrong_type(args):
         check_dataset("eval_dataset", rows, MathVerifier(), args)
     for gold in (4, 2.5, "4"):
         check_dataset("eval_dataset", Dataset.from_list([{"prompt": "p", "solution": gold}]), MathVerifier(), args)
+
+
+def test_rows_made_by_a_transform(args, caplog):
+    """The column `prompt` is made when a row is read; nothing is warned of, since all rows would have to be made."""
+    rows = Dataset.from_list([{"question": "a", "solution": "1"}] * 3)
+    rows.set_transform(lambda batch: {"prompt": batch["question"], "solution": batch["solution"]})
+    check_datasets(rows, None, MathVerifier(), SGOPDConfig(args.output_dir, bf16=False, use_cpu=True,
+                   per_device_train_batch_size=2, num_generations=2), None)  # fmt: skip
+    assert not caplog.records
+
+
+def test_images_are_decoded_of_one_row_only(args, caplog, monkeypatch):
+    """One question about three pictures is no repeated question."""
+    decoded = []
+    decode = Image.decode_example
+    monkeypatch.setattr(Image, "decode_example", lambda *a, **k: decoded.append(1) or decode(*a, **k))
+    pictures = [PIL.Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(8)]
+    rows = Dataset.from_dict({"prompt": [user("What?")] * 8, "solution": ["1"] * 8, "image": pictures})
+    rows = rows.cast_column("image", Image())
+    settings = {"per_device_train_batch_size": 4, "num_generations": 4, "teacher_phase_steps": 0}
+    args = SGOPDConfig(args.output_dir, bf16=False, use_cpu=True, **settings)
+    with caplog.at_level(logging.WARNING):
+        check_datasets(rows, None, MathVerifier(), args, None)
+    assert not caplog.records
+    assert len(decoded) <= 2
 
 
 def test_a_batch_larger_than_the_dataset(args, dataset):

@@ -1,5 +1,6 @@
 """Log-probabilities that are no numbers, of either model and under both estimators: named, then stopped or skipped."""
 
+import itertools
 import logging
 import math
 
@@ -20,15 +21,13 @@ class Poisoned(SGOPDTrainer):
         super().__init__(*args, **kwargs)
         self.poison = whose, value, at
 
-    def _decide(self, inputs, student_logps, teacher_logps, reference=None):
+    def _decide(self, inputs, **logps):
         whose, value, at = self.poison
         if self.state.global_step == at and "decision" not in inputs:
-            logps = {"student": student_logps, "teacher": teacher_logps}
             logps[whose] = logps[whose].clone()
             logps[whose][ROW, TOKEN] = value
             self.token = inputs["completion_ids"][ROW, TOKEN].item()
-            student_logps, teacher_logps = logps.values()
-        return super()._decide(inputs, student_logps, teacher_logps, reference)
+        return super()._decide(inputs, **logps)
 
 
 @pytest.fixture
@@ -73,6 +72,44 @@ def test_the_step_is_skipped_on_request(estimator, run, caplog):
     whole = run("student", math.nan, 9, estimator=estimator, non_finite_log_probs="skip", max_steps=2)
     moved = [(a - b).abs().max().item() for a, b in zip(whole.model.parameters(), one.model.parameters(), strict=True)]
     assert max(moved) > 1e-3
+
+
+# one generation for two optimizer steps: the same micro-batch twice, or its two halves
+REUSED = [{"num_iterations": 2}, {"steps_per_generation": 2, "gradient_accumulation_steps": 1}]
+
+
+@pytest.mark.parametrize("settings", REUSED, ids=str)
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_a_student_that_goes_bad_while_rollouts_are_reused(settings, estimator, run, monkeypatch):
+    """After the first step a weight is NaN; the second is on rollouts which were decided or scored before."""
+
+    def break_it(callback, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model.get_output_embeddings().weight[7] = math.nan
+
+    monkeypatch.setattr("sg_opd.finite.FiniteGuard.on_step_end", break_it, raising=False)
+    with pytest.raises(NonFiniteError, match="Step 1, rank 0: the student's log-probability"):
+        run(at=9, estimator=estimator, **settings)
+
+
+@pytest.mark.parametrize("settings", REUSED[:1], ids=str)
+def test_a_bad_rollout_is_skipped_each_time_it_is_trained_on(settings, run, monkeypatch):
+    """The teacher's score of the first generation is NaN: neither of its two steps moves a weight, the third does."""
+    seen, score = [], SGOPDTrainer._gate
+
+    def poisoned(trainer, logps, inputs):
+        if trainer.state.global_step == 0:
+            inputs["teacher_per_token_logps"][ROW, TOKEN] = math.nan
+        score(trainer, logps, inputs)
+
+    def note(callback, args, state, control, model=None, **kwargs):
+        seen.append([p.detach().clone() for p in model.parameters()])
+
+    monkeypatch.setattr(SGOPDTrainer, "_gate", poisoned)
+    monkeypatch.setattr("sg_opd.finite.FiniteGuard.on_step_begin", note, raising=False)
+    run(at=9, non_finite_log_probs="skip", max_steps=4, **settings)
+    same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(seen)]
+    assert same == [True, True, False]
 
 
 def test_an_infinite_log_ratio_is_let_through_where_it_is_clipped(run):

@@ -137,7 +137,9 @@ def test_no_foreign_data_is_run_and_nothing_listens(path):
 def test_a_run_listens_on_no_socket(saved):
     """A whole training run in a process of its own whose audit hook sees every socket that is bound."""
     code = (
-        "import sys\nbound, listening = [], ('socket.bind', 'socket.listen')\n"
+        "import sys\nfrom importlib.util import find_spec\n"
+        "if find_spec('urllib3'): import urllib3\n"  # which asks the system for IPv6 by a bind, and lets go of it
+        "bound, listening = [], ('socket.bind', 'socket.listen')\n"
         "sys.addaudithook(lambda event, args: bound.append(args) if event in listening else None)\n"
         "sys.path += sys.argv[2:]\n"
         "import conftest, test_security\nfrom pathlib import Path\nfrom datasets import Dataset\n"
@@ -239,16 +241,21 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(url, tmp_path, token
 
 def test_a_configuration_shows_and_saves_no_address_and_no_token(tmp_path):
     url, token = "http://teacher.internal:8000", "hf_s3cret"
+    loading = {"token": token, "dtype": "float32", "config": {"use_auth_token": token}}
     args = SGOPDConfig(
-        str(tmp_path), teacher_server_url=url, hub_token=token, temperature=1.0, bf16=False, use_cpu=True
-    )
+        str(tmp_path), teacher_server_url=url, hub_token=token, temperature=1.0, bf16=False, use_cpu=True,
+        model_init_kwargs=loading,
+    )  # fmt: skip
     for text in (repr(args), str(args), str(args.to_dict()), args.to_json_string(), repr(pickle.dumps(args))):
         assert "teacher.internal" not in text
         assert token not in text
     for whole in (args, copy.copy(args), copy.deepcopy(args)):
-        assert (whole.teacher_server_url, whole.hub_token) == ([url], token)
+        assert (whole.teacher_server_url, whole.hub_token, whole.model_init_kwargs) == ([url], token, loading)
     assert args.to_dict()["teacher_server_url"] == "<TEACHER_SERVER_URL>"
-    assert pickle.loads(pickle.dumps(args)).teacher_server_url is None
+    shown = {"token": "<TOKEN>", "dtype": "float32", "config": {"use_auth_token": "<USE_AUTH_TOKEN>"}}
+    assert args.to_dict()["model_init_kwargs"] == shown
+    pickled = pickle.loads(pickle.dumps(args))
+    assert (pickled.teacher_server_url, pickled.model_init_kwargs) == (None, shown)
 
 
 def everything_written(folder: Path) -> bytes:

@@ -315,12 +315,26 @@ def test_a_worker_that_dies_at_its_task_abstains():
     verifier.close()
 
 
+def test_closing_waits_for_a_call_in_another_thread():
+    verifier = MathVerifier(timeout=1.0, workers=2)
+    batch = [r"\boxed{2x}"] * 40, ["x+x"] * 40
+    for _ in range(5):
+        with ThreadPoolExecutor() as pool:
+            call = pool.submit(verifier, *batch)
+            time.sleep(0.05)
+            verifier.close()
+            assert call.result() == [1.0] * 40
+
+
 def test_workers_have_a_session_of_their_own_and_end_with_their_verifier():
     """Ctrl-C goes to the caller's session; workers are killed by the finalizer, not when they next read."""
     verifier = MathVerifier(workers=1)
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
     process = verifier._grader.pool[0].process
     assert os.getsid(process.pid) == process.pid
+    os.kill(process.pid, signal.SIGTERM)  # as a scheduler sends it to all processes of a job
+    assert verifier([r"\boxed{3x}"], ["x+2x"]) == [1.0]
+    assert verifier._grader.pool[0].process is process
     del verifier
     gc.collect()
     assert process.returncode == -signal.SIGKILL
@@ -425,7 +439,9 @@ def test_another_number_of_values_is_refused():
         checked_verdicts(lambda prompts, completions: [1], ["a", "b"], ["a", "b"])
 
 
-@pytest.mark.parametrize("answer", [None, 1.0, "1", b"1", {0: "a"}, {1}, iter([1])], ids=str)
+@pytest.mark.parametrize(
+    "answer", [None, 1.0, "1", b"1", {0: "a"}, {1}, iter([1])], ids=lambda answer: type(answer).__name__
+)
 def test_a_verifier_that_answers_no_list_is_refused(answer):
     with pytest.raises(ValueError, match="it must return a list"):
         checked_verdicts(lambda prompts, completions: answer, ["a"], ["a"])

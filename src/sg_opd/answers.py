@@ -88,7 +88,7 @@ def gold_answer(gold: Any) -> str | None:
         return None
     text = str(gold).strip()
     boxed = last_box(text)
-    return as_latex(text if boxed is None else boxed) or None
+    return " ".join(as_latex(text if boxed is None else boxed).split()) or None
 
 
 def as_latex(text: str) -> str:

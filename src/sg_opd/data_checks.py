@@ -50,18 +50,25 @@ def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig
         )
     if args.remove_unused_columns and "solution" in needed:
         raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
-    check_types(name, dataset if sized else [first], "solution" in needed)
-    check_collected(name, dataset if sized else [first])
+    check_types(name, narrowed(dataset, needed) if sized else [first], "solution" in needed)
+    check_collected(name, narrowed(dataset, [COLLECTED]) if sized else [first], first)
     if args.teacher_phase_steps > 0 and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
     if sized and isinstance(verifier, MathVerifier):
-        check_golds(name, dataset, verifier)
+        check_golds(name, narrowed(dataset, ["solution"]), verifier)
+
+
+def narrowed(dataset: Any, columns: list[str]) -> Any:
+    """With these columns only, so that looking at a row decodes no image; as it is where a transform makes the rows."""
+    plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+    return dataset.select_columns(columns) if plain and {*columns} <= {*dataset.column_names} else dataset
 
 
 def check_types(name: str, dataset: Any, with_solution: bool) -> None:
     """Refuse prompts that are neither text nor messages, or are empty, and golds that are neither text nor number."""
     for row in rows_to_check(len(dataset)):
-        prompt = dataset[row]["prompt"]
+        values = dataset[row]
+        prompt = values["prompt"]
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"`prompt` in `{name}`, row {row} is empty: {prompt!r}.")
         if not isinstance(prompt, str) and not is_conversation(prompt):
@@ -69,7 +76,7 @@ def check_types(name: str, dataset: Any, with_solution: bool) -> None:
                 f"`prompt` in `{name}`, row {row}: expected text, or a list of messages "
                 f"{{'role': ..., 'content': ...}}, got {str(prompt)[:80]!r}. `sg_opd.data.prepare_dataset` makes them."
             )
-        gold = dataset[row].get("solution")
+        gold = values.get("solution")
         if with_solution and not isinstance(gold, str | int | float | None):
             raise ValueError(
                 f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(gold)[:80]!r}. "
@@ -78,16 +85,18 @@ def check_types(name: str, dataset: Any, with_solution: bool) -> None:
 
 
 def is_conversation(prompt: Any) -> bool:
-    """Whether it is a list of messages, each with a role and a content."""
+    """Whether it is a list of messages, each with a role, and a content or calls of tools."""
     return isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and (message.get("content") is not None or message.get("tool_calls"))
         for message in prompt
     )
 
 
 def check_held_out(train: Any, held_out: Any) -> None:
     """Warn of questions that are held out and trained on, and of those that are trained on several times, by count."""
-    if not isinstance(train, Dataset):
+    if not has_questions(train):
         return
     trained: dict[str, int] = {}
     for question in questions(train):
@@ -97,7 +106,7 @@ def check_held_out(train: Any, held_out: Any) -> None:
         logger.warning("%d of the %d rows of `train_dataset` repeat an earlier row's question.", again, len(train))
     parts = held_out if isinstance(held_out, dict) else {"": held_out}
     for key, part in parts.items():
-        if not isinstance(part, Dataset):
+        if not has_questions(part):
             continue
         known = sum(question in trained for question in questions(part))
         if known:
@@ -106,6 +115,11 @@ def check_held_out(train: Any, held_out: Any) -> None:
                 "no measure of unseen questions.",
                 *(known, len(part), f"[{key!r}]" if key else ""),
             )
+
+
+def has_questions(dataset: Any) -> bool:
+    """Whether its prompts can be read at once, and are all there is of a question; not where images are part of it."""
+    return isinstance(dataset, Dataset) and narrowed(dataset, ["prompt"]) is not dataset and not has_images(dataset[0])
 
 
 def questions(dataset: Dataset) -> Iterator[str]:
@@ -129,9 +143,9 @@ def check_batch(dataset: Any, args: SGOPDConfig) -> None:
         )
 
 
-def check_collected(name: str, dataset: Any) -> None:
+def check_collected(name: str, dataset: Any, first: dict[str, Any]) -> None:
     """Refuse a column `teacher_completions` that is no list of texts, or of lists of token ids, in each row."""
-    if COLLECTED not in dataset[0]:
+    if COLLECTED not in first:
         return
     for row in rows_to_check(len(dataset)):
         collected = dataset[row][COLLECTED]

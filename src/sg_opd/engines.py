@@ -133,7 +133,8 @@ class VLLMEngine:
         self.name = model
         self.eos = eos_set(processing_class.eos_token_id)
         self.options = kwargs
-        self.llm = LLM(model=model, trust_remote_code=trust_remote_code, **kwargs)
+        # vLLM itself would fall back to pickles
+        self.llm = LLM(model=model, trust_remote_code=trust_remote_code, **{"load_format": "safetensors", **kwargs})
         self.context = self.llm.llm_engine.model_config.max_model_len
 
     def describe(self) -> dict[str, Any]:

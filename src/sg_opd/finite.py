@@ -11,6 +11,9 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 
+# by whose log-probabilities are checked; "updated" is the student after updates on the rollout
+MODELS = {"student": "student", "teacher": "teacher", "initial": "initial policy", "updated": "student"}
+
 
 class NonFiniteError(RuntimeError):
     """A model gave a sampled token a log-probability that is NaN or infinite, on which no delta can be trained."""
@@ -42,7 +45,7 @@ class FiniteGuard(TrainerCallback):
         Args:
             inputs: the micro-batch, for its tokens and prompts.
             mask: (B, T), the trained tokens.
-            **logps: by whose they are, such as `student`.
+            **logps: by whose they are, see `MODELS`.
 
         Raises:
             NonFiniteError: at the first such token, unless the step is to be skipped.
@@ -58,7 +61,7 @@ class FiniteGuard(TrainerCallback):
         return logps
 
     def _bad(self, whose: str, values: Tensor, mask: Tensor) -> Tensor:
-        bounded = whose != "student" and self.trainer.args.log_ratio_clip is not None
+        bounded = MODELS[whose] != "student" and self.trainer.args.log_ratio_clip is not None
         return mask & (values.isnan() if bounded else ~values.isfinite())
 
     def _report(self, message: str) -> None:
@@ -73,9 +76,10 @@ class FiniteGuard(TrainerCallback):
         tokenizer = self.trainer._tokenizer
         token = int(inputs["completion_ids"][row, place])
         prompt = tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()])
+        rank = self.trainer.accelerator.process_index
         return (
-            f"Step {self.trainer.state.global_step}, rank {self.trainer.accelerator.process_index}: the {whose}'s "
-            f"log-probability of token {place} ({token}, {tokenizer.decode([token])!r}) of the rollout in row {row} of "
+            f"Step {self.trainer.state.global_step}, rank {rank}: the {MODELS[whose]}'s log-probability of "
+            f"token {place} ({token}, {tokenizer.decode([token])!r}) of the rollout in row {row} of "
             f"its micro-batch is {values[row, place].item():g}, and {int(bad.sum())} in all are no numbers. Its prompt "
             f"ends with {prompt[-80:]!r}."
         )

@@ -62,8 +62,9 @@ class Grader:
         self._finalizer = weakref.finalize(self, _kill_all, self.pool)
 
     def close(self) -> None:
-        """End the workers."""
-        _kill_all(self.pool)
+        """End the workers, once no other thread is in `run`."""
+        with self._lock:
+            _kill_all(self.pool)
 
     def run(self, tasks: Sequence[tuple[int, dict[str, Any]]]) -> dict[int, float | None]:
         """The workers' answer to each task by its key; `None` after a time-out, a crash or a gold without meaning.
@@ -145,14 +146,18 @@ class _Worker:
 
     def __init__(self, timeout: float) -> None:
         # -P: the package's folder must not shadow modules that sympy imports. A session of its own: Ctrl-C is for the
-        # caller, who then ends the workers.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", *PROGRAM, str(timeout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | ENVIRONMENT_SET,
-        )
+        # caller, who then ends the workers; so is SIGTERM, which schedulers send to every process of a job.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited, so blocked for its whole life
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", *PROGRAM, str(timeout)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | ENVIRONMENT_SET,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self.process.stdin is not None and self.process.stdout is not None  # noqa: PT018
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.starting = True
@@ -255,6 +260,8 @@ def _reader() -> Callable[[str], list[Any]]:
 def _bound() -> None:
     """Bound this process's memory, open files, and writing to files, for good."""
     for what, most in (("AS", WORKER_MEMORY_BYTES), ("NOFILE", WORKER_FILES), ("FSIZE", 0), ("CORE", 0)):
+        if what == "AS" and sys.platform == "darwin":  # which refuses it
+            continue
         kind = getattr(resource, f"RLIMIT_{what}")
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

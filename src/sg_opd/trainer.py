@@ -246,7 +246,8 @@ class SGOPDTrainer(ResumableTrainer):
         old_logps = inputs.get("old_per_token_logps")
         old_logps = logps.detach() if old_logps is None else old_logps
         reference = inputs.get("initial_per_token_logps")
-        decision = self._decide(inputs, old_logps, inputs["teacher_per_token_logps"], reference)
+        teacher = inputs["teacher_per_token_logps"]
+        decision = self._decide(inputs, student=old_logps, teacher=teacher, initial=reference, updated=logps.detach())
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
         inputs["advantages"] = decision.advantage.masked_fill(by_likelihood, 0.0)
         per_token = policy_gradient(logps.detach(), inputs["advantages"], old_logps)
@@ -265,7 +266,7 @@ class SGOPDTrainer(ResumableTrainer):
             return self.run_within(model, last_hidden_state, *sequence(inputs), mask.size(1))
 
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-            return self._decide(inputs, student_logps, teacher_logps).factor
+            return self._decide(inputs, student=student_logps, teacher=teacher_logps).factor
 
         def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
             own = last_hidden_state(student, *sequence(inputs), mask.size(1))
@@ -293,14 +294,12 @@ class SGOPDTrainer(ResumableTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         return self._redirect(model, unwrapped, method, unwrapped, *args)
 
-    def _decide(
-        self, inputs: dict[str, Any], student_logps: Tensor, teacher_logps: Tensor, reference: Tensor | None = None
-    ) -> GateDecision:
+    def _decide(self, inputs: dict[str, Any], **logps: Tensor | None) -> GateDecision:
         """The gate's decision on a micro-batch, made once and kept while its rollouts are trained on."""
+        labels, mask = inputs["verifier_labels"], self._loss_mask(inputs)
+        logps = self.finite.checked(inputs, mask, **logps)  # in each pass: the student may have gone bad meanwhile
         if "decision" not in inputs:
-            labels, mask = inputs["verifier_labels"], self._loss_mask(inputs)
-            logps = self.finite.checked(inputs, mask, student=student_logps, teacher=teacher_logps, initial=reference)
-            decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, logps["initial"])
+            decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, logps.get("initial"))
             inputs["decision"] = decision
             self._row_advantages[inputs["row"]] = (decision.advantage * mask).sum(1).float() / mask.sum(1)
         return inputs["decision"]
