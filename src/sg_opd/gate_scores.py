@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,17 +64,15 @@ def score_rollout(
     judged = as_completion(row["prompt"], processing_class.decode(ids, skip_special_tokens=True))
     columns = {**columns_of([row]), "completion_ids": [ids]}
     (verdict,) = checked_verdicts(verifier or MathVerifier(), [row["prompt"]], [judged], **columns)
-    logps = [
-        None if model is None else token_logps(model, prompt_ids, ids, gate.temperature)
-        for model in (student, teacher, reference)
-    ]
+    logps = partial(token_logps, prompt_ids=prompt_ids, completion_ids=ids, temperature=gate.temperature)
     return inspect_rollout(
         ids,
-        *logps[:2],
+        logps(student),
+        logps(teacher),
         verdict,
         gate,
         tokenizer=processing_class,
-        reference_logps=logps[2],
+        reference_logps=None if reference is None else logps(reference),
         prompt=processing_class.decode(prompt_ids),
         gold=None if row.get("solution") is None else str(row["solution"]),
         source=source,
