@@ -197,3 +197,5 @@ def test_notebooks_run_from_a_clean_kernel(path, tmp_path):
     text = str([cell.get("outputs") for cell in notebook.cells])
     assert "student after" in text
     assert "image/png" in text
+    assert text.count("srcdoc=") == 2  # the rollouts
+    assert (tmp_path / "out" / "quickstart" / "gate_samples.html").exists()

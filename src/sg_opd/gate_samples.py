@@ -136,7 +136,7 @@ class GateSamples(TrainerCallback):
         for name in HTML_TRACKERS:
             if name in self.trainer.args.report_to:
                 tracker = importlib.import_module(name)
-                page = tracker.Html(render_page(views, "Gate samples"), inject=False, data_is_not_path=True)
+                page = tracker.Html(render_page(views, "Gate samples"), inject=False)
                 tracker.log({"gate_samples": page, "train/global_step": step})
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

@@ -43,7 +43,7 @@ TERMINAL = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RolloutView:
     """One rollout as the gate saw it; made by `inspect_rollout`. All tuples have one entry a token.
 
@@ -138,6 +138,9 @@ class RolloutView:
         for name in ("student_logps", "teacher_logps", "reference_logps"):
             fields[name] = None if fields[name] is None else tuple(map(float, fields[name]))
         return cls(**fields)
+
+    def __repr__(self) -> str:
+        return f"<RolloutView: {self.headline()}>"
 
     def _repr_html_(self) -> str:
         # a frame of its own keeps the notebook's styles out and the page's scripts in
