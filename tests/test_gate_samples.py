@@ -76,7 +76,7 @@ def test_what_is_kept_is_what_both_models_say(estimator, reference_policy, make_
 def test_decisions_are_kept_as_they_were_trained_on(estimator, make_model, tokenizer, dataset, tmp_path):
     """Two micro-batches a step, four a generation, each generation twice: a step shows rows of its own two
     micro-batches, and the second time the decisions of the first."""
-    settings = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 5, "log_gate_samples": 3}
+    settings = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 5, "log_gate_samples": 6}
     decisions = {}
 
     class Keeping(Recorder):
@@ -88,7 +88,7 @@ def test_decisions_are_kept_as_they_were_trained_on(estimator, make_model, token
 
     trainer = train(make_model, tokenizer, dataset, tmp_path, cls=Keeping, estimator=estimator, **settings)
     views = load_gate_samples(tmp_path)
-    assert [view.step for view in views] == [step for step in range(1, 6) for _ in range(3)]
+    assert [view.step for view in views] == [step for step in range(1, 6) for _ in range(6)]
     for view in views:
         window = trainer.batches[2 * (view.step - 1) : 2 * view.step]
         assert view.token_ids in [ids for batch in window for ids in rows_of(batch)]

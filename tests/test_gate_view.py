@@ -68,6 +68,7 @@ def test_three_tokens_by_hand(verdict):
     assert view.decision.delta[0].tolist() == pytest.approx([0.6, -0.5, 0.0])
     assert view.decision.factor[0].tolist() == pytest.approx(factors)
     assert view.decision.advantage[0].tolist() == pytest.approx(advantages)
+    assert view.teacher_logps == (-0.4, -2.5, -0.5)  # short, not float32's digits in double precision
     assert view.levels == [2, 2, 0]  # 0.6 and 0.5 nats are at or above 0.1 and 0.5, below 1
     assert view.summary["gate/factor"] == pytest.approx(sum(factors) / 3)
     for name, case in (("consensus", 1), ("conflict", -1), ("neutral", 0)):
@@ -339,7 +340,8 @@ def test_browser_shows_cases_numbers_and_facts(open_page):
 
 def test_browser_keyboard(open_page):
     """Tab reaches the tokens once; arrows go on, End to the last, Shift to the next conflict, Escape closes."""
-    page = open_page(three().html())
+    tokens, teacher = ["one", " two", " three", " four", "\n"], [-0.4, -2.5, -0.4, -0.4, -1.0]
+    page = open_page(inspect_rollout(tokens, [-1.0] * 5, teacher, 1.0).html())
     page.keyboard.press("Tab")
     assert tip(page).startswith("“one”")
     assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
@@ -350,7 +352,7 @@ def test_browser_keyboard(open_page):
     assert "neutral: the teacher leaves it, verdict correct" in tip(page)
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Shift+ArrowLeft")
-    assert tip(page).splitlines()[1] == "conflict: the teacher lowers it, verdict correct"
+    assert tip(page).splitlines()[:2] == ["“ two”", "conflict: the teacher lowers it, verdict correct"]
     page.keyboard.press("Home")
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
@@ -403,6 +405,8 @@ def test_browser_selects_steps(open_page):
     page.locator("#later").press("Enter")
     assert page.locator("#later").is_disabled()
     assert verdicts.all_inner_texts() == ["✓ correct"]
+    page.locator("#earlier").click()
+    assert page.locator("#step").input_value() == "20"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -413,6 +417,8 @@ def test_browser_fits_and_is_legible(open_page, width, scheme):
     view = inspect_rollout(words, [-3.0] * 3, [-0.5] * 3, 1.0, prompt="p" * 900, gold="g" * 200)
     page = open_page(view.html(), width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    parts = "all => all.flatMap(element => [...element.getClientRects()].map(box => box.right))"
+    assert max(page.locator(".tokens .t, pre, dd").evaluate_all(parts)) <= width
     page.locator(".tokens .t").last.hover()
     tip_box = page.locator("#tip").bounding_box()
     assert tip_box["x"] >= 0
