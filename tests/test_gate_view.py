@@ -299,7 +299,7 @@ def open_page(browser, tmp_path):
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: request.url == path.as_uri() or faults.append(request.url))
+        page.on("request", lambda request: request.url in (path.as_uri(), "about:srcdoc") or faults.append(request.url))
         page.goto(path.as_uri())
         pages.append(page)
         return page
@@ -324,7 +324,15 @@ def test_browser_shows_cases_numbers_and_facts(open_page):
     assert classes(page) == ["t consensus s2", "t conflict s2", "t neutral"]
     assert page.locator(".tokens .t").all_inner_texts()[:2] == ["one", " two"]
     facts = page.locator("aside").inner_text()
-    for text in ("✓ correct", "33.3 %", "mean factor\n1.27", "gold\n4", "student's rollout", "How many?"):
+    for text in (
+        "✓ correct",
+        "33.3 %",
+        "mean factor\n1.27",
+        "gold\n4",
+        "written by\nstudent",
+        "factors\n1.8 / 1",
+        "How many?",
+    ):
         assert text in facts, facts
     assert page.locator("#steps").is_hidden()
     assert page.locator("#tip").is_hidden()
@@ -336,6 +344,16 @@ def test_browser_shows_cases_numbers_and_facts(open_page):
         assert text in words
     page.locator("h1").hover()
     assert page.locator("#tip").is_hidden()
+
+
+def test_browser_shows_it_in_a_notebooks_frame(open_page):
+    """Its script runs there too, and reaches nothing of the notebook."""
+    page = open_page(f"<!doctype html><body>{three()._repr_html_()}")
+    frame = page.frame_locator("iframe")
+    assert frame.locator(".tokens .t").count() == 3
+    frame.locator(".tokens .t").first.hover()
+    assert "consensus: the teacher raises it" in frame.locator("#tip").inner_text()
+    assert page.locator("iframe").evaluate("frame => frame.contentDocument") is None
 
 
 def test_browser_keyboard(open_page):

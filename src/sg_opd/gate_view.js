@@ -50,7 +50,7 @@ function facts(rollout) {
   const heading = make("h2", rollout.verdict, MARKS[rollout.verdict]);
   const bar = make("div", "shares");
   bar.setAttribute("aria-hidden", "true");
-  const list = [["source", `${rollout.source}'s rollout`], ["tokens", String(rollout.tokens.length)]];
+  const list = [["written by", rollout.source], ["tokens", String(rollout.tokens.length)]];
   if (rollout.gold !== null) list.unshift(["gold", isolated(rollout.gold)]);
   for (const name of ["consensus", "conflict", "neutral"]) {
     const part = make("span", name);
@@ -60,7 +60,7 @@ function facts(rollout) {
   }
   list.push(["mean factor", number(summary["gate/factor"], 2)]);
   list.push(["median delta", signed(summary["delta/p50"])]);
-  list.push(["factors", `${settings.extrapolation} consensus, ${settings.interpolation} conflict`]);
+  list.push(["factors", `${settings.extrapolation} / ${settings.interpolation}`]);  // of consensus and conflict
   aside.append(heading, bar, rows(list));
   if (rollout.prompt !== null) {
     const text = make("pre", "", rollout.prompt), details = make("details", "", make("summary", "", "Prompt"), text);

@@ -162,7 +162,8 @@ class RolloutView:
         for case, level, token in zip(self.cases, self.levels, self.tokens, strict=True):
             shown = visible(token) or "⋯"
             if marked and case == CONFLICT:
-                shown = f"⟦{shown}⟧"
+                text = shown.rstrip("\n")
+                shown = f"⟦{text}⟧{shown[len(text) :]}"
             body.append(shown, style="dim" if case is None else TERMINAL[case][level] if case else "")
         yield body
         yield Text()
