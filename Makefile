@@ -22,6 +22,7 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 demo: install
 	$(BIN)/python examples/arithmetic/demo.py
 
+# without Chromium the tests of the gate view's page are skipped with the reason; SG_OPD_REQUIRE_CHROMIUM=1 makes that a failure
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration" $(PARALLEL)
 

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from vllm_server import free_port
 
+from sg_opd import load_gate_samples
 from sg_opd.metrics import METRICS
 
 pytestmark = pytest.mark.integration
@@ -37,6 +38,7 @@ SCENARIOS = {
             "save_steps": 2,
             "eval_strategy": "steps",
             "eval_steps": 2,
+            "log_gate_samples": 64,
         }
     },
     "whole-full-initial-phase": {
@@ -47,6 +49,7 @@ SCENARIOS = {
             "gate_extrapolation": 1.2,
             "save_strategy": "steps",
             "save_steps": 2,
+            "log_gate_samples": 64,
             **PHASE,
         },
     },
@@ -194,6 +197,24 @@ def test_the_backend_is_what_it_says(backend, outcome):
             assert rank["shares"].keys() == {"student", "teacher"} | third
             for share in rank["shares"].values():
                 assert share == pytest.approx(0.5 if backend in SHARDED else 1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["whole-sampled-current", "whole-full-initial-phase"])
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_the_main_process_keeps_its_rollouts(backend, name, outcome, world):
+    """Of two ranks its half of them, each with the log-probabilities that one process has for it."""
+    for launched in ("single", backend):
+        outcome(launched, name)
+    alone, kept = (
+        {(view.step, view.prompt, view.token_ids): view for view in load_gate_samples(world / launched / name)}
+        for launched in ("single", backend)
+    )
+    assert 0 < len(kept) < len(alone)
+    assert kept.keys() <= alone.keys()
+    for place, view in kept.items():
+        assert (view.source, view.verdict, view.gold) == (alone[place].source, alone[place].verdict, alone[place].gold)
+        for logps in ("student_logps", "teacher_logps"):
+            assert getattr(view, logps) == pytest.approx(getattr(alone[place], logps), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

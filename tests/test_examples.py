@@ -186,11 +186,11 @@ def test_problems_add_up(slip):
     assert tokenizer.decode(ids) == row["question"] + row["solution"]
 
 
-# what the outputs of each notebook must hold: text, and how many pictures
+# what the outputs of each notebook must hold: text, how many pictures, and how many views of a rollout
 NOTEBOOKS = {
-    "quickstart": (["student before", "student after", "teacher"], 1),
-    "sign_gate": (["first  0.470  consensus", "loss -0.0510", "of 32 are correct", "Start with"], 1),
-    "lora_single_gpu": (["trainable params: 43,776", "student before", "student after", "merged, from disk"], 1),
+    "quickstart": (["student before", "student after", "teacher"], 1, 2),
+    "sign_gate": (["first  0.470  consensus", "loss -0.0510", "of 32 are correct", "Start with"], 1, 1),
+    "lora_single_gpu": (["trainable params: 43,776", "student before", "student after", "merged, from disk"], 1, 0),
 }
 
 
@@ -216,7 +216,8 @@ def test_notebooks_run_from_a_clean_kernel(name, tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     data = [output.get("data", {}) for output in outputs]
     text = "\n".join(found.get("text/plain", "") for found in data) + "\n".join(o.get("text", "") for o in outputs)
-    words, pictures = NOTEBOOKS[name]
+    words, pictures, views = NOTEBOOKS[name]
     for word in words:
         assert word in text
     assert sum("image/png" in found for found in data) == pictures
+    assert sum("srcdoc=" in found.get("text/html", "") for found in data) == views

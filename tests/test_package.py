@@ -31,6 +31,10 @@ LAYERS = {
     "answers": 1,
     "verifiers": 2,
     "config": 1,
+    "token_texts": 0,
+    "gate_view": 1,
+    "gate_samples": 2,
+    "gate_scores": 5,
     "divergence": 0,
     "offload": 0,
     "data": 1,
@@ -77,7 +81,8 @@ def test_every_module_has_its_layer():
 
 
 def test_public_names():
-    assert sg_opd.__all__ == ["SGOPDConfig", "SGOPDTrainer", "SignGatedLoss", "TeacherPhaseSampler", "MathVerifier"]
+    classes = ["SGOPDConfig", "SGOPDTrainer", "SignGatedLoss", "TeacherPhaseSampler", "MathVerifier"]
+    assert sg_opd.__all__ == [*classes, "inspect_rollout", "load_gate_samples", "score_rollout"]
     assert all(getattr(sg_opd, name).__name__ == name for name in sg_opd.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         sg_opd.nothing  # noqa: B018
@@ -90,6 +95,7 @@ def test_public_names():
         ("from sg_opd import MathVerifier; MathVerifier()", {"torch", "trl", "transformers", "sympy"}),
         ("from sg_opd import SignGatedLoss, TeacherPhaseSampler", {"trl", "transformers", "peft"}),
         ("from sg_opd.plot import plot_runs", {"matplotlib", "plotly", "trl", "transformers"}),
+        ("from sg_opd import inspect_rollout, load_gate_samples", {"trl", "transformers", "peft", "rich"}),
     ],
 )
 def test_imports_are_lazy(code, absent):

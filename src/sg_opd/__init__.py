@@ -11,6 +11,9 @@ _HOME = {
     "SignGatedLoss": "loss",
     "TeacherPhaseSampler": "teacher_phase",
     "MathVerifier": "verifiers",
+    "inspect_rollout": "gate_view",
+    "load_gate_samples": "gate_view",
+    "score_rollout": "gate_scores",
 }
 __all__ = list(_HOME)
 

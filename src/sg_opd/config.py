@@ -185,6 +185,13 @@ class SGOPDConfig(Confidential, GRPOConfig):
             "its optimizer step. Either names the rollout and the token."
         },
     )
+    log_gate_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Rollouts to keep at each logging step, each token with its case, in `gate_samples.html` and "
+            "`gate_samples.jsonl` in output_dir and in the trackers, >= 0."
+        },
+    )
     enable_jit_checkpoint: bool = field(
         default=True,
         metadata={
@@ -229,8 +236,9 @@ class SGOPDConfig(Confidential, GRPOConfig):
             )
         if not 0.0 <= self.teacher_phase_fraction <= 1.0:
             raise ValueError(f"`teacher_phase_fraction` must be in [0, 1], got {self.teacher_phase_fraction!r}.")
-        if self.teacher_candidates < 1:
-            raise ValueError(f"`teacher_candidates` must be >= 1, got {self.teacher_candidates!r}.")
+        for name, least in (("teacher_candidates", 1), ("log_gate_samples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
 
     def _check_server_fields(self) -> None:
         for name, least in (("teacher_server_concurrency", 1), ("teacher_server_retries", 0)):

@@ -40,7 +40,8 @@ BATCH_SETTINGS = (
     *("processes", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
     *("num_iterations", "num_generations"),
 )
-NOT_COMPARED = ("teacher_model_init_kwargs", "teacher_server_")  # may hold tokens, or do not alter what is computed
+# may hold tokens, or do not alter what is computed
+NOT_COMPARED = ("teacher_model_init_kwargs", "teacher_server_", "log_gate_samples")
 TORCH_WRITER = "inline_container"  # where torch's RuntimeError comes from when it cannot write a file
 ROWS_COMPARED = 100  # of a dataset, spread evenly
 

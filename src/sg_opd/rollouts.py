@@ -148,6 +148,10 @@ class Rollouts:
             "slot": torch.tensor([row in self.slots for row in rows]),
         }
 
+    def golds(self) -> list[str | None]:
+        """Each row's expected answer, to be shown; `None` where the dataset has no column `solution`."""
+        return [None if row.get("solution") is None else str(row["solution"]) for row in self.rows]
+
     def columns(self) -> dict[str, list[str]]:
         """The columns of the completions table: each row's verdict and source."""
         return {

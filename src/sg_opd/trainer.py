@@ -21,6 +21,7 @@ from .config import SGOPDConfig
 from .data_checks import check_datasets
 from .divergence import full_per_token, head_of, last_hidden_state, sequence
 from .finite import FiniteGuard
+from .gate_samples import GateSamples
 from .loss import GateDecision, policy_gradient
 from .metrics import rollout_totals, verdict_metrics
 from .reference import InitialPolicy, capture
@@ -136,7 +137,8 @@ class SGOPDTrainer(ResumableTrainer):
             quantization_config=quantization_config,
             **kwargs,
         )
-        self.add_callback(self.finite)
+        for callback in (self.finite, *([GateSamples(self)] if args.log_gate_samples else [])):
+            self.add_callback(callback)
         self.reward_func_names[0] = get_callable_name(verifier)
         self._set_up_teacher(teacher_model)
         if args.reference_policy == "initial":
@@ -197,7 +199,7 @@ class SGOPDTrainer(ResumableTrainer):
             return output
         device = self.accelerator.device
         output |= {name: value.to(device) for name, value in self._rollouts.tensors().items()}
-        output["row"] = torch.arange(len(inputs), device=device)
+        output |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.golds()}
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
             if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
@@ -300,7 +302,7 @@ class SGOPDTrainer(ResumableTrainer):
         logps = self.finite.checked(inputs, mask, **logps)  # in each pass: the student may have gone bad meanwhile
         if "decision" not in inputs:
             decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, logps.get("initial"))
-            inputs["decision"] = decision
+            inputs |= {"decision": decision} | ({"gate_logps": logps} if self.args.log_gate_samples else {})
             self._row_advantages[inputs["row"]] = (decision.advantage * mask).sum(1).float() / mask.sum(1)
         return inputs["decision"]
 

@@ -1,0 +1,145 @@
+"""Rollouts of a run kept to be looked at: `gate_samples.jsonl`, and a page of the newest ones beside it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from .checkpoints import flush
+from .gate_view import RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples, render_page
+
+FILE = "gate_samples.jsonl"
+PAGE_TOKENS = 100_000  # of the page, about 5 MB: it is written anew at each logging step
+HTML_TRACKERS = ("wandb", "trackio")  # whose modules have a class `Html`
+
+
+class Step(NamedTuple):
+    """A step on the page."""
+
+    number: int
+    tokens: int
+    block: Callable[[], str]
+
+
+class GateSamples(TrainerCallback):
+    """At each logging step, `log_gate_samples` rollouts of the micro-batches that were trained on last.
+
+    The main process alone takes part, with rows of its own, the student's and the teacher's in turn. Rows that are
+    masked out whole or trained by maximum likelihood have no gate, and are passed over. They go to
+
+    - `gate_samples.jsonl` in `output_dir`, which grows; `sg_opd.load_gate_samples` reads it,
+    - `gate_samples.html`, a page of the newest steps, whole at any moment,
+    - the trackers in `report_to`: W&B and trackio (a page of the step), TensorBoard (text).
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.path = Path(trainer.args.output_dir) / FILE
+        self._steps: deque[Step] = deque()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the steps after the one that a run begins with: it trains them again."""
+        if not state.is_world_process_zero:
+            return
+        self._steps.clear()
+        if not self.path.exists():
+            return
+        part = self.path.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as stream:
+            for number, views in groupby(read_gate_samples(self.path), lambda view: view.step):
+                if number <= state.global_step:
+                    self._add(kept := list(views))
+                    stream.writelines(f"{view.to_json()}\n" for view in kept)
+        flush(part)
+        os.replace(part, self.path)
+        self._write_page()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep rollouts of the step where it will be logged."""
+        done = bool(self._steps) and self._steps[-1].number == state.global_step
+        if not (control.should_log and state.is_world_process_zero) or done:
+            return
+        views = self.views()
+        if views:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.writelines(f"{view.to_json()}\n" for view in views)
+            self._add(views)
+            self._write_page()
+            self._report(views, state.global_step)
+
+    on_epoch_end = on_step_end  # where `logging_strategy="epoch"` asks for a log
+
+    def views(self) -> list[RolloutView]:
+        """The rollouts of this process to be kept of the step that was just trained."""
+        trainer = self.trainer
+        buffered = trainer._buffered_inputs
+        count = min(trainer.current_gradient_accumulation_steps, len(buffered))
+        own: list[tuple[dict[str, Any], int]] = []
+        teachers: list[tuple[dict[str, Any], int]] = []
+        for back in range(count, 0, -1):  # the parent's count is past them already
+            inputs = buffered[(trainer._step - back) % len(buffered)]
+            if "gate_logps" not in inputs:  # decided before samples were asked for, as in a resumed run
+                continue
+            gated = (trainer._loss_mask(inputs) & ~trainer._by_likelihood(inputs)).any(1).tolist()
+            for row, from_teacher in enumerate(inputs["from_teacher"].tolist()):
+                if gated[row]:
+                    (teachers if from_teacher else own).append((inputs, row))
+        in_turn = [found for pair in zip_longest(own, teachers) for found in pair if found]
+        return [self._view(inputs, row) for inputs, row in in_turn[: trainer.args.log_gate_samples]]
+
+    def _view(self, inputs: dict[str, Any], row: int) -> RolloutView:
+        kept, prompt = inputs["completion_mask"][row].bool(), inputs["prompt_mask"][row].bool()
+        logps = {whose: of[row][kept] for whose, of in inputs["gate_logps"].items() if of is not None}
+        verdict = inputs["verifier_labels"][row].item()
+        tokenizer = self.trainer._tokenizer
+        return inspect_rollout(
+            inputs["completion_ids"][row][kept],
+            logps["student"],
+            logps["teacher"],
+            None if math.isnan(verdict) else verdict,
+            self.trainer.sign_gated_loss,
+            tokenizer=tokenizer,
+            reference_logps=logps.get("initial"),
+            trained=inputs["tool_mask"][row][kept] if "tool_mask" in inputs else None,
+            prompt=tokenizer.decode(inputs["prompt_ids"][row][prompt]),
+            gold=inputs["gold"][row],
+            source="teacher" if inputs["from_teacher"][row] else "student",
+            step=self.trainer.state.global_step,
+        )
+
+    def _add(self, views: list[RolloutView]) -> None:
+        step = Step(views[0].step or 0, sum(len(view.tokens) for view in views), cache(partial(page_block, views)))
+        self._steps.append(step)
+        while len(self._steps) > 1 and sum(step.tokens for step in self._steps) > PAGE_TOKENS:
+            self._steps.popleft()
+
+    def _write_page(self) -> None:
+        part = self.path.with_suffix(".html.part")
+        part.write_text(page_of_blocks([step.block() for step in self._steps], "Gate samples"), encoding="utf-8")
+        os.replace(part, self.path.with_suffix(".html"))
+
+    def _report(self, views: list[RolloutView], step: int) -> None:
+        for name in HTML_TRACKERS:
+            if name in self.trainer.args.report_to:
+                tracker = importlib.import_module(name)
+                page = tracker.Html(render_page(views, "Gate samples"), inject=False)
+                tracker.log({"gate_samples": page, "train/global_step": step})
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                text = "\n".join(view.plain() for view in views)
+                # an indented block of Markdown is shown as it is
+                callback.tb_writer.add_text("gate_samples", "\n".join(f"    {line}" for line in text.split("\n")), step)
