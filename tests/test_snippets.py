@@ -11,6 +11,7 @@
 """
 
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -42,6 +43,8 @@ SMALL = {
 }
 GIVEN = {
     "docs/evaluation.md": ("trainer", "held_out"),
+    "docs/gate-view.md": ("dataset",),
+    "docs/metrics.md": ("trained",),
     "sg_opd.callbacks.EvaluationCallback": ("trainer", "held_out"),
     "sg_opd.trainer.SGOPDTrainer": ("dataset",),
 }
@@ -95,9 +98,12 @@ def given(names: tuple[str, ...], rows) -> dict:
     from sg_opd import SGOPDConfig, SGOPDTrainer
 
     values = {"dataset": rows, "held_out": rows.select(range(4))}
-    if "trainer" in names:
+    if {"trainer", "trained"} & {*names}:
         models = {"model": "examples/arithmetic/student", "teacher_model": "examples/arithmetic/teacher"}
         values["trainer"] = SGOPDTrainer(**models, args=SGOPDConfig(output_dir="out"), train_dataset=rows)
+    if "trained" in names:  # a trainer that has a log
+        values["trainer"].train()
+        return {"trainer": values["trainer"]}
     return {name: values[name] for name in names}
 
 
@@ -182,6 +188,10 @@ def check_python(call: Call) -> None:
     from trl import TrlParser
 
     script, *arguments = call.arguments
+    if script == "-m":
+        module, *arguments = arguments
+        importlib.import_module(module).command_line().parse_args(arguments)
+        return
     assert (ROOT / script).is_file(), script
     if script == "examples/train.py":
         check_recipe(arguments)

@@ -267,8 +267,8 @@ def needed(module: str) -> Any:
         ) from None
 
 
-def main() -> None:
-    """The command line."""
+def command_line() -> argparse.ArgumentParser:
+    """The options of `python -m sg_opd.plot`."""
     parser = argparse.ArgumentParser(
         prog="python -m sg_opd.plot",
         description="Plot the metrics of a run, or compare several: a PNG, and a page that needs no network.",
@@ -278,6 +278,12 @@ def main() -> None:
         "--output", metavar="PATH", help="write PATH.png and PATH.html; default: `curves` in the first folder"
     )
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the runs, one each; default: the folders' names")
+    return parser
+
+
+def main() -> None:
+    """Plot what the command line names."""
+    parser = command_line()
     options = parser.parse_args()
     try:
         written = plot_runs(options.folders, options.output, options.names)
