@@ -50,7 +50,7 @@ def from_markdown(app, what, name, obj, options, lines):
         name, literal = code.groups()
         return f":py:obj:`{name}`" if name else f"``{literal}``"
 
-    if what == "attribute":
+    if what in ("attribute", "property"):
         lines[:0] = ["..", ""]  # a comment: else Napoleon takes what stands before the first colon for a type
     lines[:] = CODE.sub(inline, FENCE.sub(block, "\n".join(lines))).split("\n")
 
