@@ -266,7 +266,10 @@ def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(train, t
         train(resume=str(run / "checkpoint-2"))
     assert last_whole(run)[0] == run / "checkpoint-4.former"
     monkeypatch.undo()
-    assert train(resume=True).state.global_step == 4
+    trainer = train(resume=True)
+    assert trainer.state.global_step == 4
+    assert trainer._resumed == run / "checkpoint-4"
+    assert flaw(run / "checkpoint-4") is None
     train(resume=str(run / "checkpoint-2"))
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 

@@ -75,6 +75,12 @@ def former(folder: Path) -> Path:
     return folder.with_name(folder.name + FORMER)
 
 
+def take_back(folder: Path) -> None:
+    """Undo `set_aside`: the former checkpoint has its name again, in place of what was written of the new one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(former(folder), folder)
+
+
 def sealed(folder: Path) -> dict[str, Any] | None:
     """What the seal says, `settings` and `files`; `None` where it cannot be read."""
     try:

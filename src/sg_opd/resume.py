@@ -16,7 +16,20 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
 
-from .checkpoints import begin, differences, discard, flaw, former, last_whole, rotate, seal, set_aside, settings_of
+from .checkpoints import (
+    FORMER,
+    begin,
+    differences,
+    discard,
+    flaw,
+    former,
+    last_whole,
+    rotate,
+    seal,
+    set_aside,
+    settings_of,
+    take_back,
+)
 from .faults import CheckpointError, LastGoodStep
 from .loss import GateDecision
 from .metrics import GateMeter
@@ -74,9 +87,9 @@ class ResumableTrainer(GRPOTrainer):
                 )
             if not list(self._resumed.glob("rng_state*")):
                 logger.warning(
-                    "%s was written with `save_only_model=True`: it lacks the states of the optimizer and of the learning "
-                    "rate's schedule, and the random states. They begin anew; this run is not the one that was "
-                    "interrupted.",
+                    "%s was written with `save_only_model=True`: it lacks the states of the optimizer and of the "
+                    "learning rate's schedule, and the random states. They begin anew; this run is not the one that "
+                    "was interrupted.",
                     self._resumed,
                 )
         with self.stop.watching():
@@ -99,6 +112,14 @@ class ResumableTrainer(GRPOTrainer):
                 f"The ranks find different checkpoints to go on from: {named}. `output_dir` must be a folder that all "
                 "nodes share, or hold the same checkpoints on each of them."
             )
+        return self._taken_back(folder) if wanted is True and folder else folder
+
+    def _taken_back(self, found: Path) -> Path:
+        """Where the checkpoint is once one that was to be replaced has its name again."""
+        folder = found.with_name(found.name.removesuffix(FORMER))
+        if found != folder and self.args.should_save:
+            take_back(folder)
+        self.accelerator.wait_for_everyone()
         return folder
 
     def _last_whole(self) -> Path | None:
