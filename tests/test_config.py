@@ -1,12 +1,13 @@
 """SGOPDConfig: presets, each field's range, and the parent settings it cannot honour."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 from trl import TrlParser
 
 from sg_opd import SGOPDConfig
-from sg_opd.config import PRESETS, UNUSED_BY_FULL
+from sg_opd.config import PRESETS, UNUSED_BY_FULL, own_fields
 
 
 def make(**kwargs):
@@ -126,3 +127,15 @@ def test_every_new_field_is_described_once():
     fields = {name: f for name, f in SGOPDConfig.__dataclass_fields__.items() if name in new}
     assert all(f.metadata.get("help") for f in fields.values())
     assert "config" not in new  # TRL's parsers refuse it
+
+
+def test_a_configuration_of_ones_own_shows_all_of_its_settings():
+    @dataclass(repr=False)
+    class Own(SGOPDConfig):
+        mine: int = 3
+
+    args = Own(output_dir="out", bf16=False, use_cpu=True, report_to="none")
+    assert own_fields(args)[0] == "preset"
+    assert own_fields(args)[-1] == "mine"
+    assert "| `gate_dead_zone` | `0.0` |" in args.card_section("a teacher")
+    assert "| `mine` | `3` |" in args.card_section("a teacher")

@@ -8,20 +8,27 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig
 from test_trainer import coin_verifier
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
+from trl import GRPOTrainer
 from vllm_server import free_port
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd.checkpoints import flaw, last_whole, settings_of
+from sg_opd.checkpoints import SEAL, flaw, last_whole, rotate, seal, settings_of, unseal
 from sg_opd.faults import CheckpointError
+from sg_opd.run_settings import PARENT_SETTINGS, fingerprint, loading
 
 WORKER = Path(__file__).parent / "kill_worker.py"
 TIMES = ("runtime", "per_second", "step_time")
@@ -167,6 +174,8 @@ BROKEN = {
     "no seal": lambda folder: (folder / "complete.json").unlink(),
     "a file is missing": lambda folder: (folder / "optimizer.pt").unlink(),
     "a file is cut off": lambda folder: os.truncate(folder / "model.safetensors", 100),
+    "a seal is cut off": lambda folder: os.truncate(folder / "complete.json", 50),
+    "a seal of something else": lambda folder: (folder / "complete.json").write_text("[]"),
     "an empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
 }
 
@@ -175,13 +184,13 @@ BROKEN = {
 def train(make_model, tokenizer, dataset, tmp_path):
     """`train(folder, resume, **settings)`: four steps in this process, saved at each second."""
 
-    def train(folder="run", resume=None, teacher=None, data=dataset, **settings):
+    def train(folder="run", resume=None, teacher=None, data=dataset, config=SGOPDConfig, peft=None, **settings):
         known = {"output_dir": str(tmp_path / folder), "max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
         known |= {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "use_cpu": True}
         known |= {"bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False}
-        args = SGOPDConfig(**{**known, **settings})
-        teacher = teacher or make_model(2)
-        trainer = SGOPDTrainer(make_model(1), teacher, coin_verifier, args, data, processing_class=tokenizer)
+        args = config(**{**known, **settings})
+        models = make_model(1), teacher or make_model(2)
+        trainer = SGOPDTrainer(*models, coin_verifier, args, data, processing_class=tokenizer, peft_config=peft)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -244,6 +253,122 @@ class Limit(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(train, tmp_path, monkeypatch):
+    """As where a run begins anew, or an earlier checkpoint is taken by its path."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    train()
+    monkeypatch.setattr("sg_opd.resume.seal", full)
+    with pytest.raises(CheckpointError):
+        train(resume=str(run / "checkpoint-2"))
+    assert last_whole(run)[0] == run / "checkpoint-4.former"
+    monkeypatch.undo()
+    trainer = train(resume=True)
+    assert trainer.state.global_step == 4
+    assert trainer._resumed == run / "checkpoint-4"
+    assert flaw(run / "checkpoint-4") is None
+    train(resume=str(run / "checkpoint-2"))
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_only_whole_checkpoints_are_counted_and_only_our_parts_deleted(train, tmp_path):
+    """A part of a later checkpoint displaces no whole one; what plain transformers wrote is left alone."""
+    run = tmp_path / "run"
+    train(max_steps=4, save_steps=2)
+    unseal(run / "checkpoint-4")
+    for step in (1, 9):
+        shutil.copytree(run / "checkpoint-2", run / f"checkpoint-{step}")
+        (run / f"checkpoint-{step}" / SEAL).unlink()
+    train(resume=True, max_steps=3, save_steps=3, save_total_limit=1)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3", "checkpoint-9"]
+    assert flaw(run / "checkpoint-3") is None
+
+
+def test_rotation_keeps_the_last_written_and_the_best(tmp_path):
+    """By the time of sealing, not by step: a run that began anew writes lower steps."""
+    for i, step in enumerate((8, 2, 4, 6)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        seal(tmp_path / f"checkpoint-{step}", {})
+        os.utime(tmp_path / f"checkpoint-{step}" / SEAL, ns=(i, i))
+
+    def left():
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    for limit in (None, 0, 4):
+        rotate(tmp_path, limit, None, tmp_path / "checkpoint-6")
+        assert len(left()) == 4
+    rotate(tmp_path, 3, None, tmp_path / "checkpoint-6")
+    assert left() == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    rotate(tmp_path, 1, "elsewhere/checkpoint-2", tmp_path / "checkpoint-6")  # the folder was moved
+    assert left() == ["checkpoint-2", "checkpoint-6"]
+    rotate(tmp_path, 1, None, tmp_path / "checkpoint-6")
+    assert left() == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_an_error_of_the_device_is_not_one_of_the_disk(error, train, monkeypatch):
+    def fail(*_):
+        raise error("failed")
+
+    monkeypatch.setattr(GRPOTrainer, "_save_checkpoint", fail)
+    with pytest.raises(error, match=r"^failed"):
+        train(max_steps=1, save_steps=1)
+
+
+def test_a_rank_that_comes_first_makes_the_folder(train, tmp_path, monkeypatch):
+    """With `save_only_model` the parent has the main process alone write, perhaps later or on another node."""
+    folder = tmp_path / "run" / "checkpoint-1"
+    monkeypatch.setattr(GRPOTrainer, "_save_checkpoint", lambda *_: shutil.rmtree(folder, ignore_errors=True))
+    train(max_steps=1, save_steps=1)
+    assert (folder / "run_state_0.pt").is_file()
+
+
+def test_a_checkpoint_of_the_model_alone_says_what_it_lacks(train, caplog):
+    train(max_steps=2, save_only_model=True)
+    with caplog.at_level(logging.WARNING):
+        train(resume=True, save_only_model=True)
+    (said,) = [record.getMessage() for record in caplog.records if "save_only_model" in record.getMessage()]
+    for words in ("checkpoint-2", "optimizer", "learning rate", "random states"):
+        assert words in said
+    caplog.clear()
+    train(folder="whole", max_steps=2)
+    train(folder="whole", resume=True)
+    assert "save_only_model" not in caplog.text
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-2")])
+def test_what_is_uploaded_is_whole(strategy, name, train, tmp_path, monkeypatch):
+    seen = []
+
+    class Hub:
+        def create_repo(self, *_, **__):
+            return SimpleNamespace(repo_id="me/mine")
+
+        def upload_folder(self, folder_path, path_in_repo=None, **_):
+            if path_in_repo:
+                seen.append((path_in_repo, flaw(Path(folder_path)), (Path(folder_path) / "run_state_0.pt").is_file()))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *_, **__: Hub())
+    monkeypatch.setattr("transformers.trainer.PushInProgress", lambda jobs: mock.Mock(is_done=lambda: True))
+    train(max_steps=2, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/mine", save_total_limit=1)
+    assert seen == [(name, None, True)]
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        assert torch.load(folder / "training_args.bin", weights_only=False).save_total_limit == 1
+
+
+def test_ranks_that_find_different_checkpoints_are_named(train, tmp_path, monkeypatch):
+    """As where `output_dir` is a folder of each node's own."""
+    train(max_steps=2)
+    monkeypatch.setattr("sg_opd.resume.gather_object", lambda mine: [*mine, "none"])
+    with pytest.raises(ValueError, match=r"checkpoint-2 \(rank 0\), none \(rank 1\).*`output_dir`"):
+        train(resume=True)
+    monkeypatch.setattr("sg_opd.resume.gather_object", lambda mine: [*mine, *mine])
+    train(max_steps=2, resume=True)
+
+
 def test_other_settings_are_named(train, tmp_path, caplog):
     train(max_steps=2)
     with caplog.at_level(logging.WARNING):
@@ -263,6 +388,73 @@ def test_other_settings_are_named(train, tmp_path, caplog):
     for name in ("gate_extrapolation", "learning_rate"):
         assert f"`{name}` was" in said
     assert "output_dir" not in said
+
+
+@dataclass(repr=False)
+class Own(SGOPDConfig):
+    """A user's configuration with a field of its own."""
+
+    mine: int = 3
+
+
+def test_a_configuration_of_ones_own_is_compared_too(train, tmp_path, caplog):
+    train(max_steps=2, config=Own)
+    assert settings_of(tmp_path / "run" / "checkpoint-2")["mine"] == 3
+    with caplog.at_level(logging.WARNING):
+        train(max_steps=2, config=Own, resume=True, gate_dead_zone=0.5, mine=4)
+    assert "`gate_dead_zone` was 0.0 and is 0.5" in caplog.text
+    assert "`mine` was 3 and is 4" in caplog.text
+
+
+def test_another_adapter_is_named(train, caplog):
+    def adapter(rank):
+        return LoraConfig(r=rank, target_modules=["q_proj", "v_proj", "k_proj", "o_proj"], task_type="CAUSAL_LM")
+
+    train(max_steps=2, peft=adapter(2))
+    with caplog.at_level(logging.WARNING):
+        train(max_steps=2, peft=adapter(2), resume=True)
+    assert "other settings" not in caplog.text
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="size mismatch"):
+        train(max_steps=2, peft=adapter(4), resume=True)
+    assert "`peft` was " in caplog.text
+
+
+def test_loading_is_compared_by_a_digest_without_secrets():
+    first = loading({"dtype": "float32", "rope_scaling": {"factor": 2}, "token": "hf_A", "device_map": "auto"})
+    assert first == loading({"rope_scaling": {"factor": 2}, "dtype": "float32", "token": "hf_B", "hub_token": "hf_C"})
+    assert first != loading({"dtype": "float32", "rope_scaling": {"factor": 4}})
+    assert "dtype, rope_scaling" in first
+    assert loading({"use_auth_token": "hf_A", "proxies": {"https": "http://me:secret@host"}}) == loading({}) is None
+    quantised = [loading({"quantization_config": BitsAndBytesConfig(load_in_8bit=yes)}) for yes in (True, True, False)]
+    assert quantised[0] == quantised[1] != quantised[2]
+
+
+@pytest.mark.parametrize("rows", [1, 100, 101, 199, 200, 1050])
+def test_a_fingerprint_reads_at_most_a_hundred_rows(rows):
+    seen = []
+
+    class Rows:
+        def __len__(self):
+            return rows
+
+        def __getitem__(self, row):
+            seen.append(row)
+            return {"prompt": row}
+
+    assert fingerprint(Rows()).startswith(f"{rows} rows, ")
+    assert min(rows, 50) <= len(seen) <= 100
+    assert seen[0] == 0
+    assert max(seen) < rows
+
+
+def test_what_alters_a_run_is_compared(train):
+    """Each of the parent's settings that are compared exists; and none is compared that only says where and when."""
+    known = {field.name for field in fields(SGOPDConfig)}
+    assert set(PARENT_SETTINGS) <= known
+    kept = train(max_steps=1).run_settings()
+    assert {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "top_entropy_quantile"} <= kept.keys()
+    assert {"off_policy_mask_threshold", "model_init_kwargs", "teacher_model_init_kwargs", "peft"} <= kept.keys()
+    assert not {"output_dir", "save_steps", "logging_steps", "report_to", "save_total_limit"} & kept.keys()
 
 
 def test_another_teacher_or_dataset_is_named(train, dataset, make_model, tokenizer, tmp_path, caplog):
@@ -300,11 +492,17 @@ def test_other_batches_begin_anew(train, tmp_path, caplog):
 
 
 def test_a_checkpoint_keeps_no_settings_that_may_hold_a_token(train, tmp_path):
-    trainer = train(max_steps=1, save_steps=1)
+    secret = {"token": "hf_SECRET", "dtype": "float32"}
+    trainer = train(max_steps=1, save_steps=1, model_init_kwargs=secret)
     kept = settings_of(tmp_path / "run" / "checkpoint-1")
     assert kept == trainer.run_settings()
     assert {"preset", "seed", "teacher_model", "verifier", "processes", "gate_dead_zone"} <= kept.keys()
-    assert not [name for name in kept if "server" in name or "init_kwargs" in name or "token" in name]
+    assert not [name for name in kept if "server" in name or "token" in name]
+    assert "SECRET" not in json.dumps(kept)
+    assert kept["model_init_kwargs"] == loading({"dtype": "float32"})
+    trainer.args.teacher_model_init_kwargs = secret
+    assert "SECRET" not in json.dumps(trainer.run_settings())
+    assert trainer.run_settings()["teacher_model_init_kwargs"] == loading({"dtype": "float32"})
 
 
 # a rank of two dies, the launcher ends the other, and both go on together

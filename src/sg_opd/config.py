@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
@@ -331,8 +331,12 @@ class SGOPDConfig(Confidential, GRPOConfig):
 
     def card_section(self, teacher: str) -> str:
         """The section of a model card that names the teacher and the method's settings, as Markdown."""
-        own = [
-            name for name in type(self).__annotations__ if not name.startswith(("teacher_model_", "teacher_server_"))
-        ]
+        own = [name for name in own_fields(self) if not name.startswith(("teacher_model_", "teacher_server_"))]
         rows = "\n".join(f"| `{name}` | `{getattr(self, name)}` |" for name in own)
         return f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"
+
+
+def own_fields(args: SGOPDConfig) -> list[str]:
+    """The fields that are not TRL's: those above, and those of a user's subclass."""
+    parents = {known.name for known in fields(GRPOConfig)}
+    return [known.name for known in fields(args) if known.name not in parents]

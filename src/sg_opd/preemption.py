@@ -40,6 +40,8 @@ class StopAtStepEnd(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.manager: CheckpointManager | None = None
+        self.stopped = False
+        """Whether this run ends because SIGTERM asked for it."""
         if trainer.args.enable_jit_checkpoint:
             given = trainer.pop_callback(JITCheckpointCallback).jit_manager
             signal.signal(signal.SIGTERM, given._original_sigterm_handler or signal.SIG_DFL)
@@ -52,12 +54,12 @@ class StopAtStepEnd(TrainerCallback):
         Raises:
             SystemExit: with `EXIT_CODE`, when the run ended so.
         """
+        self.stopped = False
         if self.manager is None or not listening(self.trainer.args):
             yield
             return
         self.manager.is_checkpoint_requested = False
         self.manager.setup_signal_handler()
-        self.stopped = False
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,40 +9,36 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOTrainer
-from trl.trainer.utils import get_callable_name
 
-from .checkpoints import differences, flaw, last_whole, seal, settings_of, unseal
+from .checkpoints import (
+    FORMER,
+    begin,
+    differences,
+    discard,
+    flaw,
+    former,
+    last_whole,
+    rotate,
+    seal,
+    set_aside,
+    settings_of,
+    take_back,
+)
 from .faults import CheckpointError, LastGoodStep
 from .loss import GateDecision
 from .metrics import GateMeter
 from .preemption import StopAtStepEnd, listening
+from .run_settings import BATCH_SETTINGS, fingerprint, run_settings
 
 logger = get_logger(__name__)  # of the main process only
 
-# the parent's settings that alter what is computed; the method's own are all compared but where the teacher answers
-PARENT_SETTINGS = (
-    *("seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "shuffle_dataset"),
-    *("gradient_accumulation_steps", "steps_per_generation", "num_iterations", "num_generations"),
-    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
-    *("chat_template_kwargs", "mask_truncated_completions", "use_vllm", "vllm_importance_sampling_correction"),
-    *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "entropy_coef"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "disable_dropout"),
-)
-# with another of these, rollouts that wait to be trained on belong to no batch of the resumed run
-BATCH_SETTINGS = (
-    *("processes", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
-    *("num_iterations", "num_generations"),
-)
-# may hold tokens, or do not alter what is computed
-NOT_COMPARED = ("teacher_model_init_kwargs", "teacher_server_", "log_gate_samples")
 TORCH_WRITER = "inline_container"  # where torch's RuntimeError comes from when it cannot write a file
-ROWS_COMPARED = 100  # of a dataset, spread evenly
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -75,7 +70,7 @@ class ResumableTrainer(GRPOTrainer):
         """The parent's; `True` takes the last whole checkpoint, and the beginning where there is none.
 
         Raises:
-            ValueError: a checkpoint given by its path that is not whole.
+            ValueError: a checkpoint given by its path that is not whole; ranks that find different ones.
             SystemExit: after SIGTERM, with a checkpoint of the step that was in progress (see `StopAtStepEnd`).
         """
         self._resumed = self._whole(resume_from_checkpoint)
@@ -90,6 +85,13 @@ class ResumableTrainer(GRPOTrainer):
                     "one that was interrupted.",
                     *(self._resumed, "; ".join(changed)),
                 )
+            if not list(self._resumed.glob("rng_state*")):
+                logger.warning(
+                    "%s was written with `save_only_model=True`: it lacks the states of the optimizer and of the "
+                    "learning rate's schedule, and the random states. They begin anew; this run is not the one that "
+                    "was interrupted.",
+                    self._resumed,
+                )
         with self.stop.watching():
             return super().train(self._resumed and str(self._resumed), *args, **kwargs)
 
@@ -97,14 +99,30 @@ class ResumableTrainer(GRPOTrainer):
         """The checkpoint to go on from; a later one that is not whole is named in a warning."""
         if not wanted:
             return None
-        if wanted is not True:
-            reason = flaw(Path(wanted))
-            if reason is not None:
-                raise ValueError(
-                    f"{wanted} is no whole checkpoint: {reason}. `resume_from_checkpoint=True` takes the last whole "
-                    "one."
-                )
-            return Path(wanted)
+        folder = self._last_whole() if wanted is True else Path(wanted)
+        reason = None if wanted is True or folder is None else flaw(folder)
+        if reason is not None:
+            raise ValueError(
+                f"{wanted} is no whole checkpoint: {reason}. `resume_from_checkpoint=True` takes the last whole one."
+            )
+        found = gather_object([folder.name if folder else "none"])
+        if len(set(found)) > 1:
+            named = ", ".join(f"{name} (rank {rank})" for rank, name in enumerate(found))
+            raise ValueError(
+                f"The ranks find different checkpoints to go on from: {named}. `output_dir` must be a folder that all "
+                "nodes share, or hold the same checkpoints on each of them."
+            )
+        return self._taken_back(folder) if wanted is True and folder else folder
+
+    def _taken_back(self, found: Path) -> Path:
+        """Where the checkpoint is once one that was to be replaced has its name again."""
+        folder = found.with_name(found.name.removesuffix(FORMER))
+        if found != folder and self.args.should_save:
+            take_back(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _last_whole(self) -> Path | None:
         output_dir = Path(self.args.output_dir)
         folder, skipped = last_whole(output_dir)
         for path, reason in skipped.items():
@@ -131,17 +149,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """The settings that alter what a run computes, as JSON has them."""
-        own = [name for name in type(self.args).__annotations__ if not name.startswith(NOT_COMPARED)]
-        values = self.args.to_dict()
-        found = {name: values[name] for name in (*own, *PARENT_SETTINGS) if name in values}
-        found |= {
-            "model": getattr(self.model.config, "_name_or_path", ""),
-            "teacher_model": self.teacher.name,
-            "verifier": get_callable_name(self.verifier),
-            "train_dataset": self._data,
-            "processes": self.accelerator.num_processes,
-        }
-        return json.loads(json.dumps(found, default=str))
+        return run_settings(self, self._data)
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank between two optimizer steps, in tensors and plain values."""
@@ -195,30 +203,71 @@ class ResumableTrainer(GRPOTrainer):
         """
         output_dir = Path(self._get_output_dir(trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.is_dir():
-            unseal(folder)
-            shutil.rmtree(folder)  # of a run that was killed here, perhaps with more processes
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the parent deletes before all is written
         try:
-            super()._save_checkpoint(model, trial)
-            torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seal(folder, self.run_settings())
+            self._write(folder, model, trial, run_state)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if type(error) is RuntimeError and TORCH_WRITER not in str(error):  # such as a rank that died
+            # others of these are a rank that died, or a device that is full
+            if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
                 raise
             raise CheckpointError(
                 f"{folder} could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e9:.3f} GB are free "
                 "there. It is no whole checkpoint and is passed over by `resume_from_checkpoint=True`."
             ) from error
+        self.last_good_step.saved = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, model: nn.Module, trial: Any, run_state: dict[str, Any]) -> None:
+        if self.args.should_save:
+            set_aside(folder)  # of a run that was killed here, perhaps with more processes
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the parent deletes before all is written
+        try:
+            super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.last_good_step.saved = self.state.global_step
+        folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where the parent may write nothing
+        torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
         if self.args.should_save:
-            rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # the parent's says that all checkpoints stay
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder, self.run_settings())
+            discard(former(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The parent's, which it calls before all is written: nothing is uploaded until the checkpoint is sealed."""
+        if flaw(Path(checkpoint_folder)) is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's; on SIGTERM the step in progress is saved whatever the strategy."""
+        good, step = self.last_good_step, self.state.global_step
+        if self.stop.stopped and good.saved == step:  # called again, as at an epoch's end
+            broken_off = not float(self.state.epoch).is_integer()
+            control = self.control
+            if broken_off:
+                control.should_log = control.should_evaluate = control.should_save = False
+            elif control.should_log or control.should_evaluate:
+                good.saved = None  # what comes of these belongs in the checkpoint
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop.stopped and good.saved != step:
+            self.control.should_save, self.control.should_evaluate = True, False
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; a run that SIGTERM ended is to go on, so all checkpoints stay and no other model is loaded."""
+        kept = self.args.save_total_limit, self.args.load_best_model_at_end
+        if self.stop.stopped:
+            self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = kept
 
 
 class Resumption(TrainerCallback):
@@ -234,7 +283,7 @@ class Resumption(TrainerCallback):
             return
         control.should_training_stop = state.global_step >= state.max_steps
         then, now = settings_of(folder), self.trainer.run_settings()
-        if any(then[name] != now[name] for name in BATCH_SETTINGS):
+        if any(then.get(name) != now[name] for name in BATCH_SETTINGS):
             logger.warning("Batches are not what they were: metrics begin anew, and so do rollouts.")
             return
         path = folder / f"run_state_{args.process_index}.pt"
@@ -267,14 +316,3 @@ def as_plain(value: Any) -> Any:
     if not isinstance(value, (str, bytes)) and hasattr(value, "__iter__"):
         return [as_plain(part) for part in value]
     return value if value is None or type(value) in (str, int, float, bool) else str(value)
-
-
-def fingerprint(dataset: Any) -> str | None:
-    """The number of rows and a digest of some of them; `None` of a stream, which has neither."""
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
-        return None
-    step = max(1, len(dataset) // ROWS_COMPARED)
-    rows = json.dumps(
-        [dataset[row] for row in range(0, len(dataset), step)], default=lambda value: type(value).__name__
-    )
-    return f"{len(dataset)} rows, {hashlib.sha256(rows.encode()).hexdigest()[:12]}"
