@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_trainer import MIXED, Recorder, coin_verifier, make_config, plain_logits
 
-from sg_opd import SGOPDTrainer, load_gate_samples
-from sg_opd.gate_samples import PAGE_TOKENS, GateSamples
+from sg_opd import SGOPDTrainer, gate_samples, load_gate_samples
+from sg_opd.gate_samples import GateSamples
 from sg_opd.gate_view import inspect_rollout
+from sg_opd.resume import as_trained
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,17 +165,44 @@ def test_logging_steps_epochs_and_other_processes(make_model, tokenizer, dataset
     assert (tmp_path / "epoch" / "gate_samples.jsonl").read_bytes() == before
 
 
-def test_the_page_is_bounded(make_model, tokenizer, dataset, tmp_path):
-    """The file keeps all, the page the newest steps of no more than `PAGE_TOKENS` tokens, and one step at least."""
+@pytest.mark.parametrize("long", ["tokens", "prompt"])
+def test_the_page_is_bounded(long, make_model, tokenizer, dataset, tmp_path, monkeypatch):
+    """The file keeps all, the page the newest steps of no more than `PAGE_SIZE` characters, and one step at least."""
     trainer = train(make_model, tokenizer, dataset, tmp_path, max_steps=1)
-    callback = GateSamples(trainer)
-    logps = [-1.0] * (PAGE_TOKENS // 3)
-    long = inspect_rollout(["a"] * len(logps), logps, logps, 1.0, step=1)
-    for _ in range(5):
-        callback._add([long])
-    assert len(callback._steps) == 3
-    callback._add([long] * 5)
-    assert [step.tokens for step in callback._steps] == [5 * len(logps)]
+    callback, tokens = GateSamples(trainer), 500 if long == "tokens" else 1
+    prompt = None if long == "tokens" else "p" * 5000
+    view = inspect_rollout(["a"] * tokens, [-1.0] * tokens, [-1.0] * tokens, 1.0, step=1, prompt=prompt)
+    line = len(view.to_json()) + 1
+    assert line > 5000
+    monkeypatch.setattr(gate_samples, "PAGE_SIZE", 3 * line)
+    with (tmp_path / "all.jsonl").open("w") as stream:
+        for _ in range(5):
+            callback._keep([view], stream)
+        assert len(callback._steps) == 3
+        callback._keep([view] * 5, stream)
+    assert [step.size for step in callback._steps] == [5 * line]
+    assert len((tmp_path / "all.jsonl").read_text()) == 10 * line
+
+
+def test_a_skipped_step_is_not_kept(make_model, tokenizer, dataset, tmp_path):
+    """The teacher's score is NaN in the second of three steps, which `skip` leaves out."""
+
+    class Poisoned(SGOPDTrainer):
+        def _decide(self, inputs, **logps):
+            if self.state.global_step == 1:
+                logps["teacher"] = logps["teacher"].index_fill(1, torch.tensor([0]), float("nan"))
+            return super()._decide(inputs, **logps)
+
+    train(make_model, tokenizer, dataset, tmp_path, cls=Poisoned, max_steps=3, non_finite_log_probs="skip")
+    assert [view.step for view in load_gate_samples(tmp_path)] == [1, 1, 3, 3]
+
+
+def test_what_a_checkpoint_keeps_comes_to_the_device():
+    """Log-probabilities within too, which are indexed by a mask that is there."""
+    inputs = {"completion_mask": torch.ones(1, 2), "gate_logps": {"student": torch.zeros(1, 2)}, "gold": ["4"]}
+    moved = as_trained(inputs, torch.device("meta"))
+    assert moved["completion_mask"].device.type == moved["gate_logps"]["student"].device.type == "meta"
+    assert moved["gold"] == ["4"]
 
 
 def test_negative_numbers_are_refused(tmp_path):

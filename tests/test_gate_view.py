@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sg_opd import SignGatedLoss, inspect_rollout, load_gate_samples, score_rollout
-from sg_opd.gate_view import render_page
+from sg_opd.gate_view import RolloutView, render_page
 from sg_opd.token_texts import token_texts, visible
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +148,19 @@ def test_bytes_that_are_no_text_end(byte_tokenizer):
     assert "".join(texts) == "\ufffd" * 300
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.binary(max_size=24) | st.lists(st.sampled_from(["😀".encode(), b"\xff", b"\xf0\x9f", b"ok"])).map(b"".join)
+)
+def test_no_text_is_lost_beside_bytes_that_are_none(byte_tokenizer, data):
+    """Each character of the whole, but for signs of what is no text, stands in the tokens, in order."""
+    letters = bytes_to_unicode()
+    ids = byte_tokenizer.convert_tokens_to_ids([letters[byte] for byte in data])
+    left = iter("".join(token_texts(byte_tokenizer, ids)))
+    whole = byte_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert all(character in left for character in whole.replace("\ufffd", ""))
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -206,6 +220,29 @@ def test_it_is_read_back_as_it_was(tmp_path):
     assert odd.prompt == "user: hi"
     for before, after in zip(views, load_gate_samples(path), strict=True):
         assert all(a.equal(b) for a, b in zip(before.decision, after.decision, strict=True))
+
+
+def test_text_is_text_in_a_notebooks_kernel(monkeypatch):
+    """There, rich would print it into the cell and write nothing."""
+    import rich.console
+
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    assert three().headline() in three().plain()
+
+
+def test_messages_with_calls_and_a_gold_that_is_a_number():
+    call = [{"type": "function", "function": {"name": "add"}}]
+    view = three(prompt=[{"role": "user", "content": "1+1"}, {"role": "assistant", "tool_calls": call}], gold=4)
+    assert view.prompt.startswith("user: 1+1\n\nassistant: [{'type'")
+    assert view.gold == "4"
+    assert "gold 4" in view.plain()
+
+
+def test_a_step_of_a_foreign_file_is_a_number():
+    line = three(step=3).to_json()
+    assert RolloutView.from_json(line).step == 3
+    with pytest.raises(ValueError, match="invalid literal"):
+        RolloutView.from_json(line.replace('"step": 3', '"step": "3\\"></script><meta http-equiv=refresh>"'))
 
 
 def test_the_page_holds_no_hostile_character_as_it_is():
@@ -344,6 +381,17 @@ def test_browser_shows_cases_numbers_and_facts(open_page):
         assert text in words
     page.locator("h1").hover()
     assert page.locator("#tip").is_hidden()
+
+
+def test_browser_tells_what_is_infinite_and_what_is_not_trained(open_page):
+    gate, trained = SignGatedLoss(log_ratio_clip=2.0), [True, True, False]
+    logps = [-1.0, -2.0, -0.5], [-0.4, -math.inf, -0.5]
+    page = open_page(inspect_rollout(["one", " two", "\n"], *logps, 1.0, gate, trained=trained).html())
+    page.locator(".tokens .t").nth(1).hover()
+    assert tip(page).splitlines()[1] == "conflict: the teacher lowers it, verdict correct"
+    assert "delta\n−inf" in tip(page).replace("\t", "\n")
+    page.locator(".tokens .t").nth(2).hover()
+    assert tip(page).splitlines()[1:] == ["not trained on", "token 3"]
 
 
 def test_browser_shows_it_in_a_notebooks_frame(open_page):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -19,7 +19,7 @@ from .checkpoints import flush
 from .gate_view import RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples, render_page
 
 FILE = "gate_samples.jsonl"
-PAGE_TOKENS = 100_000  # of the page, about 5 MB: it is written anew at each logging step
+PAGE_SIZE = 5_000_000  # characters of its lines in FILE: the page is as large, and written anew at each logging step
 HTML_TRACKERS = ("wandb", "trackio")  # whose modules have a class `Html`
 
 
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     """A step on the page."""
 
     number: int
-    tokens: int
+    size: int
     block: Callable[[], str]
 
 
@@ -49,6 +49,13 @@ class GateSamples(TrainerCallback):
         self.trainer = trainer
         self.path = Path(trainer.args.output_dir) / FILE
         self._steps: deque[Step] = deque()
+        names = [name for name in HTML_TRACKERS if name in trainer.args.report_to]
+        self._trackers = [importlib.import_module(name) for name in names]
+        old = [tracker.__name__ for tracker in self._trackers if not hasattr(tracker, "Html")]
+        if old:
+            raise ValueError(
+                f"`log_gate_samples` needs a newer {old[0]}, one that has `Html`: pip install -U {old[0]}."
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the steps after the one that a run begins with: it trains them again."""
@@ -61,8 +68,7 @@ class GateSamples(TrainerCallback):
         with part.open("w", encoding="utf-8") as stream:
             for number, views in groupby(read_gate_samples(self.path), lambda view: view.step):
                 if number <= state.global_step:
-                    self._add(kept := list(views))
-                    stream.writelines(f"{view.to_json()}\n" for view in kept)
+                    self._keep(list(views), stream)
         flush(part)
         os.replace(part, self.path)
         self._write_page()
@@ -76,8 +82,7 @@ class GateSamples(TrainerCallback):
         if views:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.writelines(f"{view.to_json()}\n" for view in views)
-            self._add(views)
+                self._keep(views, stream)
             self._write_page()
             self._report(views, state.global_step)
 
@@ -121,10 +126,11 @@ class GateSamples(TrainerCallback):
             step=self.trainer.state.global_step,
         )
 
-    def _add(self, views: list[RolloutView]) -> None:
-        step = Step(views[0].step or 0, sum(len(view.tokens) for view in views), cache(partial(page_block, views)))
-        self._steps.append(step)
-        while len(self._steps) > 1 and sum(step.tokens for step in self._steps) > PAGE_TOKENS:
+    def _keep(self, views: list[RolloutView], stream: TextIO) -> None:
+        """Write them, and have them on the page, which older ones leave."""
+        size = stream.write("".join(f"{view.to_json()}\n" for view in views))
+        self._steps.append(Step(views[0].step or 0, size, cache(partial(page_block, views))))
+        while len(self._steps) > 1 and sum(step.size for step in self._steps) > PAGE_SIZE:
             self._steps.popleft()
 
     def _write_page(self) -> None:
@@ -133,11 +139,9 @@ class GateSamples(TrainerCallback):
         os.replace(part, self.path.with_suffix(".html"))
 
     def _report(self, views: list[RolloutView], step: int) -> None:
-        for name in HTML_TRACKERS:
-            if name in self.trainer.args.report_to:
-                tracker = importlib.import_module(name)
-                page = tracker.Html(render_page(views, "Gate samples"), inject=False)
-                tracker.log({"gate_samples": page, "train/global_step": step})
+        for tracker in self._trackers:
+            page = tracker.Html(render_page(views, "Gate samples"), inject=False)
+            tracker.log({"gate_samples": page, "train/global_step": step})
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 text = "\n".join(view.plain() for view in views)

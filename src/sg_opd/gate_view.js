@@ -120,6 +120,7 @@ function describe({rollout, i}) {
   const text = rollout.tokens[i], name = CASES[rollout.cases[i]];
   const what = text === "" ? ["part of a character that a later token completes"] : ["“", isolated(text), "”"];
   const id = rollout.ids === null ? "" : `, id ${rollout.ids[i]}`;
+  if (name === "untrained") return [make("p", "", ...what), make("p", "", "not trained on"), make("p", "quiet", `token ${i + 1}${id}`)];
   const numbers = [
     ["student", number(rollout.student[i]), percent(rollout.student[i])],
     ["teacher", number(rollout.teacher[i]), percent(rollout.teacher[i])],
@@ -127,8 +128,9 @@ function describe({rollout, i}) {
   if (rollout.reference) numbers.push(["reference", number(rollout.reference[i]), percent(rollout.reference[i])]);
   numbers.push(["delta", signed(rollout.delta[i]), ""], ["factor", number(rollout.factor[i], 2), ""]);
   if (rollout.advantage) numbers.push(["advantage", signed(rollout.advantage[i]), ""]);
-  const side = rollout.delta[i] > 0 ? "raises" : rollout.delta[i] < 0 ? "lowers" : "leaves";
-  const words = name === "untrained" ? "not trained on" : `${name}: the teacher ${side} it, verdict ${rollout.verdict}`;
+  const delta = rollout.delta[i];  // what is infinite is text, "inf" or "-inf"
+  const side = delta === 0 ? "leaves" : String(delta).startsWith("-") ? "lowers" : "raises";
+  const words = `${name}: the teacher ${side} it, verdict ${rollout.verdict}`;
   return [make("p", "", ...what), make("p", "", words), rows(numbers), make("p", "quiet", `token ${i + 1}${id}`)];
 }
 

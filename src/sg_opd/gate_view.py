@@ -60,7 +60,8 @@ class RolloutView:
     reference_logps: tuple[float, ...] | None
     """log pi_R in nats; `None` is the current policy."""
     trained: tuple[bool, ...] | None
-    """Which tokens are trained on, as those of a tool's answer are not; `None` is all."""
+    """Which tokens are trained on, as those of a tool's answer are not; `None` is all. With the full estimator a run
+    keeps log-probabilities of 0 for the others."""
     verdict: float | None
     """1.0 correct, 0.0 incorrect, `None` abstained."""
     settings: dict[str, Any]
@@ -120,7 +121,7 @@ class RolloutView:
         """Text without colours, where conflict tokens stand in brackets."""
         from rich.console import Console
 
-        console = Console(file=StringIO(), color_system=None, width=width)
+        console = Console(file=StringIO(), color_system=None, width=width, force_jupyter=False)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -137,6 +138,7 @@ class RolloutView:
             fields[name] = None if fields[name] is None else tuple(fields[name])
         for name in ("student_logps", "teacher_logps", "reference_logps"):
             fields[name] = None if fields[name] is None else tuple(map(float, fields[name]))
+        fields["step"] = None if fields["step"] is None else int(fields["step"])
         return cls(**fields)
 
     def __repr__(self) -> str:
@@ -266,9 +268,9 @@ def inspect_rollout(
         verdict=None if verdict is None else float(verdict),
         settings={name: getattr(gate, name) for name in SETTINGS},
         prompt=prompt if prompt is None or isinstance(prompt, str) else _conversation(prompt),
-        gold=gold,
+        gold=None if gold is None else str(gold),
         source=source,
-        step=step,
+        step=None if step is None else int(step),
     )
 
 
@@ -298,7 +300,7 @@ def page_block(views: Sequence[RolloutView]) -> str:
     data = json.dumps([view.page_data() for view in views], separators=(",", ":"))
     for character in "<>&":  # nothing in it can end the script element, or begin a comment
         data = data.replace(character, f"\\u{ord(character):04x}")
-    step = "" if views[0].step is None else views[0].step
+    step = "" if views[0].step is None else html.escape(str(views[0].step))
     return f'<script type="application/json" class="rollouts" data-step="{step}">{data}</script>'
 
 
@@ -314,7 +316,9 @@ def page_of_blocks(blocks: Iterable[str], title: str = "Gate view") -> str:
 
 
 def _conversation(messages: Sequence[dict[str, Any]]) -> str:
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    """Each message's content, or the calls of tools that it has instead."""
+    said = ((message["role"], message.get("content") or message.get("tool_calls", "")) for message in messages)
+    return "\n\n".join(f"{role}: {content}" for role, content in said)
 
 
 def _float32(values: Sequence[float] | Tensor) -> tuple[float, ...]:

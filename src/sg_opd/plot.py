@@ -50,7 +50,7 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
         axes.set_axis_off()
     if len(runs) > 1:
         lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-        figure.legend(lines.values(), map(literal, lines), loc="outside upper center", ncols=min(len(runs), 4))
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(runs), 4))
     else:
         figure.suptitle(literal(runs[0].name))
     return figure

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -301,12 +301,8 @@ def as_saved(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def as_trained(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What `as_saved` was given, on the device."""
-    moved: dict[str, Any] = {
-        name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()
-    }
-    if "decision" in moved:
-        moved["decision"] = GateDecision(**{name: value.to(device) for name, value in moved["decision"].items()})
-    return moved
+    moved = send_to_device(inputs, device)
+    return moved | ({"decision": GateDecision(**moved["decision"])} if "decision" in moved else {})
 
 
 def as_plain(value: Any) -> Any:

@@ -29,7 +29,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         if text.endswith("\ufffd") and not last:
             texts.append("")
             continue
-        texts.append(text[len(known) :])
+        # bytes that are no text may be read anew, so what is known need not be the beginning of it
+        pairs = enumerate(zip(known, text, strict=False))
+        texts.append(text[next((i for i, (a, b) in pairs if a != b), min(len(known), len(text))) :])
         start, read = read, end
         known = decoded(start, read)
     return texts

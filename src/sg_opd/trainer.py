@@ -302,7 +302,8 @@ class SGOPDTrainer(ResumableTrainer):
         logps = self.finite.checked(inputs, mask, **logps)  # in each pass: the student may have gone bad meanwhile
         if "decision" not in inputs:
             decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, logps.get("initial"))
-            inputs |= {"decision": decision} | ({"gate_logps": logps} if self.args.log_gate_samples else {})
+            kept = self.args.log_gate_samples and not self.finite.found
+            inputs |= {"decision": decision} | ({"gate_logps": logps} if kept else {})
             self._row_advantages[inputs["row"]] = (decision.advantage * mask).sum(1).float() / mask.sum(1)
         return inputs["decision"]
 
