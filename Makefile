@@ -19,8 +19,9 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet $(CONSTRAINT) --editable ".[dev]"
 	touch $@
 
+# one thread: models this small gain nothing from more, and lose much where something else takes the cores
 demo: install
-	$(BIN)/python examples/arithmetic/demo.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/arithmetic/demo.py
 
 # without Chromium the tests of the gate view's page are skipped with the reason; SG_OPD_REQUIRE_CHROMIUM=1 makes that a failure
 test: install

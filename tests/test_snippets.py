@@ -213,6 +213,13 @@ def check_bash(call: Call) -> None:
     check_recipe(["--config", recipe, *arguments])
 
 
+def check_jupyter(call: Call) -> None:
+    command, *options, notebook = call.arguments
+    assert (command, (ROOT / notebook).suffix) == ("nbconvert", ".ipynb")
+    assert (ROOT / notebook).is_file(), notebook
+    assert options == ["--to", "html", "--execute", "--output-dir", "runs"]  # as was tried
+
+
 def check_make(call: Call) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert set(call.arguments) <= set(targets)
@@ -237,6 +244,7 @@ def check_nothing(call: Call) -> None:
 CHECKS = {
     "accelerate": check_accelerate,
     "bash": check_bash,
+    "jupyter": check_jupyter,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,

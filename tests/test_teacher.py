@@ -9,7 +9,7 @@ from test_trainer import Recorder, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
 from sg_opd.faults import TeacherError
-from sg_opd.teacher import Teacher, as_lists, as_rectangle, ask
+from sg_opd.teacher import Teacher, as_lists, as_rectangle, ask, load_teacher
 
 
 def test_rows_become_a_rectangle_and_rows_again():
@@ -97,3 +97,10 @@ def test_what_an_object_lacks_to_be_a_teacher_is_named(make_model, tokenizer, da
 
     with pytest.raises(TypeError, match="a Nearly is none, and lacks 'propose', 'sharded', 'context', 'name'"):
         SGOPDTrainer(make_model(1), Nearly(), coin_verifier, make_config(tmp_path), dataset, processing_class=tokenizer)
+
+
+def test_a_teacher_that_is_not_to_be_had_is_named():
+    """Without the hub the loader's own words name no model."""
+    with pytest.raises(OSError, match="huggingface") as caught:
+        load_teacher("nobody/nothing", None, None)
+    assert caught.value.__notes__ == ["It was about the teacher, 'nobody/nothing'."]

@@ -462,7 +462,9 @@ def test_a_verifier_that_raises_is_named_with_its_own_error():
     for verifier in (raises, raises_later):
         with pytest.raises(KeyError, match="solution") as caught:
             checked_verdicts(verifier, ["a", "b"], ["a", "b"])
-        assert caught.value.__notes__ == [f"It came from the verifier {verifier.__name__}, asked for 2 verdicts."]
+        assert caught.value.__notes__ == [
+            f"It came from the verifier {verifier.__name__}, asked for 2 verdicts, given prompts, completions."
+        ]
 
 
 def test_works_in_a_thread():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def evaluate(model, tokenizer, verifier: MathVerifier, completion_length: int) -
 
 
 def train(preset: str, verifier: MathVerifier, seed: int, output: Path, extra: list[str]) -> tuple[SGOPDTrainer, float]:
-    """The recipe with another preset; the trainer after training, and the seconds that `train()` took."""
+    """The recipe with another preset, begun anew; the trainer after training, and the seconds `train()` took."""
+    shutil.rmtree(output / preset, ignore_errors=True)  # of an earlier demo
     parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
     changes = ["--preset", preset, "--seed", str(seed), "--output_dir", str(output / preset), *extra]
     _, args, _ = parser.parse_args_and_config(["--config", str(RECIPE), *changes])

@@ -32,7 +32,7 @@ LEVELS = (0.1, 0.5, 1.0, 2.0)  # nats of abs(delta) from which a colour is one s
 CASES = {
     CONSENSUS: ("consensus", "the teacher moves the token the way the verdict wants"),
     CONFLICT: ("conflict", "the teacher moves the token against the verdict"),
-    NEUTRAL: ("neutral", "no side: the verifier abstained, or teacher and student agree"),
+    NEUTRAL: ("neutral", "no side: the verifier abstained, or abs(delta) is within the dead zone"),
 }
 VERDICTS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 SOURCES = ("student", "teacher")

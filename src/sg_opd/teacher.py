@@ -76,6 +76,7 @@ def load_teacher(
     Raises:
         TypeError: `teacher_model` is neither text nor a model.
         ValueError: settings for loading were given together with a model that needs none.
+        OSError: it cannot be loaded; with a note that names it.
     """
     from trl.trainer.utils import create_model_from_path
 
@@ -83,7 +84,11 @@ def load_teacher(
         kwargs = {"dtype": "auto", **defaults, **(init_kwargs or {})}
         if revision is not None:
             kwargs["revision"] = revision
-        return create_model_from_path(teacher_model, **kwargs)
+        try:
+            return create_model_from_path(teacher_model, **kwargs)
+        except OSError as error:  # whose words name no model where the hub cannot be reached
+            error.add_note(f"It was about the teacher, {teacher_model!r}.")
+            raise
     if not isinstance(teacher_model, PreTrainedModel):
         missing = [name for name in TEACHER_MEMBERS if not hasattr(teacher_model, name)]
         raise TypeError(

@@ -144,7 +144,8 @@ def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Se
             if inspect.isawaitable(answer):
                 answer = _awaited(answer)
     except Exception as error:
-        error.add_note(f"It came from the verifier {name}, asked for {len(completions)} verdicts.")
+        given = ", ".join(("prompts", "completions", *kwargs))
+        error.add_note(f"It came from the verifier {name}, asked for {len(completions)} verdicts, given {given}.")
         raise
     if not hasattr(answer, "__len__") or isinstance(answer, str | bytes | Mapping | Set):
         raise ValueError(f"The verifier {name} answered {answer!r}; it must return a list, one verdict a completion.")
