@@ -294,8 +294,14 @@ def test_rotation_keeps_the_last_written_and_the_best(tmp_path):
         seal(tmp_path / f"checkpoint-{step}", {})
         os.utime(tmp_path / f"checkpoint-{step}" / SEAL, ns=(i, i))
 
+    damaged = tmp_path / "checkpoint-9"  # sealed, then a file was lost: it counts for none
+    damaged.mkdir()
+    (damaged / "weights").touch()
+    seal(damaged, {})
+    (damaged / "weights").unlink()
+
     def left():
-        return sorted(path.name for path in tmp_path.iterdir())
+        return sorted(path.name for path in tmp_path.iterdir() if path != damaged)
 
     for limit in (None, 0, 4):
         rotate(tmp_path, limit, None, tmp_path / "checkpoint-6")
