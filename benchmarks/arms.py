@@ -149,7 +149,7 @@ class EntryGateTrainer(SGOPDTrainer):
             teacher = logps(self.teacher.unwrapped)
         student = logps(self.accelerator.unwrap_model(model))
         taken = [p.detach().gather(2, ids.unsqueeze(2)).squeeze(2) for p in (student, teacher)]
-        decision = self._decide(inputs, *taken)
+        decision = self._decide(inputs, student=taken[0], teacher=taken[1])
         per_token = entry_gated(student, teacher, inputs["verifier_labels"], *self._factors())
         entropy = -(student.detach().exp() * student.detach()).sum(-1)
         self._meter.update(decision, per_token, mask, inputs["from_teacher"], mask, entropy)
