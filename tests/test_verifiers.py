@@ -472,3 +472,25 @@ def test_works_in_a_thread():
     with ThreadPoolExecutor(1) as executor:
         assert executor.submit(verifier, [r"\boxed{2x}"], ["x+x"]).result() == [1.0]
     verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("-1417", r"\infty^{\infty}", 0.0),
+        ("7x^2+3", r"\infty^{\infty}", 0.0),
+        (r"\infty", r"\infty+1", 1.0),
+        (r"-\infty", r"\infty+1", 0.0),
+        (r"\infty", r"\lim_{x \to 0} \frac{1}{x^2}", 1.0),
+        ("x>5", r"(5,\infty)", 1.0),
+        (r"\sqrt{4}", "2", 1.0),
+    ],
+)
+def test_what_is_infinite_equals_nothing_finite(gold, answer, verdict, monkeypatch):
+    """Even where sympy, as it does now and then, says so: here it says yes to everything."""
+    import math_verify
+
+    from sg_opd import grader
+
+    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: True)
+    assert grader._judge()({"gold": gold, "answer": answer, "words": False}) == verdict

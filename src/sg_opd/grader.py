@@ -207,12 +207,18 @@ def distinct_cases(*texts: str) -> list[str]:
 
 
 def close(gold: Any, answer: Any) -> bool:
-    """False where two numbers agree only because both are small: math-verify rounds to six decimals."""
-    if not (getattr(gold, "is_number", False) and getattr(answer, "is_number", False)):
+    """False where two numbers agree only because both are small, since math-verify rounds to six decimals, or where one
+    expression alone is infinite, which sympy may call equal to anything."""
+    from sympy import Expr, S
+
+    values = [value.doit() for value in (gold, answer) if isinstance(value, Expr)]
+    if len({value.has(S.Infinity, S.NegativeInfinity, S.ComplexInfinity, S.NaN) for value in values}) > 1:
+        return False
+    if len(values) < 2 or not all(value.is_number for value in values):
         return True
-    a, b = complex(gold.doit().evalf(15)), complex(answer.doit().evalf(15))
+    a, b = (complex(value.evalf(15)) for value in values)
     size = max(abs(a), abs(b))
-    return size > SMALL or abs(a - b) <= RELATIVE_TOLERANCE * size
+    return a == b if math.isinf(size) else size > SMALL or abs(a - b) <= RELATIVE_TOLERANCE * size
 
 
 def same_unit(gold: str, answer: str) -> bool:
