@@ -208,12 +208,17 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def main() -> None:
+def prepare() -> None:
+    """Before the first trainer of a process."""
     torch.set_num_threads(1)
     if BACKEND == "zero3":
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
+
+
+def main() -> None:
+    prepare()
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name, scenario in JOB["scenarios"].items():
         run(name, scenario, world)

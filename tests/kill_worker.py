@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from distributed_worker import BACKEND, JOB, OUT, coin_verifier, configuration, whole_weights
+from distributed_worker import BACKEND, JOB, OUT, coin_verifier, configuration, prepare, whole_weights
 from transformers import TrainerCallback
 
 import sg_opd.resume
@@ -131,11 +131,7 @@ def run(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    if BACKEND == "zero3":
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
+    prepare()
     if BACKEND != "single":
         for job in JOB["jobs"]:
             run(job)

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.integration
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LIMIT = 280  # seconds for one launch, measured at 10 to 45
+# for every worker, of this file and of others
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 SHARDED = ("zero3", "fsdp2")
 PHASE = {"teacher_phase_steps": 6, "teacher_phase_fraction": 0.25, "teacher_candidates": 1}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
@@ -119,6 +121,21 @@ def world(tmp_path_factory, tokenizer, make_model, dataset):
     return folder
 
 
+def run_worker(worker, job, backend, log, limit):
+    """A worker on its job's file, in two processes but for the backend `single`; its exit code, or a failure in time."""
+    port = f"--master_port={free_port()}"
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", port]
+    command = [sys.executable, *([] if backend == "single" else torchrun), str(worker), str(job)]
+    with log.open("a") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **SETTINGS})
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            process.wait(60)
+            pytest.fail(f"{backend}: no end within {limit} s\n{log.read_text()[-6000:]}")
+
+
 def launch(world, backend, scenarios, out):
     """Run the worker to its end, or fail with what it printed."""
     job = {"backend": backend, "out": str(out), "data": str(world / "data.jsonl"), "scenarios": {}}
@@ -127,18 +144,7 @@ def launch(world, backend, scenarios, out):
         job["scenarios"][name] = {**scenario, **models}
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(job))
-    port = free_port()
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    command = [sys.executable, *([] if backend == "single" else torchrun), str(WORKER), str(out / "job.json")]
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **settings})
-        try:
-            code = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
-            process.wait(60)
-            code = "time-out"
+    code = run_worker(WORKER, out / "job.json", backend, out / "log.txt", LIMIT)
     assert code == 0, f"{backend}: {code}\n{(out / 'log.txt').read_text()[-6000:]}"
 
 

@@ -9,9 +9,10 @@ import threading
 import time
 
 import pytest
+from test_distributed import SETTINGS
 from test_launch import gone
 from test_package import ROOT
-from test_resume import OF_THE_CALL, SETTINGS, TIMES, assert_same_run, job, launch
+from test_resume import OF_THE_CALL, TIMES, assert_same_run, job, launch
 from test_trainer import coin_verifier, make_config
 from transformers import TrainerCallback
 

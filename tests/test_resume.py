@@ -9,8 +9,6 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +18,10 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from test_distributed import run_worker
 from test_trainer import coin_verifier
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import GRPOTrainer
-from vllm_server import free_port
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.checkpoints import SEAL, flaw, last_whole, rotate, seal, settings_of, unseal
@@ -73,7 +71,6 @@ KILLS = {
     "full": ("full", "backward", 8, 3),
     "first": ("fresh", "scoring", 1, 0),
 }
-SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
 def launch(pair, out, backend, jobs, limit=280):
@@ -81,16 +78,7 @@ def launch(pair, out, backend, jobs, limit=280):
     out.mkdir(parents=True, exist_ok=True)
     paths = {"student": str(pair / "student"), "teacher": str(pair / "teacher"), "data": str(pair / "data.jsonl")}
     (out / "jobs.json").write_text(json.dumps({"backend": backend, "out": str(out), "jobs": jobs, **paths}))
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command = [sys.executable, *([] if backend == "single" else torchrun), str(WORKER), str(out / "jobs.json")]
-    with (out / "launch.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **SETTINGS})
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
-            process.wait(60)
-            raise
+    code = run_worker(WORKER, out / "jobs.json", backend, out / "launch.log", limit)
     if backend != "single":
         return code
     assert code == 0, (out / "launch.log").read_text()[-4000:]

@@ -152,8 +152,7 @@ def rotate(output_dir: Path, limit: int | None, best: str | None, last: Path) ->
             discard(path)
     whole = sorted((path for path in found if flaw(path) is None), key=lambda path: (path / SEAL).stat().st_mtime_ns)
     spare = [path for path in whole if path.name not in (last.name, best and Path(best).name)]
-    surplus = max(0, len(whole) - max(limit, len(whole) - len(spare)))
-    for path in spare[:surplus]:
+    for path in spare[: max(0, len(whole) - limit)]:
         discard(path)
 
 

@@ -35,12 +35,9 @@ def score_rollout(
 ) -> RolloutView:
     """A rollout of one row of a dataset with the gate's decision on each token; see `inspect_rollout`.
 
-    Each model is normalised over its own head, as with the sampled estimator.
-
     Args:
-        student: a model; the trainer's own is `trainer.model`.
-        teacher: a model with the same tokenizer; the trainer's own is `trainer.teacher.unwrapped`, which a teacher on a
-            server has not.
+        student: a model, normalised over its own head, as are the others; the trainer's own is `trainer.model`.
+        teacher: a model with the same tokenizer, so none on a server; the trainer's own is `trainer.teacher.unwrapped`.
         processing_class: their tokenizer.
         row: `prompt` (text or messages) and the columns that the verifier reads, such as `solution`.
         completion: token ids, or text, which gets no EOS; `None` samples one from the student.

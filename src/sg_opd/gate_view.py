@@ -251,14 +251,8 @@ def inspect_rollout(
     ids = None if all(isinstance(token, str) for token in listed) else tuple(int(token) for token in listed)
     if ids is not None and tokenizer is None:
         raise ValueError("`tokens` are ids: give the `tokenizer` that turns them into text, or give their texts.")
-    if verdict not in VERDICTS:
-        raise ValueError(f"`verdict` must be 1.0 (correct), 0.0 (incorrect) or None (abstained), got {verdict!r}.")
-    if source not in SOURCES:
-        raise ValueError(f"`source` must be 'student' or 'teacher', got {source!r}.")
     given = {"student_logps": student_logps, "teacher_logps": teacher_logps, "reference_logps": reference_logps}
-    for name, values in (*given.items(), ("trained", trained)):
-        if values is not None and (getattr(values, "ndim", 1) != 1 or len(values) != len(listed)):
-            raise ValueError(f"`{name}` must have one entry for each of the {len(listed)} `tokens`.")
+    _check(verdict, source, len(listed), {**given, "trained": trained})
     gate = SignGatedLoss() if gate is None else gate
     return RolloutView(
         tokens=tuple(listed if ids is None else token_texts(tokenizer, ids)),
@@ -272,6 +266,17 @@ def inspect_rollout(
         source=source,
         step=None if step is None else int(step),
     )
+
+
+def _check(verdict: Any, source: Any, length: int, by_token: dict[str, Any]) -> None:
+    """Refuse, by name, what is out of its range or has not one entry a token."""
+    if verdict not in VERDICTS:
+        raise ValueError(f"`verdict` must be 1.0 (correct), 0.0 (incorrect) or None (abstained), got {verdict!r}.")
+    if source not in SOURCES:
+        raise ValueError(f"`source` must be 'student' or 'teacher', got {source!r}.")
+    for name, values in by_token.items():
+        if values is not None and (getattr(values, "ndim", 1) != 1 or len(values) != length):
+            raise ValueError(f"`{name}` must have one entry for each of the {length} `tokens`.")
 
 
 def load_gate_samples(path: str | Path) -> list[RolloutView]:

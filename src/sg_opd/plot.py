@@ -37,6 +37,7 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
         ValueError: as `charts`.
     """
     drawn = charts(runs)
+    steps = step_range(drawn)
     columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows
@@ -45,7 +46,7 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
     places = figure.subplots(rows, columns, squeeze=False).flat
     for axes, chart in zip(places, drawn, strict=False):
         draw(axes, chart)
-        axes.set_xlim(*step_range(drawn))
+        axes.set_xlim(*steps)
     for axes in places[len(drawn) :]:
         axes.set_axis_off()
     if len(runs) > 1:
@@ -59,9 +60,7 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
 def draw(axes: Any, chart: Chart) -> None:
     """One chart with matplotlib."""
     for curve in chart.curves:
-        size = (
-            3.0 if len(curve.points.steps) <= FEW_POINTS else 1.5
-        )  # never without one: a point between gaps has no line
+        size = 3.0 if len(curve.points.steps) <= FEW_POINTS else 1.5  # never none: a point between gaps has no line
         style = {"linestyle": MATPLOTLIB_DASHES[curve.dash], "marker": "o", "markersize": size, "linewidth": 1.5}
         axes.plot(*curve.points, color=curve.colour, label=literal(curve.label), **style)
         if curve.band:
@@ -96,7 +95,8 @@ def interactive_figures(runs: Sequence[RunLog]) -> list[Any]:
         ValueError: as `charts`.
     """
     drawn = charts(runs)
-    return [interactive(chart, step_range(drawn)) for chart in drawn]
+    steps = step_range(drawn)
+    return [interactive(chart, steps) for chart in drawn]
 
 
 def interactive(chart: Chart, steps: tuple[float, float]) -> Any:
@@ -185,7 +185,8 @@ def page(runs: Sequence[RunLog]) -> str:
         ValueError: as `charts`.
     """
     drawn = charts(runs)
-    sections = [section(chart, step_range(drawn), place) for place, chart in enumerate(drawn)]
+    steps = step_range(drawn)
+    sections = [section(chart, steps, place) for place, chart in enumerate(drawn)]
     keys = [key(run.name, *style(place)) for place, run in enumerate(runs)] if len(runs) > 1 else []
     return PAGE.substitute(
         title=escape(", ".join(run.name for run in runs)),
