@@ -20,9 +20,9 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from worlds import World
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, TeacherPhaseSampler
-from sg_opd.divergence import head_of, last_hidden_state, sequence
-from sg_opd.evaluate import evaluate_model
-from sg_opd.loss import CONFLICT, CONSENSUS, verdict_sign
+from sg_opd.evaluation.evaluate import evaluate_model
+from sg_opd.method.divergence import head_of, last_hidden_state, sequence
+from sg_opd.method.gate import CONFLICT, CONSENSUS, verdict_sign
 
 ROLLOUTS = 128  # completions a step, in every arm
 GENERATIONS = 4  # of a prompt; GRPO's groups are twice as large

@@ -32,8 +32,7 @@ from steps import Size, Step, Variant
 from targets import targets_of
 
 from sg_opd.config import PRESETS
-from sg_opd.provenance import provenance
-from sg_opd.results import write_json
+from sg_opd.evaluation.results import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "cost.md"

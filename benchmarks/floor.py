@@ -11,7 +11,7 @@ from steps import LEARNING_RATE, SPECIAL, Clock, Size, model, peak_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sg_opd.divergence import Head, chunked_divergence, chunked_nll, last_hidden_state
+from sg_opd.method.divergence import Head, chunked_divergence, chunked_nll, last_hidden_state
 
 
 class Floor:

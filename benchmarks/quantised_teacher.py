@@ -34,12 +34,11 @@ from transformers import (
 
 from sg_opd import MathVerifier
 from sg_opd.data import load_data
-from sg_opd.estimates import CONFIDENCE
-from sg_opd.evaluate import tokenize_prompts
-from sg_opd.loss import decide
-from sg_opd.provenance import installed, provenance
-from sg_opd.results import as_table, write_json
-from sg_opd.teacher import as_rectangle, padded, sample_completions
+from sg_opd.evaluation.evaluate import tokenize_prompts
+from sg_opd.evaluation.figures import CONFIDENCE
+from sg_opd.evaluation.results import as_table, installed, provenance, write_json
+from sg_opd.method.gate import decide
+from sg_opd.teachers.protocol import as_rectangle, padded, sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
 ARITHMETIC, RESULT = ROOT / "examples" / "arithmetic", ROOT / "benchmarks" / "results" / "quantised_teacher.json"

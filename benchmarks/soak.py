@@ -23,7 +23,7 @@ from datasets import load_dataset
 from transformers import TrainerCallback
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.results import write_json
+from sg_opd.evaluation.results import write_json
 
 ARITHMETIC = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
 # what sympy reads at once and then computes for longer than any time limit

@@ -31,9 +31,8 @@ from design import PLANS, QUICK, Cell, Plan, Run, groups
 from transformers import PrinterCallback
 from worlds import SCALES
 
-from sg_opd.evaluate import evaluate_model
-from sg_opd.provenance import provenance
-from sg_opd.results import EvaluationResult, write_json
+from sg_opd.evaluation.evaluate import evaluate_model
+from sg_opd.evaluation.results import EvaluationResult, provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"

@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sg_opd.provenance import provenance
-from sg_opd.results import write_json
+from sg_opd.evaluation.results import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, RUNS = ROOT / "benchmarks" / "results" / "torture.json", ROOT / "runs" / "torture"

@@ -23,9 +23,8 @@ from grading import latex_pairs
 from hostile import Attack, attacks
 
 from sg_opd import MathVerifier
-from sg_opd.grader import WORKER_MEMORY_BYTES
-from sg_opd.provenance import provenance
-from sg_opd.results import write_json
+from sg_opd.evaluation.results import provenance, write_json
+from sg_opd.verifiers.grader import WORKER_MEMORY_BYTES
 
 GRACE_SECONDS = 2.0  # for the start of a replaced worker on a busy machine, and for texts of a megabyte
 ORDINARY = 100  # answers of an ordinary batch

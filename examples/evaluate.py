@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import TrlParser
 
 from sg_opd import MathVerifier
-from sg_opd.data import load_data, prepare_dataset
-from sg_opd.engines import Engine, Sampling, ServerEngine, TransformersEngine, VLLMEngine
-from sg_opd.evaluate import evaluate
-from sg_opd.results import EvaluationResult, compare
-from sg_opd.tasks import TASKS, load_task
+from sg_opd.data import TASKS, load_data, load_task, prepare_dataset
+from sg_opd.evaluation.engines import Engine, Sampling, ServerEngine, TransformersEngine, VLLMEngine
+from sg_opd.evaluation.evaluate import evaluate
+from sg_opd.evaluation.results import EvaluationResult, compare
 
 
 @dataclass

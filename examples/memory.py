@@ -83,7 +83,7 @@ def passing(run: Run) -> dict[str, float]:
 
     Sharded weights are gathered: by ZeRO-3 whole to generate, at most ZERO_LIVE otherwise; by FSDP2 the tables and two
     layers of the student, all of the teacher (TRL shards it as one unit). Of an offloaded teacher one layer comes to
-    score, for more rows at once (`sg_opd.teacher.TOKENS_AT_ONCE`), and all to generate. Generation holds the cache of
+    score, for more rows at once (`TOKENS_AT_ONCE`), and all to generate. Generation holds the cache of
     every row of a step at once, and scores the last position only, three times in fp32 (scores, filtered scores,
     probabilities).
     """
@@ -118,7 +118,7 @@ def teaching(run: Run, teacher: Geometry) -> dict[str, dict[str, float]]:
     brought = held if run.sharding == "fsdp" else min(held, 2 * ZERO_LIVE)
     rows = run.batch
     if run.teacher_offload:
-        from sg_opd.teacher import TOKENS_AT_ONCE
+        from sg_opd.teachers.local import TOKENS_AT_ONCE
 
         rows = max(rows, min(run.rows, TOKENS_AT_ONCE // length))
         brought, held = 2 * teacher.layer, 2 * teacher.layers * teacher.layer

@@ -23,8 +23,8 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd.callbacks import EvaluationCallback
-from sg_opd.teacher import loading_defaults
+from sg_opd.evaluation.evaluate import EvaluationCallback
+from sg_opd.teachers.local import loading_defaults
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 BACKEND, OUT = JOB["backend"], Path(JOB["out"])

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from sg_opd import MathVerifier
 from sg_opd.data import load_data
-from sg_opd.engines import Sampling, VLLMEngine
-from sg_opd.evaluate import evaluate
+from sg_opd.evaluation.engines import Sampling, VLLMEngine
+from sg_opd.evaluation.evaluate import evaluate
 
 ARITHMETIC = Path(__file__).parent.parent / "examples" / "arithmetic"
 

@@ -7,10 +7,9 @@ from test_trainer import coin_verifier, make_config
 from transformers import TrainerCallback
 
 from sg_opd import SGOPDTrainer
-from sg_opd.callbacks import EvaluationCallback
-from sg_opd.engines import Sampling, TransformersEngine
-from sg_opd.evaluate import Questions, derived
-from sg_opd.results import by_question, figures_over
+from sg_opd.evaluation.engines import Sampling, TransformersEngine
+from sg_opd.evaluation.evaluate import EvaluationCallback, Questions, derived
+from sg_opd.evaluation.figures import by_question, figures_over
 
 
 def build(make_model, tokenizer, dataset, tmp_path, peft_config=None, **overrides):

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.checks import check_arguments, check_prompts, check_set_up, check_tokenizers
-from sg_opd.data_checks import check_dataset, has_images, rows_to_check
+from sg_opd.data import check_dataset, has_images, rows_to_check
+from sg_opd.training.checks import check_arguments, check_prompts, check_set_up, check_tokenizers
 
 
 def coin(prompts, completions, **kwargs):

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, Image, IterableDataset
 
 from sg_opd import MathVerifier, SGOPDConfig
-from sg_opd.data_checks import check_batch, check_dataset, check_datasets, check_held_out
+from sg_opd.data import check_batch, check_dataset, check_datasets, check_held_out
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from vllm_server import free_port
 
 from sg_opd import load_gate_samples
-from sg_opd.metrics import METRICS
+from sg_opd.training.metrics import METRICS
 
 pytestmark = pytest.mark.integration
 
@@ -122,7 +122,7 @@ def world(tmp_path_factory, tokenizer, make_model, dataset):
 
 
 def run_worker(worker, job, backend, log, limit):
-    """A worker on its job's file, in two processes but for the backend `single`; its exit code, or a failure in time."""
+    """A worker's exit code, run on its job's file in two processes, or in one for the backend `single`."""
     port = f"--master_port={free_port()}"
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", port]
     command = [sys.executable, *([] if backend == "single" else torchrun), str(worker), str(job)]

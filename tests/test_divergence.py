@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl.kernels import chunked_divergence as kernel
 
-from sg_opd.divergence import (
+from sg_opd.method.divergence import (
     Head,
     _GatheredRows,
     check_linear,
@@ -15,7 +15,7 @@ from sg_opd.divergence import (
     tilted_target,
     unsharded,
 )
-from sg_opd.loss import gated_divergence
+from sg_opd.method.loss import gated_divergence
 
 
 def whole_logits(hidden, head):

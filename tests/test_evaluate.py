@@ -8,10 +8,11 @@ import pytest
 import torch
 from fault_proxy import FaultProxy, StandIn
 
-from sg_opd import MathVerifier, endpoints
-from sg_opd.engines import Completion, Sampling, ServerEngine, weights_checksum
-from sg_opd.evaluate import derived, evaluate, evaluate_model
-from sg_opd.results import EvaluationResult
+from sg_opd import MathVerifier
+from sg_opd.evaluation.engines import Completion, Sampling, ServerEngine, weights_checksum
+from sg_opd.evaluation.evaluate import derived, evaluate, evaluate_model
+from sg_opd.evaluation.results import EvaluationResult
+from sg_opd.teachers import http as endpoints
 
 
 class Script:

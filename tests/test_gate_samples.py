@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_trainer import MIXED, Recorder, coin_verifier, make_config, plain_logits
 
-from sg_opd import SGOPDTrainer, gate_samples, load_gate_samples
-from sg_opd.gate_samples import GateSamples
-from sg_opd.gate_view import inspect_rollout
-from sg_opd.resume import as_trained
+from sg_opd import SGOPDTrainer, load_gate_samples
+from sg_opd.checkpoints.resume import as_trained
+from sg_opd.views import gate_samples as gate_samples
+from sg_opd.views.gate_samples import GateSamples
+from sg_opd.views.gate_view import inspect_rollout
 
 ROOT = Path(__file__).parent.parent
 

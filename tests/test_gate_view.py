@@ -21,8 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sg_opd import SignGatedLoss, inspect_rollout, load_gate_samples, score_rollout
-from sg_opd.gate_view import RolloutView, render_page
-from sg_opd.token_texts import token_texts, visible
+from sg_opd.views.gate_view import RolloutView, render_page, token_texts, visible
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = {

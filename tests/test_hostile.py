@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torture_answers import held, torture_answers
 
-from sg_opd import MathVerifier, answers
-from sg_opd.answers import MAX_ANSWER, MAX_GOLD, quick_verdict
-from sg_opd.run_folder import read_sample
+from sg_opd import MathVerifier
+from sg_opd.evaluation.results import read_sample
+from sg_opd.verifiers import answers as answers
+from sg_opd.verifiers.answers import MAX_ANSWER, MAX_GOLD, quick_verdict
 
 ANSWERS = 300
 # of a property: the grader's workers are slow to start, and the verifier is shared on purpose
@@ -132,8 +133,8 @@ def test_a_long_gold_still_equals_its_own_text(verifier):
 
 
 def test_lone_surrogates_pass_to_a_worker_and_to_a_sample_line(tmp_path, verifier):
-    from sg_opd.results import Sample
-    from sg_opd.run_folder import RunFolder
+    from sg_opd.evaluation.figures import Sample
+    from sg_opd.evaluation.results import RunFolder
 
     assert verifier(["\\boxed{x+\ud800}", "\\boxed{x+1}"], ["1+x", "1+x"]) == [0.0, 1.0]
     sample = Sample("q", 0, 1, 3, "stop", 0.0, "\ud800", "\\boxed{\ud800}")
@@ -199,7 +200,7 @@ def test_a_worker_that_grew_is_replaced(monkeypatch):
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
     pid = verifier._grader.pool[0].process.pid
     monkeypatch.setattr(
-        "sg_opd.grader._Worker.receive", lambda self: {**json.loads(self.stdout.readline()), "spent": 1}
+        "sg_opd.verifiers.grader._Worker.receive", lambda self: {**json.loads(self.stdout.readline()), "spent": 1}
     )
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]
     monkeypatch.undo()

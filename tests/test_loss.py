@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sg_opd import SignGatedLoss
-from sg_opd.loss import decide, gated_divergence, policy_gradient, verdict_sign
+from sg_opd.method.gate import decide, verdict_sign
+from sg_opd.method.loss import gated_divergence, policy_gradient
 
 NAN = math.nan
 

@@ -269,7 +269,7 @@ def test_an_offloaded_teacher_by_hand():
 
 def test_what_stays_of_a_real_offloaded_teacher():
     """Bytes that are not on the meta device, with tied embeddings and without, and of the largest block."""
-    from sg_opd.offload import BlockOffload
+    from sg_opd.teachers.local import BlockOffload
 
     for tied in (True, False):
         geometry = replace(TINY, tied=tied)

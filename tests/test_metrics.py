@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sg_opd import SignGatedLoss
-from sg_opd.loss import policy_gradient
-from sg_opd.metrics import METRICS, GateMeter, rollout_metrics, rollout_totals, verdict_metrics
+from sg_opd.method.loss import policy_gradient
+from sg_opd.training.metrics import METRICS, GateMeter, rollout_metrics, rollout_totals, verdict_metrics
 
 NAN = math.nan
 LABELS = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0, 0.0])

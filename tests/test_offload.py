@@ -12,10 +12,10 @@ from test_teacher import COMPLETIONS, PROMPTS, Countdown
 from test_trainer import MIXED, Recorder, coin_verifier, make_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sg_opd import SGOPDTrainer, teacher
-from sg_opd.checks import check_offload
-from sg_opd.offload import BlockOffload, blocks_of
-from sg_opd.teacher import load_teacher
+from sg_opd import SGOPDTrainer
+from sg_opd.teachers import protocol as teacher
+from sg_opd.teachers.local import BlockOffload, blocks_of, load_teacher
+from sg_opd.training.checks import check_offload
 
 PADDED = {"vocab_size": 40, "hidden_size": 48, "tie_word_embeddings": True}  # the student's vocabulary has 27
 

@@ -14,7 +14,7 @@ from trl import GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 import sg_opd
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.config import PRESETS
-from sg_opd.metrics import METRICS
+from sg_opd.training.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "sg_opd"
@@ -143,7 +143,7 @@ def test_trl_hooks(name):
 
 
 def test_trl_forward_hook():
-    from sg_opd.teacher import MULTIMODAL_KEYS
+    from sg_opd.teachers.protocol import MULTIMODAL_KEYS
 
     hook = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
     parameters = list(inspect.signature(hook).parameters)
@@ -315,7 +315,7 @@ def test_nothing_of_one_machine_is_committed():
 
 
 def test_documented_tasks_are_the_codes():
-    from sg_opd.tasks import TASKS
+    from sg_opd.data import TASKS
 
     text = (ROOT / "docs" / "evaluation.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (`\S+/.*?) \| (\w+) \| (.*?) \|$", text, re.M)
@@ -332,7 +332,7 @@ def test_documented_tasks_are_the_codes():
 def test_documented_figures_and_fields_are_the_codes():
     from dataclasses import fields
 
-    from sg_opd.results import QuestionResult, Sample
+    from sg_opd.evaluation.figures import QuestionResult, Sample
 
     text = (ROOT / "docs" / "evaluation.md").read_text()
     figures = re.findall(r"^\| `([\w@]+)` \| (?!`)", text[text.index("## Figures") : text.index("## Compare")], re.M)

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd.callbacks import EvaluationCallback
-from sg_opd.checkpoints import SEAL, seal
-from sg_opd.metrics import METRICS
-from sg_opd.panels import PANELS, charts
-from sg_opd.plot import interactive_figures, page, plot_runs, static_figure
-from sg_opd.run_log import RunLog
+from sg_opd.checkpoints.folders import SEAL, seal
+from sg_opd.evaluation.evaluate import EvaluationCallback
+from sg_opd.training.metrics import METRICS
+from sg_opd.views.curves import PANELS, RunLog, charts
+from sg_opd.views.plot import interactive_figures, page, plot_runs, static_figure
 
 NAN = math.nan
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

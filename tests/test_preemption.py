@@ -17,8 +17,8 @@ from test_trainer import coin_verifier, make_config
 from transformers import TrainerCallback
 
 from sg_opd import SGOPDTrainer
-from sg_opd.checkpoints import flaw, last_whole
-from sg_opd.preemption import EXIT_CODE
+from sg_opd.checkpoints.folders import flaw, last_whole
+from sg_opd.checkpoints.stops import EXIT_CODE
 
 
 def test_sigterm_finishes_the_step_saves_and_ends_with_143(pair, tmp_path):

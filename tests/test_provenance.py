@@ -5,7 +5,7 @@ import sys
 
 from test_package import ROOT
 
-from sg_opd import provenance
+from sg_opd.evaluation import results as provenance
 
 
 def git(folder, *arguments):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sg_opd.answers import canonical_answer
-from sg_opd.estimates import majority, mean_interval, pass_at_k, powers_of_two
-from sg_opd.results import EvaluationResult, QuestionResult, Sample, compare
+from sg_opd.evaluation.figures import QuestionResult, Sample, majority, mean_interval, pass_at_k, powers_of_two
+from sg_opd.evaluation.results import EvaluationResult, compare
+from sg_opd.verifiers.answers import canonical_answer
 
 
 def test_pass_at_k_by_hand():

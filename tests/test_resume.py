@@ -24,9 +24,19 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import GRPOTrainer
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd.checkpoints import SEAL, flaw, last_whole, rotate, seal, settings_of, unseal
-from sg_opd.faults import CheckpointError
-from sg_opd.run_settings import PARENT_SETTINGS, fingerprint, loading
+from sg_opd.checkpoints.folders import (
+    PARENT_SETTINGS,
+    SEAL,
+    fingerprint,
+    flaw,
+    last_whole,
+    loading,
+    rotate,
+    seal,
+    settings_of,
+    unseal,
+)
+from sg_opd.checkpoints.stops import CheckpointError
 
 WORKER = Path(__file__).parent / "kill_worker.py"
 TIMES = ("runtime", "per_second", "step_time")
@@ -205,7 +215,7 @@ def test_the_oldest_goes_only_when_the_new_one_is_whole(train, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     train(save_total_limit=1, max_steps=2)
-    monkeypatch.setattr("sg_opd.resume.seal", full)
+    monkeypatch.setattr("sg_opd.checkpoints.resume.seal", full)
     with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*No space left.* GB are free"):
         train(resume=True, save_total_limit=1)
     assert last_whole(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-2"
@@ -249,7 +259,7 @@ def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(train, t
 
     run = tmp_path / "run"
     train()
-    monkeypatch.setattr("sg_opd.resume.seal", full)
+    monkeypatch.setattr("sg_opd.checkpoints.resume.seal", full)
     with pytest.raises(CheckpointError):
         train(resume=str(run / "checkpoint-2"))
     assert last_whole(run)[0] == run / "checkpoint-4.former"
@@ -356,10 +366,10 @@ def test_what_is_uploaded_is_whole(strategy, name, train, tmp_path, monkeypatch)
 def test_ranks_that_find_different_checkpoints_are_named(train, tmp_path, monkeypatch):
     """As where `output_dir` is a folder of each node's own."""
     train(max_steps=2)
-    monkeypatch.setattr("sg_opd.resume.gather_object", lambda mine: [*mine, "none"])
+    monkeypatch.setattr("sg_opd.checkpoints.resume.gather_object", lambda mine: [*mine, "none"])
     with pytest.raises(ValueError, match=r"checkpoint-2 \(rank 0\), none \(rank 1\).*`output_dir`"):
         train(resume=True)
-    monkeypatch.setattr("sg_opd.resume.gather_object", lambda mine: [*mine, *mine])
+    monkeypatch.setattr("sg_opd.checkpoints.resume.gather_object", lambda mine: [*mine, *mine])
     train(max_steps=2, resume=True)
 
 

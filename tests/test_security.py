@@ -14,10 +14,10 @@ import torch
 from fault_proxy import FaultProxy, StandIn
 from hostile import attacks
 
-from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, grader
-from sg_opd.confidential import check_url
-from sg_opd.endpoints import Endpoints, TeacherServerError
-from sg_opd.engines import ServerEngine
+from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
+from sg_opd.evaluation.engines import ServerEngine
+from sg_opd.teachers.http import Endpoints, TeacherServerError, check_url
+from sg_opd.verifiers import grader as grader
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "sg_opd").glob("*.py"))

@@ -45,7 +45,7 @@ GIVEN = {
     "docs/evaluation.md": ("trainer", "held_out"),
     "docs/gate-view.md": ("dataset",),
     "docs/metrics.md": ("trained",),
-    "sg_opd.callbacks.EvaluationCallback": ("trainer", "held_out"),
+    "sg_opd.evaluation.evaluate.EvaluationCallback": ("trainer", "held_out"),
     "sg_opd.trainer.SGOPDTrainer": ("dataset",),
 }
 

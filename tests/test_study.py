@@ -18,8 +18,9 @@ import worlds
 from pages import filled
 
 from sg_opd import MathVerifier
-from sg_opd.results import EvaluationResult, Sample
-from sg_opd.teacher_phase import Proposal
+from sg_opd.evaluation.figures import Sample
+from sg_opd.evaluation.results import EvaluationResult
+from sg_opd.method.teacher_phase import Proposal
 
 ROOT = Path(__file__).parent.parent
 SMALL = worlds.small(ROOT)

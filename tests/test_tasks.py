@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from sg_opd.data import INSTRUCTION
-from sg_opd.tasks import TASKS, load_task
+from sg_opd.data import INSTRUCTION, TASKS, load_task
 
 # one row of each dataset on the hub, shortened; what is read, and the id and gold that come out
 ROWS = {
@@ -62,7 +61,7 @@ def test_the_gold_of_a_task_is_graded(name):
 
 
 def test_the_hub_is_asked_for_the_tasks_dataset(monkeypatch):
-    from sg_opd import tasks
+    from sg_opd import data as tasks
 
     asked = []
     monkeypatch.setattr(

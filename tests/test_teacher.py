@@ -8,8 +8,8 @@ from test_teacher_server import COMPLETIONS, PROMPTS, expected_logps
 from test_trainer import Recorder, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
-from sg_opd.faults import TeacherError
-from sg_opd.teacher import Teacher, as_lists, as_rectangle, ask, load_teacher
+from sg_opd.teachers.local import load_teacher
+from sg_opd.teachers.protocol import Teacher, TeacherError, as_lists, as_rectangle, ask
 
 
 def test_rows_become_a_rectangle_and_rows_again():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sg_opd import TeacherPhaseSampler
-from sg_opd.teacher_phase import Proposal
+from sg_opd.method.teacher_phase import Proposal
 
 
 def test_fractions_by_hand():

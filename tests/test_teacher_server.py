@@ -13,13 +13,14 @@ from datasets import Dataset
 from fault_proxy import FaultProxy, StandIn
 from test_trainer import coin_verifier, make_config
 
-from sg_opd import SGOPDConfig, SGOPDTrainer, data_checks, server_checks
-from sg_opd import endpoints as endpoints_module
-from sg_opd.endpoints import Endpoints, TeacherServerError
-from sg_opd.faults import TeacherError
-from sg_opd.server_checks import logit_spacing, rounded_up
-from sg_opd.teacher import Teacher
-from sg_opd.teacher_server import ServerTeacher
+from sg_opd import SGOPDConfig, SGOPDTrainer
+from sg_opd import data as data_checks
+from sg_opd.teachers import http as endpoints_module
+from sg_opd.teachers import probe as server_checks
+from sg_opd.teachers.http import Endpoints, TeacherServerError
+from sg_opd.teachers.probe import logit_spacing, rounded_up
+from sg_opd.teachers.protocol import Teacher, TeacherError
+from sg_opd.teachers.server import ServerTeacher
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 8}
 

@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from sg_opd.time_limit import time_limit
-from sg_opd.verifiers import checked_verdicts
+from sg_opd.verifiers.verdicts import checked_verdicts, time_limit
 
 
 def blocking(how):
@@ -53,7 +52,7 @@ def test_an_asynchronous_verifier_that_blocks_ends_too():
 
 
 def test_a_verifier_that_catches_the_error_is_interrupted_again(monkeypatch):
-    monkeypatch.setattr("sg_opd.time_limit.AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr("sg_opd.verifiers.verdicts.AGAIN_SECONDS", 0.2)
 
     def stubborn():
         try:

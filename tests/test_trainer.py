@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sg_opd import SGOPDConfig, SGOPDTrainer, SignGatedLoss
-from sg_opd.loss import decide, gated_divergence
-from sg_opd.metrics import METRICS
+from sg_opd.method.gate import decide
+from sg_opd.method.loss import gated_divergence
+from sg_opd.training.metrics import METRICS
 
 RATE = 0.05
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from sg_opd import MathVerifier
-from sg_opd.answers import extract_answer, last_box
-from sg_opd.verifiers import checked_verdicts
+from sg_opd.verifiers.answers import extract_answer, last_box
+from sg_opd.verifiers.verdicts import checked_verdicts
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "arithmetic" / "data"
 
@@ -490,7 +490,7 @@ def test_what_is_infinite_equals_nothing_finite(gold, answer, verdict, monkeypat
     """Even where sympy, as it does now and then, says so: here it says yes to everything."""
     import math_verify
 
-    from sg_opd import grader
+    from sg_opd.verifiers import grader as grader
 
     monkeypatch.setattr(math_verify, "verify", lambda *_, **__: True)
     assert grader._judge()({"gold": gold, "answer": answer, "words": False}) == verdict

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 from vllm_server import ENVIRONMENT, VLLMServer, free_port, vllm_python
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd import endpoints as endpoints_module
-from sg_opd.faults import TeacherError
-from sg_opd.teacher import ask
+from sg_opd.teachers import http as endpoints_module
+from sg_opd.teachers.protocol import TeacherError, ask
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ARITHMETIC = ROOT / "examples" / "arithmetic"

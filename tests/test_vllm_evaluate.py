@@ -10,9 +10,9 @@ from vllm_server import ENVIRONMENT, VLLMServer, vllm_python
 
 from sg_opd import MathVerifier
 from sg_opd.data import load_data
-from sg_opd.engines import Sampling, ServerEngine
-from sg_opd.evaluate import evaluate, evaluate_model
-from sg_opd.results import EvaluationResult
+from sg_opd.evaluation.engines import Sampling, ServerEngine
+from sg_opd.evaluation.evaluate import evaluate, evaluate_model
+from sg_opd.evaluation.results import EvaluationResult
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ARITHMETIC = ROOT / "examples" / "arithmetic"

@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 _HOME = {
     "SGOPDConfig": "config",
     "SGOPDTrainer": "trainer",
-    "SignGatedLoss": "loss",
-    "TeacherPhaseSampler": "teacher_phase",
-    "MathVerifier": "verifiers",
-    "inspect_rollout": "gate_view",
-    "load_gate_samples": "gate_view",
-    "score_rollout": "gate_scores",
+    "SignGatedLoss": "method.loss",
+    "TeacherPhaseSampler": "method.teacher_phase",
+    "MathVerifier": "verifiers.verdicts",
+    "inspect_rollout": "views.gate_view",
+    "load_gate_samples": "views.gate_view",
+    "score_rollout": "views.gate_samples",
 }
 __all__ = list(_HOME)
 

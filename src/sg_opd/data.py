@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+
+from .config import SGOPDConfig
+from .verifiers.verdicts import MathVerifier
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
@@ -111,3 +116,245 @@ def as_gold(answer: Any) -> str | None:
         return None
     text = str(answer)
     return text.rsplit("####", 1)[-1].strip() if "####" in text else text
+
+
+class Task(NamedTuple):
+    """A benchmark on the hub."""
+
+    dataset: str
+    split: str
+    question: str
+    """Column of the question's text."""
+    answer: str
+    """Column of the gold."""
+    id: str | None = None
+    """Column that names a question; `None` numbers them by row."""
+    config: str | None = None
+
+
+TASKS = {
+    "aime24": Task("HuggingFaceH4/aime_2024", "train", "problem", "answer", "id"),
+    "aime25": Task("MathArena/aime_2025", "train", "problem", "answer", "problem_idx"),
+    "aime26": Task("MathArena/aime_2026", "train", "problem", "answer", "problem_idx"),
+    "hmmt25": Task("MathArena/hmmt_feb_2025", "train", "problem", "answer", "problem_idx"),
+    "amc23": Task("math-ai/amc23", "test", "question", "answer"),
+    "math500": Task("HuggingFaceH4/MATH-500", "test", "problem", "answer", "unique_id"),
+    "gsm8k": Task("openai/gsm8k", "test", "question", "answer", config="main"),
+}
+
+
+def load_task(name: str, path: str | None = None, instruction: str | None = INSTRUCTION) -> Dataset:
+    r"""A benchmark as a dataset with the columns `id`, `prompt` (one user message) and `solution` (the gold, as text).
+
+    Args:
+        name: one of `TASKS`.
+        path: a local file, or a folder with its split, of the same columns; default: the hub.
+        instruction: appended to each question unless it asks for a `\boxed{}` answer itself; `None` appends nothing.
+
+    Raises:
+        ValueError: no such task, or data without its columns.
+        FileNotFoundError: `path` is not there.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; there are {', '.join(TASKS)}.")
+    task = TASKS[name]
+    if path is None:
+        data = load_data(task.dataset, task.split, task.config)
+    elif not Path(path).exists():
+        raise FileNotFoundError(f"{path} is not there (looked in {Path.cwd()}).")
+    else:
+        data = load_data(path, "train" if Path(path).is_file() else task.split)
+    wanted = [column for column in (task.question, task.answer, task.id) if column is not None]
+    missing = [column for column in wanted if column not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"{path or task.dataset}: the task {name} needs {', '.join(map(repr, missing))}, which is not among the "
+            f"columns {', '.join(map(repr, data.column_names))}."
+        )
+    return Dataset.from_list(
+        [
+            {
+                "id": str(index if task.id is None else row[task.id]),
+                "prompt": as_messages(row[task.question], instruction),
+                "solution": as_gold(row[task.answer]),
+            }
+            for index, row in enumerate(data)
+        ]
+    )
+
+
+logger = get_logger(__name__)  # of the main process only
+
+ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
+
+
+def check_datasets(train: Any, held_out: Any, verifier: Callable, args: SGOPDConfig, environments: Any) -> None:
+    """All that is verified of the datasets of a trainer."""
+    check_dataset("train_dataset", train, verifier, args, environments)
+    check_dataset("eval_dataset", held_out, verifier, args)
+    check_held_out(train, held_out)
+    check_batch(train, args)
+
+
+def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig, environments: Any = None) -> None:
+    """Columns, emptiness and golds of one dataset, or of each in a dict; a streaming one by its first row only."""
+    if dataset is None:
+        if name == "train_dataset" and environments is None:
+            raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part, verifier, args)
+        return
+    sized = hasattr(dataset, "__len__")
+    if sized and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    first = dataset[0] if sized else next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty.")
+    needed = ["prompt"] + ["solution"] * isinstance(verifier, MathVerifier)
+    missing = [column for column in needed if column not in first]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
+        )
+    if args.remove_unused_columns and "solution" in needed:
+        raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
+    check_types(name, narrowed(dataset, needed) if sized else [first], "solution" in needed)
+    check_collected(name, narrowed(dataset, [COLLECTED]) if sized else [first], first)
+    if args.teacher_phase_steps > 0 and has_images(first):
+        raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
+    if sized and isinstance(verifier, MathVerifier):
+        check_golds(name, narrowed(dataset, ["solution"]), verifier)
+
+
+def narrowed(dataset: Any, columns: list[str]) -> Any:
+    """With these columns only, so that looking at a row decodes no image; as it is where a transform makes the rows."""
+    plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+    return dataset.select_columns(columns) if plain and {*columns} <= {*dataset.column_names} else dataset
+
+
+def check_types(name: str, dataset: Any, with_solution: bool) -> None:
+    """Refuse prompts that are neither text nor messages, or are empty, and golds that are neither text nor number."""
+    for row in rows_to_check(len(dataset)):
+        values = dataset[row]
+        prompt = values["prompt"]
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise ValueError(f"`prompt` in `{name}`, row {row} is empty: {prompt!r}.")
+        if not isinstance(prompt, str) and not is_conversation(prompt):
+            raise ValueError(
+                f"`prompt` in `{name}`, row {row}: expected text, or a list of messages "
+                f"{{'role': ..., 'content': ...}}, got {str(prompt)[:80]!r}. `sg_opd.data.prepare_dataset` makes them."
+            )
+        gold = values.get("solution")
+        if with_solution and not isinstance(gold, str | int | float | None):
+            raise ValueError(
+                f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(gold)[:80]!r}. "
+                "`sg_opd.data.prepare_dataset` reads the usual forms."
+            )
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether it is a list of messages, each with a role, and a content or calls of tools."""
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and (message.get("content") is not None or message.get("tool_calls"))
+        for message in prompt
+    )
+
+
+def check_held_out(train: Any, held_out: Any) -> None:
+    """Warn of questions that are held out and trained on, and of those that are trained on several times, by count."""
+    if not has_questions(train):
+        return
+    trained: dict[str, int] = {}
+    for question in questions(train):
+        trained[question] = trained.get(question, 0) + 1
+    again = len(train) - len(trained)
+    if again:
+        logger.warning("%d of the %d rows of `train_dataset` repeat an earlier row's question.", again, len(train))
+    parts = held_out if isinstance(held_out, dict) else {"": held_out}
+    for key, part in parts.items():
+        if not has_questions(part):
+            continue
+        known = sum(question in trained for question in questions(part))
+        if known:
+            logger.warning(
+                "%d of the %d questions of `eval_dataset%s` are in `train_dataset` too: what is measured on them is "
+                "no measure of unseen questions.",
+                *(known, len(part), f"[{key!r}]" if key else ""),
+            )
+
+
+def has_questions(dataset: Any) -> bool:
+    """Whether its prompts can be read at once, and are all there is of a question; not where images are part of it."""
+    return isinstance(dataset, Dataset) and narrowed(dataset, ["prompt"]) is not dataset and not has_images(dataset[0])
+
+
+def questions(dataset: Dataset) -> Iterator[str]:
+    """Each row's question: its prompt, or that prompt's last message, without differences in white space."""
+    for batch in dataset.select_columns("prompt").iter(1000):
+        for prompt in batch["prompt"]:
+            yield " ".join(str(prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
+
+
+def check_batch(dataset: Any, args: SGOPDConfig) -> None:
+    """Refuse a dataset of fewer prompts than one generation takes, on which the parent would train no step."""
+    if not hasattr(dataset, "__len__"):
+        return
+    prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, but one generation takes {prompts} prompts "
+            f"(generation_batch_size={args.generation_batch_size} = per_device_train_batch_size x processes x "
+            f"steps_per_generation, over num_generations={args.num_generations}): no step could be trained. Lower the "
+            "batch, or raise `num_generations`."
+        )
+
+
+def check_collected(name: str, dataset: Any, first: dict[str, Any]) -> None:
+    """Refuse a column `teacher_completions` that is no list of texts, or of lists of token ids, in each row."""
+    if COLLECTED not in first:
+        return
+    for row in rows_to_check(len(dataset)):
+        collected = dataset[row][COLLECTED]
+        fits = collected is None or (
+            isinstance(collected, list)
+            and all(
+                isinstance(one, str) or (isinstance(one, list) and one and all(isinstance(t, int) for t in one))
+                for one in collected
+            )
+        )
+        if not fits:
+            raise ValueError(
+                f"`{COLLECTED}` in `{name}`, row {row}: expected a list of texts, or of non-empty lists of token ids, "
+                f"got {str(collected)[:80]!r}."
+            )
+
+
+def has_images(row: dict[str, Any]) -> bool:
+    """Whether a row carries images, in a column of their own or within its messages."""
+    prompt = row["prompt"] if isinstance(row["prompt"], list) else []
+    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+    return "image" in row or "images" in row or any(part.get("type") == "image" for part in parts)
+
+
+def rows_to_check(length: int) -> range:
+    """At most `ROWS_CHECKED` places, evenly spread over `length` rows."""
+    return range(0, length, max(1, -(-length // ROWS_CHECKED)))
+
+
+def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
+    """Warn once of golds on which every verdict would abstain; an error where it is all of them."""
+    rows = rows_to_check(len(dataset))
+    golds = [dataset[row]["solution"] for row in rows]
+    bad = verifier.unparseable(golds)
+    if not bad:
+        return
+    shown = "; ".join(f"row {rows[i]}: {str(golds[i])[:80]!r}" for i in bad[:3])
+    message = f"{len(bad)} of the {len(golds)} golds checked in `{name}` cannot be parsed, first {shown}."
+    if len(bad) == len(golds):
+        raise ValueError(f"{message} The verifier would abstain on every row.")
+    logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)

@@ -16,22 +16,23 @@ from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
-from .checks import check_arguments, check_models, check_set_up
+from .checkpoints.resume import ResumableTrainer
 from .config import SGOPDConfig
-from .data_checks import check_datasets
-from .divergence import full_per_token, head_of, last_hidden_state, sequence
-from .finite import FiniteGuard
-from .gate_samples import GateSamples
-from .loss import GateDecision, policy_gradient
-from .metrics import rollout_totals, verdict_metrics
-from .reference import InitialPolicy, capture
-from .resume import ResumableTrainer
-from .rollouts import Rollouts, suppress
-from .server_checks import check_server
-from .teacher import MULTIMODAL_KEYS, LocalTeacher, Teacher, ask, load_teacher, loading_defaults, padding_ids
-from .teacher_phase import TeacherPhaseSampler
-from .teacher_server import ServerTeacher
-from .verifiers import MathVerifier
+from .data import check_datasets
+from .method.divergence import full_per_token, head_of, last_hidden_state, sequence
+from .method.gate import GateDecision
+from .method.loss import policy_gradient
+from .method.teacher_phase import TeacherPhaseSampler
+from .teachers.local import LocalTeacher, load_teacher, loading_defaults, padding_ids
+from .teachers.probe import check_server
+from .teachers.protocol import MULTIMODAL_KEYS, Teacher, ask
+from .teachers.server import ServerTeacher
+from .training.checks import FiniteGuard, check_arguments, check_models, check_set_up
+from .training.initial_policy import InitialPolicy, capture
+from .training.metrics import rollout_totals, verdict_metrics
+from .training.rollouts import Rollouts, suppress
+from .verifiers.verdicts import MathVerifier
+from .views.gate_samples import GateSamples
 
 
 class SGOPDTrainer(ResumableTrainer):
@@ -47,7 +48,7 @@ class SGOPDTrainer(ResumableTrainer):
 
     Args:
         model: the student; a path, a hub id, a `PreTrainedModel` or a `PeftModel`.
-        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teacher.Teacher`. Default:
+        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teachers.Teacher`. Default:
             `args.teacher_model_name_or_path`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
             asks for another. With `args.teacher_server_url` it is the id of the served model, and optional.
         verifier: judges completions in TRL's reward-function form, answering 1 (correct), 0 (incorrect) or `None`

@@ -1,0 +1,256 @@
+"""Checkpoints on disk: each sealed once it is whole, and the last whole one found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.utils import get_callable_name
+
+from ..config import own_fields
+
+SEAL = "complete.json"  # written last, so a checkpoint without it is a part of one
+UNFINISHED = f"{SEAL}.part"  # there from the first, so a folder with it is ours, and one without it perhaps not
+FORMER = ".former"  # a whole checkpoint whose step is written anew, until that is whole too
+PATTERN = re.compile(rf"checkpoint-(\d+)({re.escape(FORMER)})?")
+
+
+def begin(folder: Path) -> None:
+    """Mark a folder as one that is being written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+
+
+def seal(folder: Path, settings: dict[str, Any]) -> None:
+    """Mark a folder as whole: what is in it reaches the disk first, then the list of it appears at once.
+
+    Args:
+        folder: with every file of every rank in it.
+        settings: of the run, to be compared with those of a run that goes on from here.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SEAL, UNFINISHED)):
+        flush(path)
+        files[path.relative_to(folder).as_posix()] = path.stat().st_size
+    unfinished = folder / UNFINISHED
+    unfinished.write_text(json.dumps({"settings": settings, "files": files}, indent=1))
+    flush(unfinished)
+    os.replace(unfinished, folder / SEAL)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unseal(folder: Path) -> None:
+    """What is in the folder is a part of a checkpoint from now on."""
+    os.replace(folder / SEAL, folder / UNFINISHED)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; a kill while that is done leaves a part of one. As the parent, past files still in use."""
+    if (folder / SEAL).is_file():
+        unseal(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a new checkpoint of the same step: a whole one waits under another name, a part is deleted."""
+    if flaw(folder) is None:
+        discard(former(folder))
+        os.replace(folder, former(folder))
+    elif folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def former(folder: Path) -> Path:
+    """Where `set_aside` puts a whole checkpoint."""
+    return folder.with_name(folder.name + FORMER)
+
+
+def take_back(folder: Path) -> None:
+    """Undo `set_aside`: the former checkpoint has its name again, in place of what was written of the new one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(former(folder), folder)
+
+
+def sealed(folder: Path) -> dict[str, Any] | None:
+    """What the seal says, `settings` and `files`; `None` where it cannot be read."""
+    try:
+        content = json.loads((folder / SEAL).read_text())
+    except ValueError:  # no JSON, or no text
+        return None
+    return content if isinstance(content, dict) and {"settings", "files"} <= content.keys() else None
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings that a whole checkpoint was written with."""
+    return json.loads((folder / SEAL).read_text())["settings"]
+
+
+def flaw(folder: Path) -> str | None:
+    """Why a folder is no whole checkpoint, in words; `None` where it is one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / SEAL).is_file():
+        return f"it has no {SEAL}, which is written last, so its writing did not end"
+    content = sealed(folder)
+    if content is None:
+        return f"its {SEAL} cannot be read, so it was cut off, or is no list of files"
+    for name, size in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"its {name} is missing"
+        if path.stat().st_size != size:
+            return f"its {name} has {path.stat().st_size} bytes, not {size}"
+    return None
+
+
+def checkpoints(output_dir: Path) -> Iterator[tuple[int, bool, Path]]:
+    """Every folder that has a checkpoint's name: its step, whether it is no former one, where it is."""
+    for path in output_dir.glob("checkpoint-*"):
+        match = PATTERN.fullmatch(path.name)
+        if match and path.is_dir():
+            yield int(match[1]), match[2] is None, path
+
+
+def last_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The whole checkpoint of the highest step, if there is one, and of each later one why it is none."""
+    skipped: dict[Path, str] = {}
+    for _, _, path in sorted(checkpoints(output_dir), reverse=True):
+        reason = flaw(path)
+        if reason is None:
+            return path, skipped
+        skipped[path] = reason
+    return None, skipped
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None, last: Path) -> None:
+    """Delete the whole checkpoints that were sealed first, and what is left of ours that were not written to an end.
+
+    A part counts for none, or it would displace a whole one. Folders without a mark of ours are left alone, such as
+    those of plain transformers.
+
+    Args:
+        output_dir: the run's folder, in which no checkpoint is being written.
+        limit: how many may stay, as `save_total_limit`; `None` or 0: all.
+        best: path of the best model's checkpoint, known by its name, so that the run's folder can be moved.
+        last: the checkpoint just written; it stays, as does the best one.
+    """
+    if not limit or limit < 0:
+        return
+    found = [path for _, _, path in checkpoints(output_dir)]
+    for path in found:
+        if (path / UNFINISHED).is_file() and not (path / SEAL).is_file():
+            discard(path)
+    whole = sorted((path for path in found if flaw(path) is None), key=lambda path: (path / SEAL).stat().st_mtime_ns)
+    spare = [path for path in whole if path.name not in (last.name, best and Path(best).name)]
+    for path in spare[: max(0, len(whole) - limit)]:
+        discard(path)
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that are not what they were, one text each: name, value then, value now."""
+    return [
+        f"`{name}` was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
+# the parent's settings that alter what is computed; the method's own are all compared but where the teacher answers
+PARENT_SETTINGS = (
+    *("seed", "data_seed", "full_determinism", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("shuffle_dataset", "ignore_data_skip", "dataloader_drop_last", "train_sampling_strategy"),
+    *("gradient_accumulation_steps", "steps_per_generation", "num_iterations", "num_generations"),
+    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
+    *("cache_implementation", "use_transformers_continuous_batching", "max_tool_calling_iterations"),
+    *("chat_template_kwargs", "mask_truncated_completions", "use_vllm", "vllm_structured_outputs_regex"),
+    *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+    *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "entropy_coef"),
+    *("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+    *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
+    *("vespo_lambda_neg", "use_bias_correction_kl", "off_policy_mask_threshold", "top_entropy_quantile"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "cast_lm_head_to_fp32"),
+    *("router_aux_loss_coef", "use_liger_kernel", "neftune_noise_alpha"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16", "tf32", "disable_dropout"),
+)
+# with another of these, rollouts that wait to be trained on belong to no batch of the resumed run
+BATCH_SETTINGS = (
+    *("processes", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+    *("num_iterations", "num_generations"),
+)
+NOT_COMPARED = ("teacher_server_", "log_gate_samples")  # the method's own that do not alter what is computed
+# of the arguments for loading a model: what is secret, and what says only where it comes from or is put
+NOT_DIGESTED = re.compile(r"token|auth|prox|secret|password|device_map|max_memory|cache_dir|offload|local_files_only")
+ROWS_COMPARED = 100  # of a dataset at most, spread evenly
+
+
+def run_settings(trainer: Any, data: str | None) -> dict[str, Any]:
+    """The settings that alter what a run computes, as JSON has them; without tokens and addresses.
+
+    Args:
+        trainer: with its models.
+        data: `fingerprint` of its training data.
+    """
+    own = [name for name in own_fields(trainer.args) if not name.startswith(NOT_COMPARED)]
+    values, model = trainer.args.to_dict(), trainer.model
+    found = {name: values[name] for name in (*own, *PARENT_SETTINGS) if name in values}
+    found |= {
+        "model": getattr(model.config, "_name_or_path", ""),
+        "model_init_kwargs": loading(trainer.args.model_init_kwargs),
+        "quantization": digest(getattr(model.config, "quantization_config", None)),
+        "peft": digest(getattr(model, "peft_config", None)),
+        "teacher_model": trainer.teacher.name,
+        "teacher_model_init_kwargs": loading(trainer.args.teacher_model_init_kwargs),
+        "verifier": get_callable_name(trainer.verifier),
+        "train_dataset": data,
+        "processes": trainer.accelerator.num_processes,
+    }
+    return json.loads(json.dumps(found, default=str))
+
+
+def loading(arguments: dict[str, Any] | None) -> str | None:
+    """The names of the arguments for loading a model and a digest of their values; without secrets and places."""
+    known = {name: value for name, value in (arguments or {}).items() if not NOT_DIGESTED.search(name)}
+    return f"{', '.join(sorted(known))}: {digest(known)}" if known else None
+
+
+def digest(value: Any) -> str | None:
+    """Twelve digits that are the same for equal nested values, in whatever order; `None` of nothing."""
+    if not value:
+        return None
+    return hashlib.sha256(json.dumps(value, default=as_json, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def as_json(value: Any) -> Any:
+    """What JSON has no form for: a configuration as its fields, a set in an order, and else its text."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def fingerprint(dataset: Any) -> str | None:
+    """The number of rows and a digest of some of them; `None` of a stream, which has neither."""
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return None
+    step = -(-len(dataset) // ROWS_COMPARED)  # rounded up
+    rows = json.dumps(
+        [dataset[row] for row in range(0, len(dataset), step)], default=lambda value: type(value).__name__
+    )
+    return f"{len(dataset)} rows, {hashlib.sha256(rows.encode()).hexdigest()[:12]}"

@@ -1,0 +1,315 @@
+"""A killed run goes on as if it had not been killed: what a checkpoint keeps, and how one is chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, send_to_device
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from trl import GRPOTrainer
+
+from ..method.gate import GateDecision
+from ..training.metrics import GateMeter
+from .folders import (
+    BATCH_SETTINGS,
+    FORMER,
+    begin,
+    differences,
+    discard,
+    fingerprint,
+    flaw,
+    former,
+    last_whole,
+    rotate,
+    run_settings,
+    seal,
+    set_aside,
+    settings_of,
+    take_back,
+)
+from .stops import CheckpointError, LastGoodStep, StopAtStepEnd, listening
+
+logger = get_logger(__name__)  # of the main process only
+
+TORCH_WRITER = "inline_container"  # where torch's RuntimeError comes from when it cannot write a file
+
+
+class ResumableTrainer(GRPOTrainer):
+    """What `SGOPDTrainer` needs to go on after a kill with the same weights, metrics and order of the data.
+
+    The parent's checkpoints keep weights, optimizer, scheduler, random states and the log. Added here: rollouts that
+    are not trained on yet, sums and metrics since the last log, the parent's count of micro-batches, and the order of
+    the data in later epochs; a seal that is written last; and the settings, to be compared on resuming.
+    """
+
+    args: Any
+    teacher: Any
+    verifier: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.last_good_step = LastGoodStep(self)
+        self._meter = GateMeter()
+        self._row_advantages: Tensor | None = None
+        self._resumed: Path | None = None
+        self._epochs_done = 0
+        self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # the parent's, which sets them in `train`
+        kwargs["args"].enable_jit_checkpoint = listening(kwargs["args"])
+        super().__init__(*args, **kwargs)
+        self._data = fingerprint(self.train_dataset)
+        self.stop = StopAtStepEnd(self)
+        self.callback_handler.callbacks[:0] = [Resumption(self), self.stop]  # before those that look at the state
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; `True` takes the last whole checkpoint, and the beginning where there is none.
+
+        Raises:
+            ValueError: a checkpoint given by its path that is not whole; ranks that find different ones.
+            SystemExit: after SIGTERM, with a checkpoint of the step that was in progress (see `StopAtStepEnd`).
+        """
+        self._resumed = self._whole(resume_from_checkpoint)
+        self._epochs_done = 0
+        if self._resumed is not None:
+            state = json.loads((self._resumed / "trainer_state.json").read_text())
+            self._epochs_done = int(state["epoch"])
+            changed = differences(settings_of(self._resumed), self.run_settings())
+            if changed:
+                logger.warning(
+                    "%s was written by a run with other settings: %s. This run goes on with its own, and is not the "
+                    "one that was interrupted.",
+                    *(self._resumed, "; ".join(changed)),
+                )
+            if not list(self._resumed.glob("rng_state*")):
+                logger.warning(
+                    "%s was written with `save_only_model=True`: it lacks the states of the optimizer and of the "
+                    "learning rate's schedule, and the random states. They begin anew; this run is not the one that "
+                    "was interrupted.",
+                    self._resumed,
+                )
+        with self.stop.watching():
+            return super().train(self._resumed and str(self._resumed), *args, **kwargs)
+
+    def _whole(self, wanted: str | bool | None) -> Path | None:
+        """The checkpoint to go on from; a later one that is not whole is named in a warning."""
+        if not wanted:
+            return None
+        folder = self._last_whole() if wanted is True else Path(wanted)
+        reason = None if wanted is True or folder is None else flaw(folder)
+        if reason is not None:
+            raise ValueError(
+                f"{wanted} is no whole checkpoint: {reason}. `resume_from_checkpoint=True` takes the last whole one."
+            )
+        found = gather_object([folder.name if folder else "none"])
+        if len(set(found)) > 1:
+            named = ", ".join(f"{name} (rank {rank})" for rank, name in enumerate(found))
+            raise ValueError(
+                f"The ranks find different checkpoints to go on from: {named}. `output_dir` must be a folder that all "
+                "nodes share, or hold the same checkpoints on each of them."
+            )
+        return self._taken_back(folder) if wanted is True and folder else folder
+
+    def _taken_back(self, found: Path) -> Path:
+        """Where the checkpoint is once one that was to be replaced has its name again."""
+        folder = found.with_name(found.name.removesuffix(FORMER))
+        if found != folder and self.args.should_save:
+            take_back(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _last_whole(self) -> Path | None:
+        output_dir = Path(self.args.output_dir)
+        folder, skipped = last_whole(output_dir)
+        for path, reason in skipped.items():
+            logger.warning("%s is passed over: %s.", path, reason)
+        if folder is None:
+            logger.warning("There is no whole checkpoint in %s: the run begins with its first step.", output_dir)
+        else:
+            logger.info("Going on from %s.", folder)
+        return folder
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """The parent's, which draws an order an epoch from one generator: a resumed one has drawn the earlier ones."""
+        sampler = super()._get_train_sampler(dataset)
+        if sampler.shuffle:
+            for _ in range(self._epochs_done):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
+        """The parent's, which would train a step beyond the last one where the run was killed after that."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def run_settings(self) -> dict[str, Any]:
+        """The settings that alter what a run computes, as JSON has them."""
+        return run_settings(self, self._data)
+
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank between two optimizer steps, in tensors and plain values."""
+        generation = self.args.steps_per_generation * self.num_iterations
+        buffered = self._buffered_inputs if self._step % generation else None  # else the next step generates anew
+        return {
+            "micro_batches": self._step,
+            "buffered": buffered and [as_saved(inputs) for inputs in buffered],
+            "row_advantages": self._row_advantages,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "totals": dict(self._meter.totals),
+            "deltas": list(self._meter.deltas),
+            "loss": self._tr_loss.clone(),
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self.state.num_input_tokens_seen,
+            "completions": as_plain(self._logs) if self.log_completions else {},
+        }
+
+    def set_run_state(self, saved: dict[str, Any]) -> None:
+        """Set this rank back to what `run_state` answered, once the parent has begun to train."""
+        device = self.accelerator.device
+        self._step = saved["micro_batches"]
+        buffered = saved["buffered"]
+        self._buffered_inputs = buffered and [as_trained(inputs, device) for inputs in buffered]
+        advantages = saved["row_advantages"]
+        self._row_advantages = None if advantages is None else advantages.to(device)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(saved["metrics"])
+        self._meter.totals = {name: value.to(device) for name, value in saved["totals"].items()}
+        self._meter.deltas = [value.to(device) for value in saved["deltas"]]
+        self._tr_loss += saved["loss"].to(device)
+        # `train_loss`, like the throughput beside it, speaks of the steps of this call alone
+        self._total_loss_scalar -= self.accelerator.gather(self._tr_loss).mean().item()
+        self._globalstep_last_logged = saved["last_logged"]
+        self.state.num_input_tokens_seen = saved["tokens"]
+        for name, values in saved["completions"].items():
+            if isinstance(values, dict):
+                for column, some in values.items():
+                    self._logs[name][column].extend(some)
+            else:
+                self._logs[name].extend(values)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.write_checkpoint(model, trial, self.run_state())
+
+    def write_checkpoint(self, model: nn.Module, trial: Any, run_state: dict[str, Any]) -> None:
+        """Write and seal a checkpoint of the last finished step; only then the oldest may go.
+
+        Raises:
+            CheckpointError: a file could not be written, by name.
+        """
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write(folder, model, trial, run_state)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # others of these are a rank that died, or a device that is full
+            if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
+                raise
+            raise CheckpointError(
+                f"{folder} could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e9:.3f} GB are free "
+                "there. It is no whole checkpoint and is passed over by `resume_from_checkpoint=True`."
+            ) from error
+        self.last_good_step.saved = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, model: nn.Module, trial: Any, run_state: dict[str, Any]) -> None:
+        if self.args.should_save:
+            set_aside(folder)  # of a run that was killed here, perhaps with more processes
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the parent deletes before all is written
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where the parent may write nothing
+        torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # the parent's says that all checkpoints stay
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder, self.run_settings())
+            discard(former(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The parent's, which it calls before all is written: nothing is uploaded until the checkpoint is sealed."""
+        if flaw(Path(checkpoint_folder)) is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's; on SIGTERM the step in progress is saved whatever the strategy."""
+        good, step = self.last_good_step, self.state.global_step
+        if self.stop.stopped and good.saved == step:  # called again, as at an epoch's end
+            broken_off = not float(self.state.epoch).is_integer()
+            control = self.control
+            if broken_off:
+                control.should_log = control.should_evaluate = control.should_save = False
+            elif control.should_log or control.should_evaluate:
+                good.saved = None  # what comes of these belongs in the checkpoint
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop.stopped and good.saved != step:
+            self.control.should_save, self.control.should_evaluate = True, False
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; a run that SIGTERM ended is to go on, so all checkpoints stay and no other model is loaded."""
+        kept = self.args.save_total_limit, self.args.load_best_model_at_end
+        if self.stop.stopped:
+            self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = kept
+
+
+class Resumption(TrainerCallback):
+    """Puts the saved state back where the parent has set its own, and notes the states an epoch begins with."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up the checkpoint's state, if one is resumed whose batches were this run's."""
+        folder = self.trainer._resumed
+        if folder is None:
+            return
+        control.should_training_stop = state.global_step >= state.max_steps
+        then, now = settings_of(folder), self.trainer.run_settings()
+        if any(then.get(name) != now[name] for name in BATCH_SETTINGS):
+            logger.warning("Batches are not what they were: metrics begin anew, and so do rollouts.")
+            return
+        path = folder / f"run_state_{args.process_index}.pt"
+        self.trainer.set_run_state(torch.load(path, map_location="cpu", weights_only=True))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch's data loader moves the random state, and a resumed run will have it do so again."""
+        self.trainer.last_good_step.begin()
+
+
+def as_saved(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A buffered micro-batch without classes of this package, which a checkpoint does not load."""
+    return {name: value._asdict() if isinstance(value, GateDecision) else value for name, value in inputs.items()}
+
+
+def as_trained(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What `as_saved` was given, on the device."""
+    moved = send_to_device(inputs, device)
+    return moved | ({"decision": GateDecision(**moved["decision"])} if "decision" in moved else {})
+
+
+def as_plain(value: Any) -> Any:
+    """Nested containers in plain values; what is neither a number nor text, as in columns of a table, as text."""
+    if isinstance(value, dict):
+        return {name: as_plain(part) for name, part in value.items() if name != "images"}
+    if not isinstance(value, (str, bytes)) and hasattr(value, "__iter__"):
+        return [as_plain(part) for part in value]
+    return value if value is None or type(value) in (str, int, float, bool) else str(value)

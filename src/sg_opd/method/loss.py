@@ -1,0 +1,212 @@
+"""The sign-consistency gate, the gated advantages, and `SignGatedLoss`. Torch only.
+
+First decide, without gradient (`decide`): compare the teacher's preference for each token with the verdict on the whole
+completion, and fix a factor and an advantage a token. Then differentiate (`policy_gradient`, `gated_divergence`).
+
+Sources, as in the documentation's page on the method: [P] the SG-OPD abstract (arXiv 2606.09304), [R] its
+reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms are natural.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Num, Shaped
+from torch import Tensor, nn
+
+from .gate import GateDecision, _at_least_float32, check_settings, decide, gate_metrics, gate_totals
+
+
+class LossOutput(NamedTuple):
+    """`loss`: the scalar to differentiate; `metrics`: detached scalar tensors by name."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+
+
+def policy_gradient(
+    logps: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    old_logps: Float[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """`-rho_t * A_t` for each token, `rho_t = exp(log pi_S - log pi_S_old)`; `old_logps=None` is `logps`, detached.
+
+    Gradient to `logps` only. The trainer leaves clipping and engine correction of the ratio to its parent.
+    """
+    old_logps = logps.detach() if old_logps is None else old_logps
+    return -torch.exp(logps - old_logps) * advantage.detach()
+
+
+def gated_divergence(
+    student_logits: Float[Tensor, "B T V"],
+    teacher_logits: Float[Tensor, "B T V"],
+    factor: Float[Tensor, "B T"],
+    reference_logits: Float[Tensor, "B T V"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """The full estimator for each position, on logits already divided by the temperature and cut to shared ids.
+
+    Current reference: `lambda_t * KL(pi_S || pi_T)`. Initial reference: `KL(pi_S || q_t)` with
+    `q_t = pi_R^(1 - lambda_t) * pi_T^lambda_t / Z` [G]. Gradient to `student_logits` only.
+    """
+    student = torch.log_softmax(student_logits, dim=-1)
+    gone = torch.isneginf(student)  # an id of no probability adds nothing: p log p -> 0
+    target = torch.log_softmax(teacher_logits.detach(), dim=-1)
+    weight = factor.detach()
+    if reference_logits is not None:
+        reference = torch.log_softmax(reference_logits.detach(), dim=-1)
+        tilt = weight.unsqueeze(-1)
+        product = (tilt * target + (1 - tilt) * reference).masked_fill(gone, -math.inf)
+        target = torch.log_softmax(product, dim=-1)
+        weight = torch.ones_like(weight)
+    student, target = student.masked_fill(gone, 0.0), target.masked_fill(gone, 0.0)
+    return weight * torch.where(gone, 0.0, student.exp() * (student - target)).sum(-1)
+
+
+class SignGatedLoss(nn.Module):
+    """The SG-OPD loss on plain logits: a readable reference, and a building block for loops of one's own.
+
+    The trainer decides with the same functions but never holds whole logits.
+
+    Args:
+        extrapolation: factor where teacher and verdict agree, finite and >= 0 (1.8 [R]).
+        interpolation: factor where they disagree, finite and >= 0 (1.0 [R]); > 0 with `reference_logits`.
+        estimator: "sampled" (policy gradient on the sampled token) or "full" (the whole distribution at each position).
+        dead_zone: `|delta|` up to this many nats is neutral [O].
+        log_ratio_clip: clips each log-ratio of the sampled estimator to [-c, c] nats; `None` is off.
+        temperature: divides all logits, > 0.
+
+    Raises:
+        ValueError: a setting out of its range, or inputs whose shapes or labels do not fit.
+
+    Example:
+
+    ```python
+    import torch
+    from sg_opd import SignGatedLoss
+
+    student_logits = torch.randn(2, 5, 11, requires_grad=True)
+    teacher_logits = torch.randn(2, 5, 11)
+    ids, mask = torch.randint(0, 11, (2, 5)), torch.ones(2, 5)
+    out = SignGatedLoss()(student_logits, teacher_logits, ids, torch.tensor([1.0, 0.0]), mask)
+    out.loss.backward()
+    out.metrics["gate/consensus"]
+    ```
+    """
+
+    def __init__(
+        self,
+        extrapolation: float = 1.8,
+        interpolation: float = 1.0,
+        estimator: str = "sampled",
+        dead_zone: float = 0.0,
+        log_ratio_clip: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_settings(extrapolation, interpolation, estimator, dead_zone, log_ratio_clip, temperature)
+        self.extrapolation = extrapolation
+        self.interpolation = interpolation
+        self.estimator = estimator
+        self.dead_zone = dead_zone
+        self.log_ratio_clip = log_ratio_clip
+        self.temperature = temperature
+
+    def extra_repr(self) -> str:
+        names = ("extrapolation", "interpolation", "estimator", "dead_zone", "log_ratio_clip", "temperature")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def decide(
+        self,
+        student_logps: Float[Tensor, "B T"],
+        teacher_logps: Float[Tensor, "B T"],
+        verifier_labels: Float[Tensor, " B"],
+        reference_logps: Float[Tensor, "B T"] | None = None,
+    ) -> GateDecision:
+        """`decide` with this module's settings, on per-token log-probabilities; no gradient."""
+        return decide(
+            student_logps,
+            teacher_logps,
+            verifier_labels,
+            extrapolation=self.extrapolation,
+            interpolation=self.interpolation,
+            dead_zone=self.dead_zone,
+            log_ratio_clip=self.log_ratio_clip,
+            reference_logps=reference_logps,
+        )
+
+    def forward(
+        self,
+        student_logits: Float[Tensor, "B T V"],
+        teacher_logits: Float[Tensor, "B T W"],
+        completion_ids: Int[Tensor, "B T"],
+        verifier_labels: Float[Tensor, " B"],
+        completion_mask: Shaped[Tensor, "B T"],
+        reference_logits: Float[Tensor, "B T V"] | None = None,
+        num_items_in_batch: Num[Tensor, ""] | int | float | None = None,
+    ) -> LossOutput:
+        """`LossOutput(loss, metrics)`: the loss over the trained tokens, and the gate's metrics.
+
+        Args:
+            student_logits: (B, T, V), position t predicts `completion_ids[:, t]`; the only input to get a gradient.
+            teacher_logits: (B, T, W); ids below min(V, W) are shared. The sampled estimator normalises each model over
+                its own head, the full one over the shared ids.
+            completion_ids: (B, T), each trained id below min(V, W).
+            verifier_labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
+            completion_mask: (B, T), 1 where a token is trained.
+            reference_logits: (B, T, V) of the initial policy; `None` is the current policy.
+            num_items_in_batch: the divisor, the global number of trained tokens; `None` counts those at hand.
+        """
+        self._check_inputs(verifier_labels, completion_ids, completion_mask, student_logits, teacher_logits)
+        if reference_logits is not None and self.interpolation == 0:
+            raise ValueError("`reference_logits` needs `interpolation` > 0; see the class's documentation.")
+        ids = completion_ids * (completion_mask != 0)  # padding may hold any id
+        shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        cut = shared if self.estimator == "full" else None
+        mask = completion_mask != 0
+        student, teacher = self._scaled(student_logits, mask, cut), self._scaled(teacher_logits, mask, cut)
+        reference = None if reference_logits is None else self._scaled(reference_logits, mask, cut)
+        student_logps = _token_logps(student, ids)
+        decision = self.decide(
+            student_logps.detach(),
+            _token_logps(teacher, ids).detach(),
+            verifier_labels,
+            None if reference is None else _token_logps(reference, ids),
+        )
+        if self.estimator == "full":
+            per_token = gated_divergence(student, teacher, decision.factor, reference)
+        else:
+            per_token = policy_gradient(student_logps, decision.advantage)
+        divisor = torch.as_tensor(mask.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        loss = torch.where(mask, per_token, 0.0).sum() / divisor.to(per_token.device)
+        return LossOutput(loss, gate_metrics(gate_totals(decision, mask), decision.delta[mask]))
+
+    def _scaled(self, logits: Tensor, mask: Tensor, cut: int | None) -> Tensor:
+        # zeros where masked: what stands there may be infinite, and would make the gradient NaN
+        logits = torch.where(mask.unsqueeze(-1), logits[..., :cut], 0.0)
+        return _at_least_float32(logits) / self.temperature
+
+    @staticmethod
+    def _check_inputs(
+        labels: Tensor, ids: Tensor, mask: Tensor, student_logits: Tensor, teacher_logits: Tensor
+    ) -> None:
+        shape = tuple(student_logits.shape[:2])
+        for name, value in (("teacher_logits", teacher_logits), ("completion_ids", ids), ("completion_mask", mask)):
+            if tuple(value.shape[:2]) != shape:
+                raise ValueError(f"`{name}` must begin with the student's (B, T) = {shape}, got {tuple(value.shape)}.")
+        if tuple(labels.shape) != shape[:1]:
+            raise ValueError(f"`verifier_labels` must have shape ({shape[0]},), got {tuple(labels.shape)}.")
+        bad = ~(labels.isnan() | (labels == 0) | (labels == 1))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"`verifier_labels[{row}]` is {labels[row].item()}; 1.0 is correct, 0.0 incorrect, NaN abstained."
+            )
+        shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        if ((ids >= shared) & (mask != 0)).any():
+            raise ValueError(f"`completion_ids` holds a trained id that is not below {shared}, the shared vocabulary.")
+
+
+def _token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,150 @@
+"""Phased teacher sampling: in a cold-start phase, part of each prompt's rollouts is the teacher's, if endorsed.
+
+Source: the SG-OPD abstract (arXiv 2606.09304) for the phase and the endorsement; schedule, slots and their place are
+this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    # the share left of the first fraction at progress 0 <= p < 1
+    "constant": lambda p: 1.0,
+    "linear": lambda p: 1.0 - p,
+    "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+}
+
+
+class Proposal(NamedTuple):
+    """A teacher's rollout for one slot."""
+
+    token_ids: list[int]
+    """The completion's ids, its EOS included."""
+    completion: Any
+    """The same as text or messages: what a verifier judges."""
+    terminated: bool
+    """Whether it ended with EOS; a truncated one never takes a row."""
+
+
+Propose = Callable[[Sequence[int], int], Sequence[Sequence[Proposal]]]
+Endorse = Callable[[Sequence[int], Sequence[Proposal]], Sequence[float | None]]
+
+
+class TeacherPhaseSampler:
+    """Decides which rollouts of a batch are teacher slots, and fills them with endorsed teacher rollouts.
+
+    This is not a `torch.utils.data.Sampler`: it draws no indices of a dataset. It answers, for an optimizer step, how
+    many rollouts of each prompt the teacher may take.
+
+    Args:
+        fraction: share of each prompt's rollouts at step 0, in [0, 1].
+        steps: length K of the phase in optimizer steps, >= 0; from step K on there are no slots. 0 is off.
+        schedule: "constant", "linear" or "cosine" decay of the share from `fraction` towards 0 at K.
+        candidates: completions the teacher proposes for each slot, >= 1.
+        seed: of the stochastic rounding.
+
+    Raises:
+        ValueError: an argument out of its range, by name.
+    """
+
+    def __init__(
+        self, fraction: float, steps: int, schedule: Schedule = "linear", candidates: int = 1, seed: int = 0
+    ) -> None:
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"`fraction` must be in [0, 1], got {fraction!r}.")
+        if steps != int(steps) or steps < 0:
+            raise ValueError(f"`steps` must be a whole number >= 0, got {steps!r}.")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+        if candidates != int(candidates) or candidates < 1:
+            raise ValueError(f"`candidates` must be a whole number >= 1, got {candidates!r}.")
+        self.fraction = fraction
+        self.steps = int(steps)
+        self.schedule = schedule
+        self.candidates = int(candidates)
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        return (
+            f"TeacherPhaseSampler(fraction={self.fraction}, steps={self.steps}, schedule={self.schedule!r}, "
+            f"candidates={self.candidates}, seed={self.seed})"
+        )
+
+    def fraction_at(self, step: int) -> float:
+        """The share of teacher slots at optimizer step `step` >= 0; 0.0 from step `steps` on."""
+        if step >= self.steps:
+            return 0.0
+        return self.fraction * SCHEDULES[self.schedule](step / self.steps)
+
+    def slots(self, step: int, num_prompts: int, num_generations: int) -> Tensor:
+        """Teacher slots of each prompt of the global batch: a LongTensor of shape (num_prompts,), on the CPU.
+
+        Each count is `fraction_at(step) * num_generations`, rounded down or up at random so that its expectation is
+        exact. A pure function of (seed, step, place of the prompt in the global batch): the same on every rank, for any
+        number of ranks, and after a resume.
+        """
+        expected = self.fraction_at(step) * num_generations
+        whole, rest = int(expected), expected - int(expected)
+        # seeded by text: one independent draw a place, the same on every platform and Python version
+        draws = (random.Random(f"{self.seed}/{step}/{place}").random() for place in range(num_prompts))
+        return torch.tensor([whole + (draw < rest) for draw in draws], dtype=torch.long)
+
+    def slot_rows(self, step: int, num_prompts: int, num_generations: int, rows: range) -> list[int]:
+        """Which of `rows`, given as places in the global batch of rollouts, are slots; as offsets into `rows`.
+
+        Slots are the last of a prompt's group, by position, never by verdict: what is left of the group is then an
+        unbiased sample of the student.
+        """
+        slots = self.slots(step, num_prompts, num_generations).tolist()
+        first_slot = [num_generations - count for count in slots]
+        return [
+            offset for offset, row in enumerate(rows) if row % num_generations >= first_slot[row // num_generations]
+        ]
+
+    def fill(self, rows: Sequence[int], propose: Propose, endorse: Endorse) -> dict[int, Proposal]:
+        """The endorsed teacher rollout of each row that has one; a row without keeps the student's own rollout.
+
+        `propose` and `endorse` are called once at most, for all rows together.
+
+        Args:
+            rows: the slots, as the caller numbers them.
+            propose: `(rows, candidates)` -> for each row its proposals, as `sg_opd.method.teacher_phase.Proposal`.
+            endorse: `(rows, proposals)`, one row a proposal -> 1.0, 0.0 or `None` each; only 1.0 endorses.
+
+        Returns:
+            row -> the first of its proposals that ended with EOS and was endorsed.
+
+        Example:
+
+        ```python
+        from sg_opd import TeacherPhaseSampler
+        from sg_opd.teacher_phase import Proposal
+
+        phase = TeacherPhaseSampler(fraction=0.5, steps=10)
+        rows = phase.slot_rows(step=0, num_prompts=2, num_generations=4, rows=range(8))  # [2, 3, 6, 7]
+        answer = Proposal(token_ids=[5, 1], completion="4", terminated=True)
+        phase.fill(rows, lambda rows, n: [[answer]] * len(rows), lambda rows, proposals: [1.0] * len(rows))
+        ```
+        """
+        if not rows:
+            return {}
+        proposals = propose(rows, self.candidates)
+        if len(proposals) != len(rows):
+            raise ValueError(f"`propose` answered for {len(proposals)} rows, but {len(rows)} were asked for.")
+        ended = [(row, p) for row, some in zip(rows, proposals, strict=True) for p in some if p.terminated]
+        if not ended:
+            return {}
+        verdicts = endorse([row for row, _ in ended], [proposal for _, proposal in ended])
+        taken: dict[int, Proposal] = {}
+        for (row, proposal), verdict in zip(ended, verdicts, strict=True):
+            if verdict == 1.0:
+                taken.setdefault(row, proposal)
+        return taken

@@ -1,0 +1,275 @@
+"""What a teacher is: it scores token ids and proposes completions. Here, a frozen model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import named_module_tensors
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..method.divergence import last_hidden_state, sequence
+from .protocol import TEACHER_MEMBERS, padded, proposal_sampling, sample_completions
+
+# of one forward with offloaded blocks, at least. A weight computes 2 FLOP a token, at 100 TFLOP/s, and 2 bytes of it
+# come at 20 GB/s: these take equally long at 5,000 tokens; at six times as many, still more would gain little
+TOKENS_AT_ONCE = 32_768
+
+
+def load_teacher(
+    teacher_model: str | PreTrainedModel, revision: str | None, init_kwargs: dict[str, Any] | None, **defaults: Any
+) -> PreTrainedModel:
+    """The teacher as a model, loaded in its checkpoint's dtype unless `init_kwargs` asks for another.
+
+    Args:
+        teacher_model: a path, a hub id, or a model, which is returned as it is.
+        revision: branch, tag or commit of a hub id.
+        init_kwargs: for `from_pretrained`; wins over `defaults`.
+
+    Raises:
+        TypeError: `teacher_model` is neither text nor a model.
+        ValueError: settings for loading were given together with a model that needs none.
+        OSError: it cannot be loaded; with a note that names it.
+    """
+    from trl.trainer.utils import create_model_from_path
+
+    if isinstance(teacher_model, str):
+        kwargs = {"dtype": "auto", **defaults, **(init_kwargs or {})}
+        if revision is not None:
+            kwargs["revision"] = revision
+        try:
+            return create_model_from_path(teacher_model, **kwargs)
+        except OSError as error:  # whose words name no model where the hub cannot be reached
+            error.add_note(f"It was about the teacher, {teacher_model!r}.")
+            raise
+    if not isinstance(teacher_model, PreTrainedModel):
+        missing = [name for name in TEACHER_MEMBERS if not hasattr(teacher_model, name)]
+        raise TypeError(
+            f"`teacher_model` must be a path, a hub id, a PreTrainedModel or a `sg_opd.teachers.Teacher`; a "
+            f"{type(teacher_model).__name__} is none, and lacks {', '.join(map(repr, missing))} to be a Teacher."
+        )
+    if init_kwargs or revision:
+        raise ValueError(
+            "`teacher_model_init_kwargs` and `teacher_model_revision` are for a teacher loaded by name, but "
+            "`teacher_model` is a model already. Drop one of them."
+        )
+    return teacher_model
+
+
+def loading_defaults(args: Any, on_host: bool = False) -> dict[str, Any]:
+    """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory.
+
+    No code of the checkpoint is run unless the trainer's arguments say so, and no weights in pickles are read.
+    """
+    defaults = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    if on_host or args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
+        defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
+    return defaults
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself: in eval mode, so without dropout, and with no gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def prepare_frozen(model: PreTrainedModel, trainer: Any, placed: bool = False) -> nn.Module:
+    """A frozen model placed (unless it is `placed`), or sharded as the student is, on the trainer's devices."""
+    from trl.models import prepare_deepspeed, prepare_fsdp
+
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(model, trainer.accelerator)
+    placement = False if placed else None  # None: the accelerator's own choice
+    return trainer.accelerator.prepare_model(model, device_placement=placement, evaluation_mode=True)
+
+
+def shared_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+    """How many ids both heads have; the larger one's other rows are padding of its vocabulary."""
+    return min(model.config.get_text_config().vocab_size for model in (student, teacher))
+
+
+def padding_ids(model: PreTrainedModel, shared: int) -> list[int] | None:
+    """The ids of `model` beyond the shared vocabulary, never to be sampled; `None` where there are none."""
+    return list(range(shared, model.config.get_text_config().vocab_size)) or None
+
+
+class LocalTeacher:
+    """A frozen teacher in this process; implements `Teacher`.
+
+    Args:
+        model: the teacher; frozen here, its head fused as the student's is, and with `teacher_offload` its blocks
+            sent to host memory.
+        trainer: the trainer whose accelerator, generation settings and EOS ids it shares.
+    """
+
+    def __init__(self, model: PreTrainedModel, trainer: Any) -> None:
+        from trl.trainer.utils import add_fused_lm_head
+
+        args = trainer.args
+        self.shared_vocabulary = shared_vocabulary(trainer.accelerator.unwrap_model(trainer.model), model)
+        self.generation_config = GenerationConfig(
+            do_sample=True,
+            **proposal_sampling(args),
+            max_new_tokens=args.max_completion_length,
+            eos_token_id=trainer.eos_token_ids,
+            pad_token_id=trainer._tokenizer.pad_token_id,
+            suppress_tokens=padding_ids(model, self.shared_vocabulary),
+            disable_compile=True,
+        )
+        self.trainer = trainer
+        self.accelerator = trainer.accelerator
+        self.backend = trainer._dist
+        self.gather_for_generation = args.ds3_gather_for_generation
+        self.sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        add_fused_lm_head(freeze(model), temperature=args.temperature)
+        self.offload = BlockOffload(model, self.accelerator.device) if args.teacher_offload else None
+        self.model = prepare_frozen(model, trainer, placed=args.teacher_offload)
+
+    @property
+    def unwrapped(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
+
+    def score_batch(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities of a batch's completion tokens, (B, T), on the trainer's device; never whole logits."""
+        rows = self._rows_at_once(batch)
+        return self.trainer.completion_logps(self.model, batch, rows)
+
+    @torch.no_grad()
+    def states(self, batch: dict[str, Any]) -> Tensor:
+        """The last hidden states that predict a batch's completion tokens, (B, T, H), on the trainer's device."""
+        rows, keep = self._rows_at_once(batch), batch["completion_ids"].size(1)
+        with self.accelerator.autocast():
+            states = [
+                self.trainer.run_within(self.model, last_hidden_state, *chunk, keep)
+                for chunk in zip(*(part.split(rows) for part in sequence(batch)), strict=True)
+            ]
+        return torch.cat(states)
+
+    def _rows_at_once(self, batch: dict[str, Any]) -> int:
+        """Rows of one forward: the trainer's micro-batch, or more where each forward has to bring the blocks."""
+        rows = self.trainer.args.per_device_train_batch_size
+        if self.offload is None:
+            return rows
+        return max(rows, TOKENS_AT_ONCE // sum(batch[f"{part}_ids"].size(1) for part in ("prompt", "completion")))
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `Teacher.score`, on the trainer's device."""
+        pad, device = self.generation_config.pad_token_id, self.accelerator.device
+        prompts = padded(prompt_ids, pad, "left", device)
+        completions = padded([ids or [pad] for ids in completion_ids], pad, "right", device)
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        logps = self.score_batch(dict(zip(keys, (*prompts, *completions), strict=True)))
+        return [row[: len(ids)] for row, ids in zip(logps.float(), completion_ids, strict=True)]
+
+    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
+        """As `Teacher.propose`, from one batched generation, for which offloaded blocks all come to the device."""
+        from trl.models import unwrap_model_for_generation
+
+        config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
+        with (
+            self.offload.lent() if self.offload else nullcontext(),
+            unwrap_model_for_generation(
+                self.model, self.accelerator, gather_deepspeed3_params=self.gather_for_generation
+            ) as model,
+            self.backend.summon_full_params(self.model, recurse=False),
+        ):
+            completions = sample_completions(model, prompt_ids, config)
+        return [completions[i : i + candidates] for i in range(0, len(completions), candidates)]
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a model, in order: its outermost modules of the classes in its `_no_split_modules`.
+
+    Raises:
+        ValueError: a model that cannot be offloaded block by block: quantised, dispatched already, or without blocks.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "`teacher_offload=True` needs a teacher in plain weights, but this one is quantised. Set "
+            "teacher_offload=False, or drop `quantization_config` from `teacher_model_init_kwargs`."
+        )
+    devices = {*getattr(model, "hf_device_map", {}).values()}
+    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            "`teacher_offload=True` places the teacher itself, but this one is dispatched or offloaded already. Load "
+            "it without `device_map`, or pass it through `accelerate.hooks.remove_hook_from_submodules` first."
+        )
+    classes = model._no_split_modules or ()
+    blocks: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # parents before children
+        if type(module).__name__ in classes and module not in inside:
+            blocks.append(module)
+            inside.update(module.modules())
+    if not blocks:
+        raise ValueError(
+            f"`teacher_offload=True` moves the blocks that a model names in `_no_split_modules`, but a "
+            f"{type(model).__name__} has none. Set teacher_offload=False."
+        )
+    return blocks
+
+
+class BlockOffload:
+    """Sends a model's blocks to host memory, from where each comes to the device for its own forward only.
+
+    The rest (embeddings, norms, head) goes to the device and stays. Parameters of a resting block are on the meta
+    device. `accelerate.hooks.remove_hook_from_submodules(model)` brings every block back to where it was.
+
+    Args:
+        model: a frozen model, changed in place.
+        device: where it computes; the host's copies are page-locked where that is a CUDA device.
+
+    Raises:
+        ValueError: as `blocks_of`.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.blocks = blocks_of(model)
+        self.hooks = []
+        if device.type == "cpu":  # of "cpu:0", as ranks are given, accelerate's hook would make plain tensors
+            device = torch.device("cpu")
+        for block in self.blocks:
+            hook = AlignDevicesHook(
+                device,
+                offload=True,
+                place_submodules=True,
+                weights_map=host_weights(block, page_locked=device.type == "cuda"),
+                skip_keys=model._skip_keys_device_placement,
+            )
+            add_hook_to_module(block, hook)
+            self.hooks.append(hook)
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # in place: ties stay ties
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The whole model on its device, to be called as often as generation does; then back, also after an error."""
+        with ExitStack() as stack:
+            for block, hook in zip(self.blocks, self.hooks, strict=True):
+                stack.callback(_send_back, block, hook)
+                hook.pre_forward(block)
+                hook.offload = False
+            yield
+
+
+def host_weights(module: nn.Module, page_locked: bool) -> dict[str, Tensor]:
+    """By name, the parameters of a module in host memory, where they stay; those already there are not copied."""
+    weights = {name: tensor.detach().to("cpu") for name, tensor in named_module_tensors(module, False, recurse=True)}
+    return {name: tensor.pin_memory() for name, tensor in weights.items()} if page_locked else weights
+
+
+def _send_back(block: nn.Module, hook: AlignDevicesHook) -> None:
+    hook.offload = True
+    hook.post_forward(block, None)

@@ -1,0 +1,185 @@
+"""What is asked of a teacher's server before the first step, on a probe sequence, and compared with the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .server import ServerTeacher, logps_of
+
+logger = get_logger(__name__)  # of the main process only
+
+PROBE_TOKENS = 512  # at most, of a prompt and of the vocabulary each
+PROBE_SAMPLED = 64
+TOP_TOKENS = 5  # whose log-probabilities show the grid
+FINEST_GRID = 11  # 2**-11: fp16's at logits of 1 to 2; bf16's are coarser by 8
+NEARLY_ALL, MOST = 0.9, 0.6  # shares of differences; by chance half of those on a grid are on one twice as coarse
+GRID_TOLERANCE = 2e-5  # nats, of the log-softmax in fp32
+LOGP_TOLERANCE = 1e-3  # nats; engines in fp32 agree to 1e-5, those in bf16 to 1e-2
+
+
+class Probe(NamedTuple):
+    """How one server answers a probe sequence."""
+
+    logps: Tensor
+    """Log-probabilities of the probe's tokens but the first."""
+    tokens: list[str | None]
+    """What the server decodes those tokens to, one by one; `None` where it says nothing."""
+    repeat: float
+    """Largest difference between scoring the same probe twice, in nats."""
+    noise: float
+    """Largest difference between sampling tokens and scoring the same tokens, in nats."""
+    spacing: float
+    """Of the grid that its logits lie on, in nats, as those of a 16-bit head do; 0 for a finer one."""
+    sampled: list[int]
+    """The tokens it sampled after the probe's prompt."""
+    finished: bool
+    """Whether it ended that sample by itself."""
+
+
+def probe(teacher: ServerTeacher, url: str, prompt_ids: list[int], others: list[int], sampled_tokens: int) -> Probe:
+    """Have one URL score a prompt and other ids twice, then sample after the prompt and score what it sampled."""
+    ids = [*prompt_ids, *others]
+    entries = teacher.score_at(url, ids, others=TOP_TOKENS)
+    tokens = [entry[str(token)] for token, entry in zip(ids[1:], entries, strict=True)]
+    logps, again = logps_of(ids, entries), logps_of(ids, teacher.score_at(url, ids))
+    choice = teacher.sample_at(url, prompt_ids, sampled_tokens)
+    sampled, said = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
+    continued = [*prompt_ids, *sampled]
+    scored = logps_of(continued, teacher.score_at(url, continued))[-len(sampled) :]
+    return Probe(
+        logps,
+        [token.get("decoded_token") for token in tokens],
+        (again - logps).abs().max().item(),
+        (said - scored).abs().max().item(),
+        logit_spacing([[token["logprob"] for token in entry.values()] for entry in entries]),
+        sampled,
+        choice["finish_reason"] == "stop",
+    )
+
+
+def logit_spacing(positions: Sequence[Sequence[float]]) -> float:
+    """Spacing of the power-of-two grid that the logits of most positions lie on, in nats; 0.0 where there is none.
+
+    Differences of log-probabilities are differences of logits. Those of a 16-bit head are multiples of a power of two
+    that depends on their size, those of a 32-bit head of none this coarse.
+    """
+    gaps = torch.tensor([max(logps) - logp for logps in positions for logp in logps if logp < max(logps)])
+
+    def share_on(step: float) -> float:
+        return ((gaps - (gaps / step).round() * step).abs() < GRID_TOLERANCE).float().mean().item()
+
+    if not len(gaps) or share_on(2.0**-FINEST_GRID) < NEARLY_ALL:
+        return 0.0
+    return next(2.0**-k for k in range(FINEST_GRID + 1) if share_on(2.0**-k) >= MOST)
+
+
+def some_prompt(trainer: Any) -> list[int]:
+    """The token ids of the first training prompt; of a sum, where the prompts come from elsewhere."""
+    first: dict[str, Any] = next(iter(trainer.train_dataset), {}) if trainer.train_dataset is not None else {}
+    if "prompt" not in first:
+        return trainer._tokenizer("1 + 1 = 2")["input_ids"]
+    return trainer._tokenize_prompts([first["prompt"]])[0][0]
+
+
+def check_server(trainer: Any) -> None:
+    """Compare a teacher's server with the student on a probe: vocabulary, repeatability, precision, EOS, sameness.
+
+    Args:
+        trainer: with a connected `ServerTeacher`.
+
+    Raises:
+        TeacherServerError: no usable answer.
+        ValueError: a server whose token ids mean something else.
+    """
+    teacher, tokenizer, dead_zone = trainer.teacher, trainer._tokenizer, trainer.args.gate_dead_zone
+    prompt_ids = some_prompt(trainer)
+    part = min(PROBE_TOKENS, (teacher.context or 4 * PROBE_TOKENS) // 4)  # prompt, vocabulary twice, what is sampled
+    ids, prompt_ids = sorted(tokenizer.get_vocab().values()), prompt_ids[-part:]
+    # siblings of one family differ in what was added to the vocabulary, and in where it ends
+    added = sorted({*tokenizer.get_added_vocab().values(), *trainer.eos_token_ids, ids[-1]})[-part:]
+    spread = sorted({*ids[:: -(-len(ids) // part)], *added})
+    student_logps = score_by_student(trainer, [*prompt_ids, *spread])
+    for url in teacher.urls:
+        answer = probe(teacher, url, prompt_ids, spread, min(part, PROBE_SAMPLED))
+        check_vocabulary(url, tokenizer, [*prompt_ids, *spread][1:], answer.tokens)
+        if answer.repeat > LOGP_TOLERANCE:
+            logger.warning(
+                "%s scores the same tokens %.1g nats apart when asked twice; start it with --no-enable-prefix-caching.",
+                *(url, answer.repeat),
+            )
+        noise = max(answer.noise, answer.spacing)
+        if noise > max(dead_zone, LOGP_TOLERANCE):
+            logger.warning(
+                "%s works at a precision of about %.2g nats (16 bits?): the sign of smaller deltas is noise. Set "
+                "gate_dead_zone=%g, or serve in float32.",
+                *(url, noise, rounded_up(noise)),
+            )
+        if answer.finished and answer.sampled[-1] not in trainer.eos_token_ids:
+            logger.warning(
+                "%s ends its completions with token %d, the student with %s: the teacher will rate the student's "
+                "ending as unlikely, and none of its proposals is taken. Align `generation_config.eos_token_id`.",
+                *(url, answer.sampled[-1], trainer.eos_token_ids),
+            )
+        if student_logps is not None and (student_logps - answer.logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
+            logger.warning("%s scores as the student does: every delta is zero and nothing is learnt.", url)
+    check_patience(trainer)
+
+
+def check_patience(trainer: Any) -> None:
+    """Warn where other ranks would give up waiting for one that asks a server until it may save a checkpoint."""
+    longest = trainer.teacher.endpoints.longest
+    if trainer.accelerator.num_processes > 1 and trainer.args.ddp_timeout < longest:
+        logger.warning(
+            "One question to the teacher's server may take %d s, but ranks wait %d s for each other and then end "
+            "without a checkpoint: raise ddp_timeout, or lower teacher_server_timeout or teacher_server_retries.",
+            *(longest, trainer.args.ddp_timeout),
+        )
+
+
+def check_vocabulary(
+    url: str, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], served: Sequence[str | None]
+) -> None:
+    """Refuse a server that decodes token ids to other texts than the student's tokenizer does."""
+    said = dict(zip(ids, served, strict=True))
+    pairs = [(token, tokenizer.decode([token]), text or "") for token, text in said.items()]
+    # parts of a character are shown by each side in its own way
+    comparable = [pair for pair in pairs if pair[2] and pair[1].isascii() and pair[2].isascii()]
+    different = [pair for pair in comparable if pair[1].strip() != pair[2].strip()]
+    if different:
+        shown = ", ".join(f"{token} ({ours!r} / {theirs!r})" for token, ours, theirs in different[:3])
+        raise ValueError(
+            f"`teacher_server_url`: the model at {url} has another vocabulary: {len(different)} of {len(comparable)} "
+            f"probed ids decode differently, first {shown} (student / teacher). Serve a teacher of its family."
+        )
+    if not comparable:
+        logger.warning("%s does not say what its token ids decode to; its vocabulary is not compared.", url)
+
+
+def score_by_student(trainer: Any, ids: list[int]) -> Tensor | None:
+    """The student's log-probabilities of the tokens but the first; `None` of a sharded one, before training begins."""
+    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
+        return None
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    row = torch.tensor([ids], device=next(student.parameters()).device)
+    ones = torch.ones_like(row)
+    batch = {"prompt_ids": row[:, :1], "prompt_mask": ones[:, :1]}
+    batch |= {"completion_ids": row[:, 1:], "completion_mask": ones[:, 1:]}
+    training = student.training
+    student.eval()
+    logps = trainer.completion_logps(student, batch)[0].float().cpu()
+    student.train(training)
+    return logps
+
+
+def rounded_up(value: float) -> float:
+    """`value` > 0 rounded up to one significant digit."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return round(math.ceil(value / unit) * unit, 12)

@@ -1,0 +1,142 @@
+"""The metrics this package adds to the parent's: what each means, and how they are gathered once a logging step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.gate import GateDecision, gate_metrics, gate_totals
+
+METRICS = {
+    "gate/consensus": "share of trained tokens that the teacher moves the way the verdict wants (s * delta > 0)",
+    "gate/conflict": "share of trained tokens that the teacher moves against the verdict (s * delta < 0)",
+    "gate/neutral": "share of trained tokens without a side: verdict abstained, or abs(delta) within the dead zone",
+    "gate/factor": "mean reward-scaling factor of the trained tokens",
+    "delta/p05": "5 % quantile of delta = log pi_T - log pi_S over trained tokens, in nats",
+    "delta/p50": "median of delta",
+    "delta/p95": "95 % quantile of delta",
+    "delta/clipped": "share of trained tokens with a log-ratio beyond log_ratio_clip",
+    "verdict/correct": "share of the student's rollouts that the verifier calls correct",
+    "verdict/incorrect": "share of the student's rollouts that the verifier calls incorrect",
+    "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
+    "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
+    "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
+    "loss/student": "mean loss of a trained token in the student's rollouts, before the parent's clip and corrections",
+    "loss/teacher": "the same in the teacher's rollouts",
+}
+SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
+SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
+
+
+def rollout_totals(labels: Tensor, from_teacher: Tensor, slots: Tensor) -> dict[str, Tensor]:
+    """Counts of one generation's rows, which ranks and generations may add up before `rollout_metrics`.
+
+    Args:
+        labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
+        from_teacher: (B,), whether a teacher rollout took the row.
+        slots: (B,), whether the row was a teacher slot.
+    """
+    student = ~from_teacher.bool()
+    counted = {
+        "student_rollouts": student,
+        "verdict/correct": student & (labels == 1),
+        "verdict/incorrect": student & (labels == 0),
+        "verdict/abstained": student & labels.isnan(),
+        "rollouts": torch.ones_like(student),
+        "teacher/slot_share": slots.bool(),
+        "teacher/endorsed": ~student,
+    }
+    return {name: rows.sum() for name, rows in counted.items()}
+
+
+def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """The `verdict/` and `teacher/` shares from sums of `rollout_totals`; without what there is none of."""
+    slots = totals["teacher/slot_share"]
+    metrics = {"teacher/slot_share": slots / totals["rollouts"]}
+    if totals["student_rollouts"]:
+        metrics |= {name: totals[name] / totals["student_rollouts"] for name in totals if name.startswith("verdict/")}
+    if slots:
+        metrics["teacher/endorsed"] = totals["teacher/endorsed"] / slots
+    return metrics
+
+
+def verdict_metrics(labels: Tensor) -> dict[str, float]:
+    """The `verdict/` shares of one generation without teacher rows; labels as in `rollout_totals`."""
+    nobody = torch.zeros_like(labels, dtype=torch.bool)
+    totals = {name: value.item() for name, value in rollout_totals(labels, nobody, nobody).items()}
+    return {name: share for name, share in rollout_metrics(totals).items() if name.startswith("verdict/")}
+
+
+class GateMeter:
+    """Adds up what the gate did and the verifier said, on the device; `compute` reduces it over ranks."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.deltas: list[Tensor] = []
+
+    def update(
+        self,
+        decision: GateDecision,
+        per_token_loss: Tensor,
+        mask: Tensor,
+        from_teacher: Tensor,
+        gated: Tensor,
+        entropy: Tensor | None = None,
+    ) -> None:
+        """Take in one micro-batch; no synchronisation with the device.
+
+        Args:
+            decision: the gate's, (B, T).
+            per_token_loss: (B, T), before masking.
+            mask: (B, T), the trained tokens.
+            from_teacher: (B,), the teacher's rows.
+            gated: (B, T), the trained tokens whose loss is the gate's.
+            entropy: (B, T), where no parent logs it.
+        """
+        mask, loss = mask.bool(), per_token_loss.detach()
+        totals = gate_totals(decision, gated)
+        for name, rows in (("student", ~from_teacher.bool()), ("teacher", from_teacher.bool())):
+            of_rows = mask & rows.unsqueeze(1)
+            totals[f"loss/{name}"] = torch.where(of_rows, loss, 0.0).sum()
+            totals[f"{name}_tokens"] = of_rows.sum()
+        if entropy is not None:
+            totals["entropy"] = torch.where(mask, entropy, 0.0).sum()
+        self.add(totals)
+        flat = decision.delta.masked_fill(~gated, math.nan).flatten()
+        # strided, not drawn: metrics must not move the random state that a resumed run relies on
+        self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())
+
+    def add(self, totals: dict[str, Tensor]) -> None:
+        """Take in sums over some rows or tokens of this rank; no synchronisation with the device."""
+        for name, value in totals.items():
+            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
+
+    def compute(self, accelerator: Any) -> dict[str, float]:
+        """The metrics since the last call, over all ranks; every rank must call this."""
+        if not self.totals:
+            return {}
+        names = sorted(self.totals)
+        sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
+        totals = dict(zip(names, sums.float(), strict=True))
+        counts = dict(zip(names, sums.tolist(), strict=True))
+        deltas = torch.cat(self.deltas)
+        deltas = deltas[:: math.ceil(deltas.numel() / SAMPLE_PER_LOG)]
+        padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
+        padded[: deltas.numel()] = deltas
+        deltas = accelerator.gather(padded)
+        gate = {name: totals[name] for name in totals if name == "tokens" or name.startswith(("gate/", "delta/"))}
+        metrics = rollout_metrics(counts) if "rollouts" in counts else {}
+        if counts["tokens"] > 0:
+            metrics |= {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
+        for name in ("student", "teacher"):
+            if counts[f"{name}_tokens"] > 0:
+                metrics[f"loss/{name}"] = counts[f"loss/{name}"] / counts[f"{name}_tokens"]
+        trained = counts["student_tokens"] + counts["teacher_tokens"]
+        if "entropy" in counts and trained > 0:
+            metrics["entropy"] = counts["entropy"] / trained
+        self.totals, self.deltas = {}, []
+        return metrics

@@ -1,0 +1,236 @@
+"""`MathVerifier`: a binary verdict on a mathematical answer, in TRL's reward-function form.
+
+Importing this module imports neither torch nor TRL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+from .answers import MAX_GOLD, as_latex, extract_answer, for_sympy, gold_answer, is_readable, normalised, quick_verdict
+from .grader import Grader
+
+# columns that a reward function is given under these names anyway
+NOT_FORWARDED = ("prompt", "completion", "completion_ids")
+PATIENCE_SECONDS = 1800.0  # for one call of a verifier; as long as ranks wait for each other by default
+
+
+def completion_text(completion: Any) -> str:
+    """The text to grade: a plain completion, or the content of the last message of a conversational one.
+
+    Empty where there is no text, whatever stands in its place: such a completion has no answer.
+    """
+    message = completion[-1] if isinstance(completion, Sequence) and completion else completion
+    content = message.get("content") if isinstance(message, Mapping) else completion
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+class MathVerifier:
+    r"""Judges mathematical answers: 1.0 correct, 0.0 incorrect, `None` abstained.
+
+    The answer is the last `\boxed{}` after the last think delimiter; none, as in a completion that is no text, is
+    incorrect. A gold that is a worked solution is read by its last box, any other as bare LaTeX. A missing or
+    unparseable gold, one of over 4,000 characters, a time-out and a crash of the grader abstain. Plain integers,
+    decimals and words are compared here, all else by math-verify in a worker, so a verdict depends neither on the order
+    of a batch nor on the number of workers. A worker has at most 1 GiB of memory, writes no file, and gets none of the
+    caller's environment but what finds Python's modules.
+
+    It has the form of a TRL reward function, and any TRL reward function that answers 1, 0 or `None` can stand in its
+    place. Workers start at the first answer that needs one and end with this object, at `close()`, or with the process.
+
+    Args:
+        timeout: wall-clock seconds for one answer, > 0.
+        workers: worker processes; `None` is the number of CPU cores, at most 8.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    time_limit = math.inf  # of a batch: each answer has its own
+
+    def __init__(self, timeout: float = 5.0, workers: int | None = None) -> None:
+        if not (timeout > 0 and math.isfinite(timeout)):
+            raise ValueError(f"`timeout` must be a finite number of seconds > 0, got {timeout!r}.")
+        if workers is not None and workers < 1:
+            raise ValueError(f"`workers` must be >= 1 or None, got {workers!r}.")
+        self.timeout = timeout
+        self.workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+        self.__name__ = type(self).__name__  # TRL names a reward's metrics by it
+        self._grader = Grader(timeout, self.workers)
+
+    def __call__(self, completions: Sequence[Any], solution: Sequence[Any], **kwargs: Any) -> list[float | None]:
+        """One verdict a completion.
+
+        Args:
+            completions: plain texts, or lists of messages (the last one's content is graded).
+            solution: the golds, one a completion: text, number or `None`.
+            **kwargs: other columns and TRL's extras, not read.
+
+        Raises:
+            ValueError: `completions` and `solution` differ in length.
+            RuntimeError: a worker could not start (its own output says why).
+        """
+        if len(completions) != len(solution):
+            raise ValueError(f"{len(completions)} completions but {len(solution)} rows of `solution`; give one each.")
+        verdicts: list[float | None] = [None] * len(completions)
+        tasks = []
+        for row, (completion, gold) in enumerate(zip(completions, map(gold_answer, solution), strict=True)):
+            if gold is None:
+                continue
+            answer = extract_answer(completion_text(completion))
+            answer = as_latex(answer or "")
+            verdicts[row] = 0.0 if not answer else quick_verdict(gold, answer)
+            if verdicts[row] is None and len(gold) <= MAX_GOLD:
+                words = normalised(gold).isalpha() and len(normalised(gold)) > 2
+                pair = dict(zip(("gold", "answer"), for_sympy(gold, answer), strict=True))
+                tasks.append((row, {**pair, "words": words}))
+        for row, verdict in self._grader.run(tasks).items():
+            verdicts[row] = verdict
+        return verdicts
+
+    def unparseable(self, solution: Sequence[Any]) -> list[int]:
+        """The rows whose gold is missing or cannot be parsed, so that every verdict on them would abstain."""
+        golds = [gold_answer(gold) for gold in solution]
+        bad = {row for row, gold in enumerate(golds) if gold is None or len(gold) > MAX_GOLD}
+        unsure = [
+            (row, {"gold": gold})
+            for row, gold in enumerate(golds)
+            if gold is not None and row not in bad and not is_readable(gold)
+        ]
+        return sorted(bad | {row for row, parsed in self._grader.run(unsure).items() if parsed != 1.0})
+
+    def close(self) -> None:
+        """End the workers; the next answer that needs one starts them again."""
+        self._grader.close()
+
+
+def as_completion(prompt: Any, text: str) -> Any:
+    """A completion's text in the form of its prompt: plain, or as the assistant's message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of a dataset's rows that TRL hands to a reward function."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_FORWARDED}
+
+
+def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
+    """What any verifier in reward-function form answers, as 1.0, 0.0 or `None` a row; async ones are awaited.
+
+    A verifier has `PATIENCE_SECONDS` for a batch, or what its attribute `time_limit` says in seconds. Running in this
+    process, it is interrupted as far as Python can be, see `sg_opd.time_limit`; what it left half done is its own. One
+    that may block within an extension for ever belongs into a process of its own, as `MathVerifier`'s grading is.
+
+    Raises:
+        ValueError: another value, or another number of values than completions, with the row.
+        TimeoutError: no answer in time.
+        Exception: the verifier's own, with a note that names it.
+    """
+    name = getattr(verifier, "__name__", type(verifier).__name__)
+    try:
+        with time_limit(getattr(verifier, "time_limit", PATIENCE_SECONDS), f"The verifier {name}"):
+            answer = verifier(prompts=prompts, completions=completions, **kwargs)
+            if inspect.isawaitable(answer):
+                answer = _awaited(answer)
+    except Exception as error:
+        given = ", ".join(("prompts", "completions", *kwargs))
+        error.add_note(f"It came from the verifier {name}, asked for {len(completions)} verdicts, given {given}.")
+        raise
+    if not hasattr(answer, "__len__") or isinstance(answer, str | bytes | Mapping | Set):
+        raise ValueError(f"The verifier {name} answered {answer!r}; it must return a list, one verdict a completion.")
+    if len(answer) != len(completions):
+        raise ValueError(f"The verifier {name} answered {len(answer)} values for {len(completions)} completions.")
+    for row, value in enumerate(answer):
+        if not _is_verdict(value):
+            raise ValueError(
+                f"The verifier {name} answered {value!r} for row {row} (completion {str(completions[row])[:80]!r}); "
+                "a verdict is 1 (correct), 0 (incorrect) or None (abstained)."
+            )
+    return [None if value is None else float(value) for value in answer]
+
+
+def _is_verdict(value: Any) -> bool:
+    try:
+        return value is None or bool(value in (0, 1))
+    except (TypeError, ValueError, RuntimeError):  # equal or not is no question of an array, a tensor or pandas' NA
+        return False
+
+
+def _awaited(answer: Awaitable) -> Any:
+    """The result of a coroutine, in a thread: a notebook's own event loop is running in this one."""
+    future: Future = Future()
+
+    async def finish() -> Any:
+        return await answer
+
+    def work() -> None:
+        try:
+            future.set_result(asyncio.run(finish()))
+        except BaseException as error:  # the caller's thread raises it
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="verifier", daemon=True).start()  # a daemon holds up nobody's end
+    return future.result()
+
+
+logger = logging.getLogger(__name__)  # of every rank: each has its own calls
+
+AGAIN_SECONDS = 10.0  # between two attempts to interrupt, where the first was caught by the code that blocks
+FRAMES = 4  # of the place where it blocks, in the log
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise a `TimeoutError` within the block when it takes longer; `math.inf` is no limit.
+
+    In the main thread, code is interrupted where Python can be: between two instructions, asleep, waiting for a lock,
+    a socket or a process; not within a call of an extension that does not return. Another thread cannot be interrupted.
+    Either way the place where it blocks is logged. The signal is SIGURG, whose default is to do nothing, so that alarms
+    of the code within stay its own.
+
+    Args:
+        seconds: wall-clock time for the block.
+        what: the beginning of the error's message, for the reader.
+    """
+    if math.isinf(seconds):
+        yield
+        return
+    ours, message = threading.get_ident(), f"{what} has not answered for {seconds:g} s"
+    in_main, ended = threading.current_thread() is threading.main_thread(), threading.Event()
+
+    def interrupt(signum: int, frame: Any) -> None:
+        if not ended.is_set():
+            raise TimeoutError(f"{message}.")
+
+    def watch() -> None:
+        pause = seconds
+        while not ended.wait(pause):
+            stack = traceback.format_stack(sys._current_frames().get(ours))
+            logger.error("%s. It is at:\n%s", message, "".join(stack[-FRAMES:]))
+            pause = max(AGAIN_SECONDS, pause) if not in_main else AGAIN_SECONDS
+            if in_main:
+                signal.pthread_kill(ours, signal.SIGURG)
+
+    previous = signal.signal(signal.SIGURG, interrupt) if in_main else None
+    threading.Thread(target=watch, name="time limit", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if in_main:
+            signal.signal(signal.SIGURG, previous)
