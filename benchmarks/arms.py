@@ -20,7 +20,7 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from worlds import World
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, TeacherPhaseSampler
-from sg_opd.evaluation.evaluate import evaluate_model
+from sg_opd.evaluation.evaluator import evaluate_model
 from sg_opd.method.divergence import head_of, last_hidden_state, sequence
 from sg_opd.method.gate import CONFLICT, CONSENSUS, verdict_sign
 

@@ -34,7 +34,7 @@ from transformers import (
 
 from sg_opd import MathVerifier
 from sg_opd.data import load_data
-from sg_opd.evaluation.evaluate import tokenize_prompts
+from sg_opd.evaluation.evaluator import tokenize_prompts
 from sg_opd.evaluation.figures import CONFIDENCE
 from sg_opd.evaluation.results import as_table, installed, provenance, write_json
 from sg_opd.method.gate import decide

@@ -31,7 +31,7 @@ from design import PLANS, QUICK, Cell, Plan, Run, groups
 from transformers import PrinterCallback
 from worlds import SCALES
 
-from sg_opd.evaluation.evaluate import evaluate_model
+from sg_opd.evaluation.evaluator import evaluate_model
 from sg_opd.evaluation.results import EvaluationResult, provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,9 +23,16 @@ from trl import TrlParser
 
 from sg_opd import MathVerifier
 from sg_opd.data import TASKS, load_data, load_task, prepare_dataset
-from sg_opd.evaluation.engines import Engine, Sampling, ServerEngine, TransformersEngine, VLLMEngine
-from sg_opd.evaluation.evaluate import evaluate
-from sg_opd.evaluation.results import EvaluationResult, compare
+from sg_opd.evaluation import (
+    Engine,
+    EvaluationResult,
+    Sampling,
+    ServerEngine,
+    TransformersEngine,
+    VLLMEngine,
+    compare,
+    evaluate,
+)
 
 
 @dataclass

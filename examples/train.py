@@ -44,7 +44,7 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
     last = str(args.resume_from_checkpoint).lower() == "true"  # the last whole checkpoint, not one of that name
     trainer.train(resume_from_checkpoint=last or args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
-    trainer.save_state()  # the log, for `python -m sg_opd.plot`
+    trainer.save_state()  # the log, for `python -m sg_opd.views.plot`
     trainer.accelerator.print(f"The student is saved in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

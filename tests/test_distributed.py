@@ -7,26 +7,21 @@ two prompts of four rollouts a step, one prompt a rank. The single process is th
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import SUPPORT, run_worker
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from vllm_server import free_port
 
 from sg_opd import load_gate_samples
 from sg_opd.training.metrics import METRICS
 
 pytestmark = pytest.mark.integration
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = SUPPORT / "distributed_worker.py"
 LIMIT = 280  # seconds for one launch, measured at 10 to 45
 # for every worker, of this file and of others
-SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 SHARDED = ("zero3", "fsdp2")
 PHASE = {"teacher_phase_steps": 6, "teacher_phase_fraction": 0.25, "teacher_candidates": 1}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
@@ -119,21 +114,6 @@ def world(tmp_path_factory, tokenizer, make_model, dataset):
         tokenizer.save_pretrained(folder / name)
     dataset.to_json(folder / "data.jsonl")
     return folder
-
-
-def run_worker(worker, job, backend, log, limit):
-    """A worker's exit code, run on its job's file in two processes, or in one for the backend `single`."""
-    port = f"--master_port={free_port()}"
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", port]
-    command = [sys.executable, *([] if backend == "single" else torchrun), str(worker), str(job)]
-    with log.open("a") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **SETTINGS})
-        try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
-            process.wait(60)
-            pytest.fail(f"{backend}: no end within {limit} s\n{log.read_text()[-6000:]}")
 
 
 def launch(world, backend, scenarios, out):

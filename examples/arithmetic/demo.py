@@ -21,9 +21,8 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.data import load_data
-from sg_opd.evaluation.evaluate import evaluate_model
-from sg_opd.evaluation.results import EvaluationResult
-from sg_opd.views.plot import plot_runs
+from sg_opd.evaluation import EvaluationResult, evaluate_model
+from sg_opd.views import plot_runs
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"

@@ -1,29 +1,21 @@
-"""SG-OPD: Sign-Gated On-Policy Distillation for TRL (arXiv 2606.09304)."""
+"""SG-OPD: Sign-Gated On-Policy Distillation for TRL (arXiv 2606.09304).
 
-import importlib
-from typing import Any
+The public names; each is imported when it is first asked for, so that a verifier does not pay for TRL.
+"""
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "SGOPDConfig": "config",
-    "SGOPDTrainer": "trainer",
-    "SignGatedLoss": "method.loss",
-    "TeacherPhaseSampler": "method.teacher_phase",
-    "MathVerifier": "verifiers.verdicts",
-    "inspect_rollout": "views.gate_view",
-    "load_gate_samples": "views.gate_view",
-    "score_rollout": "views.gate_samples",
-}
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    # lazy: importing TRL costs seconds, and a verifier must not pay for it
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "config": ["SGOPDConfig"],
+        "trainer": ["SGOPDTrainer"],
+        "method.loss": ["SignGatedLoss"],
+        "method.teacher_phase": ["TeacherPhaseSampler"],
+        "verifiers.verdicts": ["MathVerifier"],
+        "views.gate_view": ["inspect_rollout", "load_gate_samples"],
+        "views.gate_samples": ["score_rollout"],
+    },
+)

@@ -1,0 +1,14 @@
+"""What a run is made of beside the method: its rollouts, the initial policy, the metrics, and what is checked before the
+first step and in each."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "metrics": ["METRICS", "GateMeter"],
+        "checks": ["NonFiniteError"],
+        "initial_policy": ["InitialPolicy"],
+        "rollouts": ["Rollouts"],
+    },
+)

@@ -1,0 +1,12 @@
+"""Verdicts on answers: `MathVerifier`, the answers it reads, the worker processes it grades in, and how any verifier is
+called and checked. It imports no other room, and neither torch nor TRL."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "answers": ["extract_answer", "last_box"],
+        "verdicts": ["MathVerifier", "checked_verdicts", "completion_text", "time_limit"],
+    },
+)

@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..checkpoints.folders import flush
 from ..evaluation.engines import Sampling, TransformersEngine, evaluating
-from ..evaluation.evaluate import tokenize_prompts
+from ..evaluation.evaluator import tokenize_prompts
 from ..method.divergence import chunked_nll, head_of, last_hidden_state
 from ..method.loss import SignGatedLoss
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of

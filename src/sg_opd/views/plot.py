@@ -1,4 +1,4 @@
-"""Curves of one run or several, as a PNG and as a page that needs no network: `python -m sg_opd.plot out/`."""
+"""Curves of one run or several, as a PNG and as a page that needs no network: `python -m sg_opd.views.plot out/`."""
 
 from __future__ import annotations
 
@@ -268,9 +268,9 @@ def needed(module: str) -> Any:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The options of `python -m sg_opd.plot`."""
+    """The options of `python -m sg_opd.views.plot`."""
     parser = argparse.ArgumentParser(
-        prog="python -m sg_opd.plot",
+        prog="python -m sg_opd.views.plot",
         description="Plot the metrics of a run, or compare several: a PNG, and a page that needs no network.",
     )
     parser.add_argument("folders", nargs="+", metavar="folder", help="a run's output_dir, or one of its checkpoints")

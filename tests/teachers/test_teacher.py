@@ -1,0 +1,94 @@
+"""A teacher in this process against plain logits, and teachers of a user's own."""
+
+import math
+
+import pytest
+import torch
+from scoring import COMPLETIONS, PROMPTS, Countdown, expected_logps
+from trainers import Recorder, coin_verifier, make_config
+
+from sg_opd import SGOPDTrainer
+from sg_opd.teachers.local import load_teacher
+from sg_opd.teachers.protocol import Teacher, TeacherError, as_lists, as_rectangle, ask
+
+
+def test_rows_become_a_rectangle_and_rows_again():
+    rectangle = as_rectangle([torch.tensor([1.0, 2.0]), torch.empty(0), torch.tensor([3.0])], 3)
+    assert rectangle.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+    ids = torch.tensor([[0, 5, 6], [7, 8, 0]])
+    assert as_lists(ids, torch.tensor([[0, 1, 1], [1, 1, 0]])) == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_local_scores_are_the_models(temperature, make_model, tokenizer, dataset, tmp_path):
+    """Rows of unequal length, one empty, in chunks of two: log-softmax(logits / temperature) of the plain model."""
+    args = make_config(tmp_path, temperature=temperature, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    teacher = make_model(2)
+    plain = make_model(2)
+    plain.get_output_embeddings().weight.data /= temperature
+    trainer = SGOPDTrainer(make_model(1), teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+    assert isinstance(trainer.teacher, Teacher)
+    assert trainer.teacher.context == 256
+    scored = trainer.teacher.score([*PROMPTS, [5]], [*COMPLETIONS, []])
+    assert scored[3].shape == (0,)
+    for got, prompt, completion in zip(scored[:3], PROMPTS, COMPLETIONS, strict=True):
+        torch.testing.assert_close(got, expected_logps(plain, prompt, completion), rtol=0, atol=2e-5)
+    assert [row.shape for row in trainer.teacher.score(PROMPTS, [[], [], []])] == [(0,)] * 3
+
+
+def test_any_object_of_the_protocol_can_teach(make_model, tokenizer, dataset, tmp_path):
+    assert isinstance(Countdown(), Teacher)
+    args = make_config(tmp_path, temperature=1.0)
+    trainer = Recorder(make_model(1), Countdown(), coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    for batch in trainer.batches:
+        mask, logps = batch["completion_mask"].bool(), batch["teacher_per_token_logps"]
+        expected = -torch.arange(1.0, mask.size(1) + 1).expand(mask.shape)
+        assert torch.equal(logps[mask], expected[mask])
+        assert (logps[~mask] == 0).all()
+    with pytest.raises(ValueError, match="estimator='full' needs a model in this process as teacher, not a Countdown"):
+        SGOPDTrainer(
+            make_model(1), Countdown(), coin_verifier, make_config(tmp_path, estimator="full"), dataset,
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([[-1.0, -2.0]], r"countdown scored rows of \[2\] tokens, but the batch has \[3, 1\]"),
+        ([[-1.0, -2.0], [-1.0]], r"rows of \[2, 1\] tokens, but the batch has \[3, 1\]"),
+        ([[-1.0, math.nan, -2.0], [-1.0]], "gives token 6 the log-probability nan"),
+        ([[-1.0, -9999.0, -2.0], [-1.0]], "gives token 6 the log-probability -9999, .* Set `log_ratio_clip`"),
+        ([[-1.0, -2.0, -math.inf], [-1.0]], "gives token 7 the log-probability -inf"),
+    ],
+    ids=str,
+)
+def test_answers_that_cannot_be_trained_on(answer, message):
+    """Two completions, of three tokens and of one."""
+    batch = {
+        "prompt_ids": torch.tensor([[3], [4]]), "prompt_mask": torch.ones(2, 1),
+        "completion_ids": torch.tensor([[5, 6, 7], [8, 0, 0]]), "completion_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+    }  # fmt: skip
+    teacher = Countdown()
+    teacher.score = lambda prompts, completions: [torch.tensor(row) for row in answer]
+    with pytest.raises(TeacherError, match=message):
+        ask(teacher, batch, None)
+    if "Set `log" in message or "inf" in message:  # a clip bounds what minus infinity does
+        assert ask(teacher, batch, 2.0)[0].tolist() == answer[0]
+
+
+def test_what_an_object_lacks_to_be_a_teacher_is_named(make_model, tokenizer, dataset, tmp_path):
+    class Nearly:
+        def score(self):
+            pass
+
+    with pytest.raises(TypeError, match="a Nearly is none, and lacks 'propose', 'sharded', 'context', 'name'"):
+        SGOPDTrainer(make_model(1), Nearly(), coin_verifier, make_config(tmp_path), dataset, processing_class=tokenizer)
+
+
+def test_a_teacher_that_is_not_to_be_had_is_named():
+    """Without the hub the loader's own words name no model."""
+    with pytest.raises(OSError, match="huggingface") as caught:
+        load_teacher("nobody/nothing", None, None)
+    assert caught.value.__notes__ == ["It was about the teacher, 'nobody/nothing'."]
