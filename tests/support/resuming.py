@@ -3,7 +3,7 @@
 import json
 
 import torch
-from launching import run_worker
+from launching import SUPPORT, run_worker
 
 WORKER = SUPPORT / "kill_worker.py"
 

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or do not count, exact resume, and the ends of a run that leave one behind. It imports no
-other room, so it knows neither teachers nor verifiers."""
+other room, so it knows neither teachers nor verifiers.
+"""
 
 import lazy_loader
 

@@ -1,5 +1,6 @@
-"""avg@k, pass@k and maj@k of a model: sampling, grading, the figures with their intervals, and paired comparisons. It meets
-the trainer only through a checkpoint, or through `EvaluationCallback`."""
+"""avg@k, pass@k and maj@k of a model: sampling, grading, the figures with their intervals, and paired comparisons. It
+meets the trainer only through a checkpoint, or through `EvaluationCallback`.
+"""
 
 import lazy_loader
 

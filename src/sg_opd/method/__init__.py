@@ -1,5 +1,7 @@
-"""What the papers say, in torch alone: the gate and its settings, the loss on logits, the divergence on hidden states, and
-the teacher phase. It imports no other room. A new gate rule is one function in `gate.py`, in the table `GATE_RULES`."""
+"""What the papers say, in torch alone: the gate and its settings, the loss on logits, the divergence on hidden states,
+and the teacher phase. It imports no other room. A new gate rule is one function in `gate.py`, in the table
+`GATE_RULES`.
+"""
 
 import lazy_loader
 

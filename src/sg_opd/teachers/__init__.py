@@ -1,5 +1,6 @@
-"""What a teacher is, and the kinds there are: a frozen model in this process, or one behind vLLM servers. A teacher scores
-token ids and proposes completions; whatever has the members of `Teacher` is one."""
+"""What a teacher is, and the kinds there are: a frozen model in this process, or one behind vLLM servers. A teacher
+scores token ids and proposes completions; whatever has the members of `Teacher` is one.
+"""
 
 import lazy_loader
 

@@ -1,5 +1,6 @@
-"""What a run is made of beside the method: its rollouts, the initial policy, the metrics, and what is checked before the
-first step and in each."""
+"""What a run is made of beside the method: its rollouts, the initial policy, the metrics, and what is checked before
+the first step and in each.
+"""
 
 import lazy_loader
 

@@ -1,5 +1,6 @@
-"""Verdicts on answers: `MathVerifier`, the answers it reads, the worker processes it grades in, and how any verifier is
-called and checked. It imports no other room, and neither torch nor TRL."""
+"""Verdicts on answers: `MathVerifier`, the answers it reads, the worker processes it grades in, and how any verifier
+is called and checked. It imports no other room, and neither torch nor TRL.
+"""
 
 import lazy_loader
 
