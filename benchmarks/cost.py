@@ -159,7 +159,7 @@ def phase_cost(device: str, size: Size) -> dict[str, float]:
         trainer, calls = step.trainer, []
         propose = trainer.teacher.propose
         trainer.teacher.propose = lambda ids, candidates=1: calls.append(len(ids)) or propose(ids, candidates)
-        step.clock.wrap(trainer._rollouts, "mix", "generate")
+        step.clock.wrap(trainer, "_mix", "generate")
         found = {}
         for name, at in (("within", 0), ("after", 2)):
             trainer.state.global_step, calls[:] = at, []

@@ -37,7 +37,7 @@ from sg_opd.data import load_data
 from sg_opd.evaluation.evaluator import tokenize_prompts
 from sg_opd.evaluation.figures import CONFIDENCE
 from sg_opd.evaluation.results import as_table, installed, provenance, write_json
-from sg_opd.method.gate import decide
+from sg_opd.method.gate import GateSettings, decide
 from sg_opd.teachers.protocol import as_rectangle, padded, sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +137,7 @@ def compared(
     width = max(map(len, student))
     mask = as_rectangle([torch.ones(len(row)) for row in student], width).bool()
     own, one, other = (as_rectangle(rows, width) for rows in (student, teacher, against))
-    cases = [decide(own, it, labels, extrapolation=1.0, interpolation=1.0).case for it in (one, other)]
+    cases = [decide(own, it, labels, mask, GateSettings(1.0, 1.0)).case for it in (one, other)]
     changed, delta, apart = (cases[0] != cases[1]) & mask, (other - own).abs() * mask, (one - other).abs()[mask]
     share, interval = ratio(changed.sum(1), mask.sum(1), seed)
     weighted, weighted_interval = ratio((changed * delta).sum(1), delta.sum(1), seed)

@@ -21,9 +21,10 @@ from trainers import (
 from transformers import AutoModelForCausalLM
 
 from sg_opd import SGOPDTrainer, SignGatedLoss
-from sg_opd.method.gate import decide
+from sg_opd.method.gate import GateDecision, GateSettings, decide
 from sg_opd.method.loss import gated_divergence
 from sg_opd.training.metrics import METRICS
+from sg_opd.training.rollouts import Rollouts
 
 
 @pytest.mark.parametrize("rollout_loss", ["gated", "nll"])
@@ -55,7 +56,7 @@ def test_update_equals_the_loss_on_plain_logits(
     from_teacher = torch.cat([batch["from_teacher"] for batch in trainer.batches])
     assert 0 < from_teacher.sum() < len(from_teacher)
     divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
-    loss_fn = SignGatedLoss(1.8, 0.6, estimator, dead_zone=0.1, temperature=0.8)
+    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.6, estimator=estimator, dead_zone=0.1, temperature=0.8)
     reference = initial if reference_policy == "initial" else None
     losses = [
         expected_loss(copy_of_student, copy_of_teacher, reference, batch, loss_fn, divisor, rollout_loss == "nll")
@@ -86,7 +87,7 @@ def test_two_iterations_keep_the_first_decision(estimator, make_model, tokenizer
             old = logps.detach()
             teacher_logps = teacher_logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
             labels = batch["verifier_labels"]
-            decision = decide(old, teacher_logps, labels, extrapolation=1.8, interpolation=1.0)
+            decision = decide(old, teacher_logps, labels, mask, GateSettings(1.8, 1.0))
         if estimator == "full":
             per_token = gated_divergence(logits, teacher_logits, decision.factor)
         else:
@@ -147,7 +148,7 @@ def test_lora_starts_from_the_base_model_as_reference(estimator, make_model, tok
     adapted.get_base_model().__dict__.pop("forward")
     assert trainer.initial_policy.frozen is None
     trainer.train()
-    loss_fn = SignGatedLoss(1.8, 0.5, estimator, temperature=0.8)
+    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.5, estimator=estimator, temperature=0.8)
     divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
     losses = [expected_loss(adapted, copy_of_teacher, base, b, loss_fn, divisor, False) for b in trainer.batches]
     assert trainer.losses == pytest.approx([loss.item() for loss in losses], rel=1e-4, abs=1e-6)
@@ -217,7 +218,7 @@ def test_presets(preset, factors, make_model, tokenizer, dataset, tmp_path):
     args = make_config(tmp_path, preset=preset, teacher_phase_steps=None, max_steps=2)
     trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
     trainer.train()
-    seen = {round(v, 4) for inputs in trainer._buffered_inputs for v in inputs["decision"].factor.unique().tolist()}
+    seen = {round(v, 4) for inputs in trainer._buffered_inputs for v in inputs["decision"]["factor"].unique().tolist()}
     assert seen <= factors
     assert len(seen) == len(factors)
     assert hasattr(trainer, "initial_policy") == (preset == "exopd")
@@ -287,7 +288,7 @@ def test_metrics_speak_of_student_rows_and_are_all_defined(make_model, tokenizer
     assert logs["teacher/endorsed"] == pytest.approx((rows["from_teacher"].sum() / rows["slot"].sum()).item())
     graded = student[~student.isnan()]
     assert logs["reward"] == pytest.approx(graded.mean().item())
-    decisions = [inputs["decision"] for inputs in trainer._buffered_inputs]
+    decisions = [GateDecision(**inputs["decision"]) for inputs in trainer._buffered_inputs]
     masks = [inputs["completion_mask"].bool() for inputs in trainer._buffered_inputs]
     delta = torch.cat([d.delta[m] for d, m in zip(decisions, masks, strict=True)])
     case = torch.cat([d.case[m] for d, m in zip(decisions, masks, strict=True)])
@@ -372,7 +373,7 @@ def test_checkpoint_card_and_table(make_model, tokenizer, dataset, tmp_path):
     expected = {}
     for inputs in trainer._buffered_inputs:
         mask = inputs["completion_mask"]
-        mean = (inputs["decision"].advantage * mask).sum(1) / mask.sum(1)
+        mean = (inputs["decision"]["advantage"] * mask).sum(1) / mask.sum(1)
         expected.update(zip(inputs["row"].tolist(), mean.tolist(), strict=True))
     assert table["advantage"].tolist() == pytest.approx([expected[row] for row in range(8)], abs=1e-6)
 
@@ -434,8 +435,8 @@ def test_engine_log_probs_of_teacher_rows_are_nan(make_model, tokenizer, dataset
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
     ]
     output = (prompt_ids, [[5, 6]] * 8, None, ["own"] * 8, [[-0.1, -0.2] for _ in rows], {}, None, [])
-    trainer._rollouts.begin(rows)
-    trainer._rollouts.mix(prompts, output)
+    trainer._rollouts = Rollouts(rows, coin_verifier, trainer.state)
+    trainer._mix(prompts, *output[:2], *output[3:5])
     taken = trainer._rollouts.taken
     assert taken
     for row in range(8):

@@ -9,94 +9,42 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from .method.gate import check_settings
-from .method.loss import SignGatedLoss
+from .method.gate import GateSettings
 from .method.teacher_phase import SCHEDULES, TeacherPhaseSampler
 from .teachers.http import check_url
 
-# fields of a configuration; where one is set, what is saved or shown of it is its name
+# what is left out wherever a configuration is written down or shown: addresses of servers and tokens
 CONFIDENTIAL = ("teacher_server_url", "vllm_server_base_url", "hub_token", "push_to_hub_token")
 # and keys of a field that is a dict, such as `model_init_kwargs`
 CONFIDENTIAL_KEYS = ("token", "hf_token", "access_token", "use_auth_token", "api_key", "password")
-
-
-class Confidential:
-    """A mixin of a training configuration: checkpoints, trackers and its text hold no address and no token.
-
-    Nor tokens in dicts, as `model_init_kwargs` may hold them. Copies are whole. What is pickled, as a checkpoint's
-    `training_args.bin` is, has `None` in those fields.
-    """
-
-    def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return masked(values, CONFIDENTIAL)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
-        return f"{type(self).__name__}({shown})"
-
-    __str__ = __repr__
-
-    def __getstate__(self) -> dict[str, Any]:
-        values = {name: None if name in CONFIDENTIAL else value for name, value in self.__dict__.items()}
-        return masked(values, ())
-
-    def __copy__(self) -> Confidential:
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Confidential:
-        new = memo[id(self)] = copy.copy(self)
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-
-def masked(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """With `<NAME>` for what is set of these names, and of `CONFIDENTIAL_KEYS` in dicts within."""
-
-    def shown(name: str, value: Any) -> Any:
-        if name in names and value is not None:
-            return f"<{name.upper()}>"
-        return masked(value, CONFIDENTIAL_KEYS) if isinstance(value, dict) else value
-
-    return {name: shown(name, value) for name, value in values.items()}
-
-
-# every known variant is a point of this table; sources in the documentation's page on the method
+# every known variant is a row of this table; sources in the documentation's page on the method
+PRESET_FIELDS = ("gate_extrapolation", "gate_interpolation", "reference_policy", "teacher_phase_steps")
 PRESETS: dict[str, dict[str, Any]] = {
-    "opd": {
-        "gate_extrapolation": 1.0,
-        "gate_interpolation": 1.0,
-        "reference_policy": "current",
-        "teacher_phase_steps": 0,
-    },
-    "exopd": {
-        "gate_extrapolation": 1.25,
-        "gate_interpolation": 1.25,
-        "reference_policy": "initial",
-        "teacher_phase_steps": 0,
-    },
-    "opdvr": {
-        "gate_extrapolation": 1.0,
-        "gate_interpolation": 0.0,
-        "reference_policy": "current",
-        "teacher_phase_steps": 0,
-    },
-    "sg-opd": {
-        "gate_extrapolation": 1.8,
-        "gate_interpolation": 1.0,
-        "reference_policy": "current",
-        "teacher_phase_steps": 0.1,
-    },
+    name: dict(zip(PRESET_FIELDS, row, strict=True))
+    for name, row in {
+        "opd": (1.0, 1.0, "current", 0),
+        "exopd": (1.25, 1.25, "initial", 0),
+        "opdvr": (1.0, 0.0, "current", 0),
+        "sg-opd": (1.8, 1.0, "current", 0.1),
+    }.items()
 }
 CHOICES = {
     "preset": tuple(PRESETS),
-    "estimator": ("sampled", "full"),
-    "reference_policy": ("current", "initial"),
     "teacher_phase_schedule": tuple(SCHEDULES),
     "teacher_rollout_loss": ("gated", "nll"),
     "non_finite_log_probs": ("stop", "skip"),
+}
+LEAST = {"teacher_candidates": 1, "log_gate_samples": 0, "teacher_server_concurrency": 1, "teacher_server_retries": 0}
+# the fields of `GateSettings` by their names here
+GATE_FIELDS = {
+    "extrapolation": "gate_extrapolation",
+    "interpolation": "gate_interpolation",
+    "estimator": "estimator",
+    "dead_zone": "gate_dead_zone",
+    "log_ratio_clip": "log_ratio_clip",
+    "temperature": "temperature",
+    "rule": "gate_rule",
+    "reference": "reference_policy",
 }
 # what the full divergence replaces, with the value at which the parent's setting does nothing
 UNUSED_BY_FULL = {
@@ -120,12 +68,12 @@ class _OneGeneration(int):
 
 
 @dataclass(repr=False)
-class SGOPDConfig(Confidential, GRPOConfig):
+class SGOPDConfig(GRPOConfig):
     """Settings of [`SGOPDTrainer`]: all of [`~trl.GRPOConfig`], and the fields below.
 
     `num_generations=1` is allowed. GRPO's reward weights and scaling have no effect: the verifier's verdict is a sign.
     A field that a preset sets is `None` until the preset fills it, and a value given here wins over the preset's.
-    Addresses of servers and tokens are left out of what is saved or shown of a configuration.
+    Checkpoints, trackers and the text of a configuration hold no address of a server and no token.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
@@ -133,6 +81,10 @@ class SGOPDConfig(Confidential, GRPOConfig):
     preset: str = field(
         default="sg-opd",
         metadata={"help": "Variant that fills the fields left at None: 'opd', 'exopd', 'opdvr' or 'sg-opd'."},
+    )
+    gate_rule: str = field(
+        default="sign",
+        metadata={"help": "How the gate turns teacher preference and verdict into a factor: 'sign' (SG-OPD's)."},
     )
     gate_extrapolation: float | None = field(
         default=None,
@@ -268,18 +220,14 @@ class SGOPDConfig(Confidential, GRPOConfig):
     def _fill_from_preset(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed and not (value is None and name in PRESETS["opd"]):
+            if value not in allowed and not (value is None and name in PRESET_FIELDS):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
     def _check_fields(self) -> None:
-        check_settings(
-            *self._loss_settings(),
-            initial_reference=self.reference_policy == "initial",
-            names=("gate_extrapolation", "gate_interpolation", "gate_dead_zone"),
-        )
+        self.gate_settings()  # raises
         steps = self.teacher_phase_steps
         if not (math.isfinite(steps) and steps >= 0 and (steps < 1 or steps == int(steps))):
             raise ValueError(
@@ -287,14 +235,11 @@ class SGOPDConfig(Confidential, GRPOConfig):
             )
         if not 0.0 <= self.teacher_phase_fraction <= 1.0:
             raise ValueError(f"`teacher_phase_fraction` must be in [0, 1], got {self.teacher_phase_fraction!r}.")
-        for name, least in (("teacher_candidates", 1), ("log_gate_samples", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
 
     def _check_server_fields(self) -> None:
-        for name, least in (("teacher_server_concurrency", 1), ("teacher_server_retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
         if not self.teacher_server_timeout > 0:
             raise ValueError(f"`teacher_server_timeout` must be > 0 seconds, got {self.teacher_server_timeout!r}.")
         if self.teacher_server_url is None:
@@ -351,19 +296,9 @@ class SGOPDConfig(Confidential, GRPOConfig):
         if self.sync_ref_model and self.reference_policy == "initial":
             raise ValueError("`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.")
 
-    def sign_gated_loss(self) -> SignGatedLoss:
-        """The loss these settings describe."""
-        return SignGatedLoss(*self._loss_settings())
-
-    def _loss_settings(self) -> tuple[float | None, float | None, str, float, float | None, float]:
-        return (
-            self.gate_extrapolation,
-            self.gate_interpolation,
-            self.estimator,
-            self.gate_dead_zone,
-            self.log_ratio_clip,
-            self.temperature,
-        )
+    def gate_settings(self) -> GateSettings:
+        """The gate that these fields describe."""
+        return GateSettings(**{name: getattr(self, ours) for name, ours in GATE_FIELDS.items()}, names=GATE_FIELDS)
 
     def teacher_phase_length(self, max_steps: int) -> int:
         """The phase's length in optimizer steps, for a run of `max_steps`; a share is rounded up."""
@@ -386,8 +321,35 @@ class SGOPDConfig(Confidential, GRPOConfig):
         rows = "\n".join(f"| `{name}` | `{getattr(self, name)}` |" for name in own)
         return f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; `<NAME>` stands for a secret."""
+        return _masked(super().to_dict(), CONFIDENTIAL)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"{type(self).__name__}({shown})"
+
+    __str__ = __repr__
+
+    def without_secrets(self) -> SGOPDConfig:
+        """A copy to be written down: `None` in place of a secret, and `<NAME>` within a dict."""
+        public = copy.copy(self)
+        public.__dict__.update(_masked(self.__dict__, ()) | dict.fromkeys(self.__dict__.keys() & set(CONFIDENTIAL)))
+        return public
+
 
 def own_fields(args: SGOPDConfig) -> list[str]:
     """The fields that are not TRL's: those above, and those of a user's subclass."""
     parents = {known.name for known in fields(GRPOConfig)}
     return [known.name for known in fields(args) if known.name not in parents]
+
+
+def _masked(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """With `<NAME>` for what is set of these names, and of `CONFIDENTIAL_KEYS` in dicts within."""
+
+    def shown(name: str, value: Any) -> Any:
+        if name in names and value is not None:
+            return f"<{name.upper()}>"
+        return _masked(value, CONFIDENTIAL_KEYS) if isinstance(value, dict) else value
+
+    return {name: shown(name, value) for name, value in values.items()}

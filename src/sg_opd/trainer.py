@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import gather
-from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection, disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from .checkpoints.folders import loading
 from .checkpoints.resume import ResumableTrainer
-from .config import SGOPDConfig
+from .checkpoints.stops import FiniteGuard
+from .config import SGOPDConfig, own_fields
 from .data import check_datasets
 from .method.divergence import full_per_token, head_of, last_hidden_state, sequence
 from .method.gate import GateDecision
-from .method.loss import policy_gradient
+from .method.loss import SignGatedLoss, policy_gradient
 from .method.teacher_phase import TeacherPhaseSampler
-from .teachers.local import LocalTeacher, load_teacher, loading_defaults, padding_ids
-from .teachers.probe import check_server
-from .teachers.protocol import MULTIMODAL_KEYS, Teacher, ask
-from .teachers.server import ServerTeacher
-from .training.checks import FiniteGuard, check_arguments, check_models, check_set_up
-from .training.initial_policy import InitialPolicy, capture
-from .training.metrics import rollout_totals, verdict_metrics
-from .training.rollouts import Rollouts, suppress
+from .teachers.local import LocalTeacher, loading_defaults, padding_ids
+from .teachers.probe import first_prompt
+from .teachers.protocol import Teacher, TeacherError, ask
+from .training.checks import check_arguments, check_context, check_set_up
+from .training.frozen import InitialPolicy, build_teacher, capture
+from .training.metrics import GateLogging, rollout_totals, verdict_metrics
+from .training.rollouts import Generated, ProposalReader, Rollouts, suppress, teacher_slots
 from .verifiers.verdicts import MathVerifier
 from .views.gate_samples import GateSamples
 
+NOT_COMPARED = ("teacher_server_", "log_gate_samples")  # own settings that do not alter what is computed
+# what a multimodal batch carries beside token ids, as GRPOTrainer's forward takes it
+MULTIMODAL_KEYS = (
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
+    *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
 
-class SGOPDTrainer(ResumableTrainer):
+
+class SGOPDTrainer(GateLogging, ResumableTrainer):
     """Sign-Gated On-Policy Distillation (arXiv 2606.09304) as a subclass of [`~trl.GRPOTrainer`].
 
     The student samples completions; the verifier judges each; the teacher scores each token. Tokens that the teacher
@@ -58,7 +66,7 @@ class SGOPDTrainer(ResumableTrainer):
         eval_dataset: the same, or a dict of such.
         peft_config: wraps the student, as in GRPO.
         quantization_config: for loading the student by name; the teacher's is in its own `teacher_model_init_kwargs`.
-        **kwargs: `processing_class`, `callbacks`, `optimizers` and all else that GRPO's trainer takes.
+        **kwargs: `processing_class`, `callbacks`, `optimizers` and all else that GRPOTrainer takes.
 
     Raises:
         ValueError, TypeError: an argument, a dataset or a pair of models that cannot work, by name.
@@ -79,7 +87,6 @@ class SGOPDTrainer(ResumableTrainer):
     """
 
     args: SGOPDConfig
-    model: Any  # the student, of whatever class
 
     _tag_names = ["trl", "sg-opd"]
     _name = "SG-OPD"
@@ -102,9 +109,6 @@ class SGOPDTrainer(ResumableTrainer):
         args: SGOPDConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Any = None,
-        callbacks: list | None = None,
-        optimizers: tuple = (None, None),
         peft_config: Any = None,
         quantization_config: Any = None,
         **kwargs: Any,
@@ -116,53 +120,49 @@ class SGOPDTrainer(ResumableTrainer):
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
         check_datasets(train_dataset, eval_dataset, verifier, args, kwargs.get("environment_factory"))
+        args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
         self.verifier = verifier
-        self._rollouts = Rollouts(self)
-        self.sign_gated_loss = args.sign_gated_loss()
+        self.sign_gated_loss = SignGatedLoss(args.gate_settings())
         self._gate_inputs: dict[str, Any] | None = None
-        self.finite = FiniteGuard(self)
         self._redirect = _ForwardRedirection()
-        captured = capture(model, peft_config, args)
+        initial = args.reference_policy == "initial"
+        captured = capture(model, args) if initial and peft_config is None else None
         super().__init__(
             model=model,
-            reward_funcs=self._rollouts.reward,
+            reward_funcs=self._judge,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
             peft_config=peft_config,
             quantization_config=quantization_config,
             **kwargs,
         )
-        for callback in (self.finite, *([GateSamples(self)] if args.log_gate_samples else [])):
-            self.add_callback(callback)
         self.reward_func_names[0] = get_callable_name(verifier)
-        self._set_up_teacher(teacher_model)
-        if args.reference_policy == "initial":
-            self.initial_policy = InitialPolicy(captured, self, quantization_config)
-        check_set_up(self)
-
-    def _set_up_teacher(self, teacher_model: str | PreTrainedModel | Teacher | None) -> None:
-        args, student = self.args, self.accelerator.unwrap_model(self.model)
-        self.shared_vocabulary = max(self._tokenizer.get_vocab().values()) + 1
-        if isinstance(teacher_model, Teacher):
-            self.teacher: Any = teacher_model
-        elif args.teacher_server_url:
-            self.teacher = ServerTeacher.of(self, teacher_model)
-            with self.last_good_step.agreed():
-                self.teacher.connect()
-                check_server(self)
-        else:
-            settings = args.teacher_model_revision, args.teacher_model_init_kwargs
-            teacher = load_teacher(teacher_model, *settings, **loading_defaults(args, on_host=args.teacher_offload))
-            check_models(student, teacher, self._tokenizer, args)
-            self.teacher = LocalTeacher(teacher, self)
-            self.shared_vocabulary = self.teacher.shared_vocabulary
-        suppress(self, padding_ids(student, self.shared_vocabulary))
+        clipped = args.log_ratio_clip is not None
+        self.finite = FiniteGuard(self._tokenizer, self.accelerator, args.non_finite_log_probs == "skip", clipped)
+        self.add_callback(self.finite)
+        if args.log_gate_samples:
+            samples = args.output_dir, args.log_gate_samples, self._tokenizer, self.sign_gated_loss, self._trained_last
+            self.add_callback(GateSamples(*samples, args.report_to, self.callback_handler.callbacks))
+        student = self.accelerator.unwrap_model(self.model)
+        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self
+        prompt = partial(first_prompt, self.train_dataset, self._tokenizer, self._tokenize_prompts)
+        self.teacher, self.shared_vocabulary = build_teacher(
+            teacher_model, args, *run, prompt, self.last_good_step.agreed
+        )
+        padding = padding_ids(student, self.shared_vocabulary) or []
+        suppress(padding, self.generation_kwargs, self.vllm_generation if self.use_vllm else self.generation_config)
+        if initial:
+            loading = loading_defaults(args) | (args.model_init_kwargs or {})
+            loading |= {} if quantization_config is None else {"quantization_config": quantization_config}
+            self.initial_policy = InitialPolicy(
+                captured, lambda: self.model, self.accelerator, self.temperature, **loading
+            )
+        check_set_up(args, student, self.teacher, self._is_vlm, self.aux_loss_enabled, self._dist.fsdp_version)
+        if not self._is_vlm and self.environment_factories is None:
+            check_context(self.train_dataset, self._tokenize_prompts, student, self.teacher, args.max_completion_length)
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:
@@ -170,12 +170,31 @@ class SGOPDTrainer(ResumableTrainer):
         return self.args.teacher_phase_sampler(self.state.max_steps)
 
     def _generate(self, prompts: list) -> tuple:
+        """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         output = super()._generate(prompts)
         if self.model.training:
-            self._rollouts.mix(prompts, output)
+            self._mix(prompts, *output[:2], *output[3:5])
         return output
 
+    def _mix(self, *generated: Any) -> None:
+        phase, accelerator, args = self.teacher_phase, self.accelerator, self.args
+        # an optimizer step may take several generations, one after another
+        earlier = self._step % args.gradient_accumulation_steps // args.steps_per_generation
+        ranks = accelerator.process_index, accelerator.num_processes
+        rows = len(self._rollouts.rows)
+        slots, anywhere = teacher_slots(phase, self.state.global_step, self.num_generations, rows, *ranks, earlier)
+        if anywhere:
+            eos, longest = frozenset(self.eos_token_ids), args.max_completion_length
+            reader = ProposalReader(self.processing_class, self._tokenizer, eos, self.shared_vocabulary, longest)
+            agreed = self.last_good_step.agreed
+            self._rollouts.mix(phase, slots, self.teacher, reader, Generated(*generated), agreed)
+
+    def _judge(self, **columns: Any) -> list[float]:
+        """The reward function of GRPOTrainer."""
+        return self._rollouts.reward(**columns)
+
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+        """Same as GRPOTrainer, with verdicts for rewards; abstentions and teacher rows are NaN."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         own = {name: value.to(self.accelerator.device) for name, value in self._rollouts.tensors().items()}
         labels, from_teacher = gather(own["verifier_labels"]), gather(own["from_teacher"])
@@ -187,12 +206,13 @@ class SGOPDTrainer(ResumableTrainer):
         if self.log_completions:
             for column, values in self._rollouts.columns().items():
                 self._log_completion_extra(column, values)
-        # NaN keeps abstentions, without the parent's warning for each, and teacher rows out of `reward`
+        # NaN keeps abstentions, without GRPOTrainer's warning for each, and teacher rows out of `reward`
         rewards[:, 0] = labels.masked_fill(from_teacher, math.nan)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rollouts.begin(inputs)  # `_generate` is not given the columns
+        """Same as GRPOTrainer; adds the verdicts and, in training, the frozen models' scores."""
+        self._rollouts = Rollouts(inputs, self.verifier, self.state)  # `_generate` is not given the columns
         if self.model.training:
             self.last_good_step.begin()
         output = super()._generate_and_score_completions(inputs)
@@ -200,19 +220,23 @@ class SGOPDTrainer(ResumableTrainer):
             return output
         device = self.accelerator.device
         output |= {name: value.to(device) for name, value in self._rollouts.tensors().items()}
-        output |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.golds()}
+        output |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
             if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
                 output["teacher_states"] = self.teacher.states(output)
-        else:
-            with self.last_good_step.agreed():
-                clip = self.args.log_ratio_clip
-                output["teacher_per_token_logps"] = ask(self.teacher, output, clip, self.finite.skips)
-            if self.args.reference_policy == "initial":  # not the parent's: that one it reloads from the path
-                with self.initial_policy.lend() as model:
-                    output["initial_per_token_logps"] = self.completion_logps(model, output)
+            return output
+        with self.last_good_step.agreed(TeacherError):
+            output["teacher_per_token_logps"] = self._teacher_logps(output)
+        if self.args.reference_policy == "initial":  # not GRPOTrainer's reference: that one it reloads from the path
+            with self.initial_policy.lend() as model:
+                output["initial_per_token_logps"] = self.completion_logps(model, output)
         return output
+
+    def _teacher_logps(self, batch: dict[str, Any]) -> Tensor:
+        if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
+            return self.teacher.score_batch(batch)
+        return ask(self.teacher, batch, self.args.log_ratio_clip, self.finite.skips)
 
     @torch.no_grad()
     def completion_logps(self, model: nn.Module, batch: dict[str, Any], rows: int | None = None) -> Tensor:
@@ -228,6 +252,7 @@ class SGOPDTrainer(ResumableTrainer):
         return logps
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Same as GRPOTrainer with the gate's advantages; with estimator="full" the divergence instead."""
         if self.args.estimator == "full":
             return self._full_loss(model, inputs)
         self._gate_inputs = inputs
@@ -238,32 +263,30 @@ class SGOPDTrainer(ResumableTrainer):
         return loss + inputs.pop("nll", 0.0)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        """The parent's; within the loss it also decides the gate, whose advantages the parent reads after this call."""
+        """Same as GRPOTrainer. During `_compute_loss` it also sets `inputs["advantages"]`, which that reads next."""
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._gate_inputs is not None:
-            self._gate(outputs[0], self._gate_inputs)
+            self._set_advantages(outputs[0], self._gate_inputs)
         return outputs
 
-    def _gate(self, logps: Tensor, inputs: dict[str, Any]) -> None:
-        """Set the advantages of the sampled estimator, and take the metrics."""
+    def _set_advantages(self, logps: Tensor, inputs: dict[str, Any]) -> None:
+        """Set the advantages of the sampled estimator, and the loss of rows trained by maximum likelihood."""
         old_logps = inputs.get("old_per_token_logps")
         old_logps = logps.detach() if old_logps is None else old_logps
-        reference = inputs.get("initial_per_token_logps")
-        teacher = inputs["teacher_per_token_logps"]
-        decision = self._decide(inputs, student=old_logps, teacher=teacher, initial=reference, updated=logps.detach())
+        given = {"teacher": inputs["teacher_per_token_logps"], "initial": inputs.get("initial_per_token_logps")}
+        decision = self._decide(inputs, student=old_logps, updated=logps.detach(), **given)
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
         inputs["advantages"] = decision.advantage.masked_fill(by_likelihood, 0.0)
         per_token = policy_gradient(logps.detach(), inputs["advantages"], old_logps)
         if self.args.teacher_rollout_loss == "nll":
             inputs["nll"] = torch.where(mask & by_likelihood, -logps, 0.0).sum() / self._divisor(inputs)
             per_token = torch.where(by_likelihood, -logps.detach(), per_token)
-        mask = mask & (not self.finite.found)
-        self._meter.update(decision, per_token, mask, inputs["from_teacher"], mask & ~by_likelihood)
+        self._measure(inputs, decision, per_token)
 
     def _full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The full estimator: backbone, heads and divergence of the student within its wrapper's forward."""
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
-        gated, taught = mask & ~by_likelihood, mask & by_likelihood
+        taught = mask & by_likelihood if self.args.teacher_rollout_loss == "nll" else None
 
         def states(model: nn.Module) -> Tensor:
             return self.run_within(model, last_hidden_state, *sequence(inputs), mask.size(1))
@@ -274,11 +297,8 @@ class SGOPDTrainer(ResumableTrainer):
         def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
             own = last_hidden_state(student, *sequence(inputs), mask.size(1))
             heads = head_of(student), head_of(self.teacher.unwrapped)  # no arguments: DeepSpeed copies those
-            nll = taught if self.args.teacher_rollout_loss == "nll" else None
-            ids = inputs["completion_ids"]
-            return full_per_token(
-                own, heads[0], teacher, heads[1], ids, gated, self.temperature, decide, reference, nll
-            )
+            of_batch = inputs["completion_ids"], mask & ~by_likelihood, self.temperature
+            return full_per_token(own, heads[0], teacher, heads[1], *of_batch, decide, reference, taught)
 
         with self.accelerator.autocast():
             reference = None
@@ -288,8 +308,7 @@ class SGOPDTrainer(ResumableTrainer):
                     with self.initial_policy.lend() as policy:
                         reference = states(policy), head_of(self.accelerator.unwrap_model(policy))
             losses, entropy = self.run_within(model, per_token)
-        mask, gated = (kept & (not self.finite.found) for kept in (mask, gated))
-        self._meter.update(inputs["decision"], losses, mask, inputs["from_teacher"], gated, entropy)
+        self._measure(inputs, GateDecision(**inputs["decision"]), losses, entropy)
         return losses.sum() / self._divisor(inputs)
 
     def run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:
@@ -301,24 +320,17 @@ class SGOPDTrainer(ResumableTrainer):
         """The gate's decision on a micro-batch, made once and kept while its rollouts are trained on."""
         labels, mask = inputs["verifier_labels"], self._loss_mask(inputs)
         logps = self.finite.checked(inputs, mask, **logps)  # in each pass: the student may have gone bad meanwhile
-        if "decision" not in inputs:
-            decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, logps.get("initial"))
-            kept = self.args.log_gate_samples and not self.finite.found
-            inputs |= {"decision": decision} | ({"gate_logps": logps} if kept else {})
-            self._row_advantages[inputs["row"]] = (decision.advantage * mask).sum(1).float() / mask.sum(1)
-        return inputs["decision"]
-
-    @staticmethod
-    def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-        mask = inputs["completion_mask"]
-        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
-
-    def _by_likelihood(self, inputs: dict[str, Any]) -> Tensor:
-        """(B, 1), the rows trained by maximum likelihood."""
-        return (inputs["from_teacher"] & (self.args.teacher_rollout_loss == "nll")).unsqueeze(1)
+        if "decision" in inputs:
+            return GateDecision(**inputs["decision"])
+        decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, mask, logps.get("initial"))
+        inputs["decision"] = decision._asdict()
+        if self.args.log_gate_samples and not self.finite.found:
+            inputs |= {"gate_logps": logps, "gated": mask & ~self._by_likelihood(inputs)}
+        self._row_advantages[inputs["row"]] = (decision.advantage * mask).sum(1).float() / mask.sum(1)
+        return decision
 
     def _divisor(self, inputs: dict[str, Any]) -> Tensor:
-        """The trained tokens of one accumulation window over all ranks, a rank's share: as the parent's "dapo"."""
+        """A rank's share of the trained tokens of an accumulation window over all ranks, as GRPOTrainer's "dapo"."""
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
 
@@ -327,25 +339,14 @@ class SGOPDTrainer(ResumableTrainer):
         self._prepare_inputs(inputs)
         return None, None, None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        training = self.model.training
-        if training:
-            for name, value in self._meter.compute(self.accelerator).items():
-                self._metrics["train"][name].append(value)
-        if self.log_completions:  # in place of the parent's advantages, which SG-OPD does not train on
-            shown = [math.nan] * len(self._logs["advantages"])
-            if training and self._row_advantages is not None:
-                shown = gather(self._row_advantages).tolist()
-            self._logs["advantages"].clear()
-            self._logs["advantages"].extend(shown)
-        super().log(logs, start_time)
+    def own_settings(self) -> dict[str, Any]:
+        values = self.args.to_dict()
+        own = {name: values[name] for name in own_fields(self.args) if not name.startswith(NOT_COMPARED)}
+        return own | {
+            "teacher_model": self.teacher.name,
+            "teacher_model_init_kwargs": loading(self.args.teacher_model_init_kwargs),
+            "verifier": get_callable_name(self.verifier),
+        }
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's card, with the settings of the method."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "README.md"
-            card = ModelCard.load(path)
-            section = self.args.card_section(self.teacher.name)
-            card.text = card.text.replace("### Framework versions", section + "### Framework versions")
-            card.save(path)
+    def written_args(self) -> SGOPDConfig:
+        return super().written_args().without_secrets()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sg_opd import SignGatedLoss
-from sg_opd.method.gate import decide, verdict_sign
+from sg_opd.method.gate import GateSettings, decide, verdict_sign
 from sg_opd.method.loss import gated_divergence, policy_gradient
 
 NAN = math.nan
@@ -88,7 +88,7 @@ def test_three_tokens_by_hand():
     student = torch.zeros(1, 3, 2, requires_grad=True)
     teacher = torch.tensor([[[math.log(3), 0], [-math.log(3), 0], [0, 0]]])
     ids, mask = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
-    out = SignGatedLoss(2.0, 1.0)(student, teacher, ids, torch.tensor([1.0]), mask)
+    out = SignGatedLoss(extrapolation=2.0, interpolation=1.0)(student, teacher, ids, torch.tensor([1.0]), mask)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(-(2 * math.log(1.5) - math.log(2)) / 3, abs=1e-6)
     expected = [-2 * math.log(1.5) / 6, math.log(2) / 6, 0.0]
@@ -107,7 +107,7 @@ def test_full_estimator_by_hand():
     = 1/2 log(4/3); loss = 1/4 log(4/3).
     """
     teacher = torch.tensor([[[math.log(3), 0.0]]])
-    loss_fn = SignGatedLoss(2.0, 0.5, estimator="full")
+    loss_fn = SignGatedLoss(extrapolation=2.0, interpolation=0.5, estimator="full")
     ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
     out = loss_fn(torch.zeros(1, 1, 2), teacher, ids, torch.tensor([0.0]), mask)
     assert out.loss.item() == pytest.approx(0.25 * math.log(4 / 3), abs=1e-7)
@@ -123,7 +123,14 @@ def test_full_estimator_by_hand():
 def test_value_and_gradient_equal_a_loop_over_tokens(shape, estimator, dead_zone, clip, initial, temperature, dtype):
     student, teacher, reference, ids, labels, mask = make_batch(sum(shape), *shape, dtype=dtype)
     student.requires_grad_()
-    loss_fn = SignGatedLoss(1.8, 0.6, estimator, dead_zone, clip, temperature)
+    loss_fn = SignGatedLoss(
+        extrapolation=1.8,
+        interpolation=0.6,
+        estimator=estimator,
+        dead_zone=dead_zone,
+        log_ratio_clip=clip,
+        temperature=temperature,
+    )
     reference = reference if initial else None
     out = loss_fn(student, teacher, ids, labels, mask, reference)
     out.loss.backward()
@@ -184,11 +191,13 @@ def test_expectation_of_the_sampled_gradient_is_the_full_gradient(factor):
     for token in range(6):
         z = student.clone().requires_grad_()
         ids = torch.full((1, 4), token)
-        SignGatedLoss(factor, factor)(z, teacher, ids, labels, mask).loss.backward()
+        SignGatedLoss(extrapolation=factor, interpolation=factor)(z, teacher, ids, labels, mask).loss.backward()
         expectation += probabilities[..., token : token + 1] * z.grad
     z = student.clone().requires_grad_()
     ids = torch.zeros(1, 4, dtype=torch.long)
-    SignGatedLoss(factor, factor, "full")(z, teacher, ids, labels, mask).loss.backward()
+    SignGatedLoss(extrapolation=factor, interpolation=factor, estimator="full")(
+        z, teacher, ids, labels, mask
+    ).loss.backward()
     torch.testing.assert_close(expectation, z.grad, rtol=1e-10, atol=1e-12)
 
 
@@ -216,8 +225,8 @@ def test_gradient_reaches_the_student_only():
 def test_abstention_is_plain_distillation():
     student, teacher, _, ids, _, mask = make_batch(4)
     abstained = torch.full((3,), NAN)
-    gated = SignGatedLoss(5.0, 0.2)(student, teacher, ids, abstained, mask)
-    plain = SignGatedLoss(1.0, 1.0)(student, teacher, ids, abstained, mask)
+    gated = SignGatedLoss(extrapolation=5.0, interpolation=0.2)(student, teacher, ids, abstained, mask)
+    plain = SignGatedLoss(extrapolation=1.0, interpolation=1.0)(student, teacher, ids, abstained, mask)
     assert gated.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
     assert gated.metrics["gate/neutral"].item() == 1.0
     assert gated.metrics["gate/factor"].item() == 1.0
@@ -226,14 +235,16 @@ def test_abstention_is_plain_distillation():
 def test_equal_factors_are_no_gate():
     """Not even on neutral tokens: every factor is that value."""
     _, _, _, _, labels, _ = make_batch(4)
-    decision = decide(torch.zeros(3, 2), torch.tensor([[0.0, 1.0]] * 3), labels, extrapolation=1.25, interpolation=1.25)
+    decision = decide(
+        torch.zeros(3, 2), torch.tensor([[0.0, 1.0]] * 3), labels, torch.ones(3, 2), GateSettings(1.25, 1.25)
+    )
     assert (decision.factor == 1.25).all()
 
 
 def test_dead_zone_includes_its_edge():
     delta = torch.tensor([[0.5, 0.5001, -0.5, -0.5001]])
     one = torch.tensor([1.0])
-    decision = decide(torch.zeros(1, 4), delta, one, extrapolation=2.0, interpolation=0.0, dead_zone=0.5)
+    decision = decide(torch.zeros(1, 4), delta, one, torch.ones(1, 4), GateSettings(2.0, 0.0, dead_zone=0.5))
     assert decision.case.tolist() == [[0, 1, 0, -1]]
     assert decision.factor.tolist() == [[1.0, 2.0, 1.0, 0.0]]
     torch.testing.assert_close(decision.advantage, torch.tensor([[0.5, 1.0002, -0.5, 0.0]]))
@@ -245,9 +256,8 @@ def test_clip_bounds_each_log_ratio_by_itself():
         torch.tensor([[-4.0]]),
         torch.tensor([[-1.0]]),
         torch.tensor([1.0]),
-        extrapolation=1.8,
-        interpolation=1.0,
-        log_ratio_clip=1.0,
+        torch.ones(1, 1),
+        GateSettings(1.8, 1.0, log_ratio_clip=1.0),
         reference_logps=torch.tensor([[1.0]]),
     )
     assert decision.advantage.item() == pytest.approx(0.2)
@@ -273,7 +283,7 @@ def test_all_masked_gives_zero_loss_and_zero_gradient(estimator):
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
 def test_any_split_gives_the_same_gradient(estimator):
     student, teacher, reference, ids, labels, mask = make_batch(8, batch=6)
-    loss_fn, total = SignGatedLoss(1.8, 0.6, estimator), mask.sum()
+    loss_fn, total = SignGatedLoss(extrapolation=1.8, interpolation=0.6, estimator=estimator), mask.sum()
     gradients = []
     for split in ([6], [2, 4], [1] * 6):
         z = student.clone().requires_grad_()

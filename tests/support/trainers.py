@@ -72,7 +72,7 @@ def expected_loss(student, teacher, reference, batch, loss_fn, divisor, nll):
     taught = batch["from_teacher"] & nll
     gated = mask * ~taught.unsqueeze(1)
     loss = loss_fn(logits, teacher_logits, ids, batch["verifier_labels"], gated, reference_logits, divisor).loss
-    logps = (logits.float() / loss_fn.temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    logps = (logits.float() / loss_fn.settings.temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return loss - (logps * mask * taught.unsqueeze(1)).sum() / divisor
 
 

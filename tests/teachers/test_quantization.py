@@ -67,7 +67,7 @@ def test_qlora_trains_the_adapter_on_a_4_bit_student(estimator, saved, tokenizer
     trainer.train()
     batch = trainer.batches[0]
     plain = [loaded(path, "Linear4bit") for path in (student, teacher)]
-    loss_fn = SignGatedLoss(1.8, 1.0, estimator)
+    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=1.0, estimator=estimator)
     expected = expected_loss(*plain, None, batch, loss_fn, batch["completion_mask"].sum(), nll=False)
     assert trainer.losses[0] == pytest.approx(expected.item(), rel=2e-2)
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}

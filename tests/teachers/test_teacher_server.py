@@ -14,10 +14,9 @@ from fault_proxy import FaultProxy, StandIn
 from scoring import COMPLETIONS, PROMPTS, expected_logps
 from trainers import coin_verifier, make_config
 
-from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd import data as data_checks
+from sg_opd import SGOPDConfig, SGOPDTrainer, data
 from sg_opd.teachers import http as endpoints_module
-from sg_opd.teachers import probe as server_checks
+from sg_opd.teachers import probe
 from sg_opd.teachers.http import Endpoints, TeacherServerError
 from sg_opd.teachers.probe import logit_spacing, rounded_up
 from sg_opd.teachers.protocol import Teacher, TeacherError
@@ -359,7 +358,7 @@ def test_another_vocabulary_is_refused(build, proxy):
 
 def test_every_row_that_may_be_too_long_is_checked(build, proxy, dataset, monkeypatch):
     """The only long prompt is one that the evenly spread rows leave out."""
-    monkeypatch.setattr(data_checks, "ROWS_CHECKED", 4)
+    monkeypatch.setattr(data, "ROWS_CHECKED", 4)
     rows = [{**row, "prompt": [{"role": "user", "content": "Start with 3"}]} for row in dataset]
     proxy.upstream.context = 60
     build(train_dataset=Dataset.from_list(rows))
@@ -375,18 +374,18 @@ def test_added_tokens_are_probed_however_large_the_vocabulary(build, proxy, monk
         def decode(self, ids):
             return "<|other|>" if ids == [tokenizer.unk_token_id] else tokenizer.decode(ids)
 
-    monkeypatch.setattr(server_checks, "PROBE_TOKENS", 5)
+    monkeypatch.setattr(probe, "PROBE_TOKENS", 5)
     proxy.upstream.tokenizer = Sibling()
     with pytest.raises(ValueError, match=r"another vocabulary: 1 of \d+ probed ids decode differently, first 4"):
         build()
 
 
-def test_ranks_that_wait_less_than_a_question_takes(build, caplog, monkeypatch):
-    trainer = build(ddp_timeout=60)
-    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 2, raising=False)
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+def test_ranks_that_wait_less_than_a_question_takes(caplog):
+    """Three attempts of 240 s each."""
     with caplog.at_level(logging.WARNING, logger="sg_opd"):
-        server_checks.check_patience(trainer)
+        probe.check_patience(longest=720, ranks_wait=720)
+        assert caplog.text == ""
+        probe.check_patience(longest=720, ranks_wait=60)
     assert "may take 720 s, but ranks wait 60 s for each other" in caplog.text
 
 
@@ -394,7 +393,7 @@ def warnings_of(build, caplog, **settings):
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="sg_opd"):
         build(**settings)
-    return " ".join(record.getMessage() for record in caplog.records if record.name == "sg_opd.server_checks")
+    return " ".join(record.getMessage() for record in caplog.records if record.name == "sg_opd.teachers.probe")
 
 
 def test_the_checks_of_a_good_server_warn_of_nothing(build, caplog):

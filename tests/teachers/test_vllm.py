@@ -62,7 +62,7 @@ class Recorder(SGOPDTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        self.batches.append({**inputs, "sign": inputs["decision"].delta.sign()})
+        self.batches.append({**inputs, "sign": inputs["decision"]["delta"].sign()})
         return loss
 
 
@@ -105,7 +105,7 @@ def test_log_probs_and_gate_signs_are_those_of_the_teacher_in_process(build, url
         mask = batch["completion_mask"].bool()
         theirs = ask(served.teacher, batch, None)
         assert (theirs - batch["teacher_per_token_logps"])[mask].abs().max() <= 1e-4
-        student = batch["teacher_per_token_logps"] - batch["decision"].delta
+        student = batch["teacher_per_token_logps"] - batch["decision"]["delta"]
         flipped += ((theirs - student).sign() != batch["sign"])[mask].sum().item()
         tokens += mask.sum().item()
     assert tokens > 5000

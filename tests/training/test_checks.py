@@ -172,11 +172,10 @@ def test_full_estimator_with_soft_caps(build, make_model):
 def test_full_estimator_under_fsdp(build):
     """Version 2 is fine, version 1 is refused; neither can be switched on without several processes."""
     trainer = build(config={"estimator": "full"})
-    trainer._dist.fsdp_version = 2
-    check_set_up(trainer)
-    trainer._dist.fsdp_version = 1
+    models = trainer.args, trainer.model, trainer.teacher
+    check_set_up(*models, multimodal=False, router_loss=False, fsdp_version=2)
     with pytest.raises(ValueError, match=r"FSDP version 1.*fsdp_version: 2.*'sampled'"):
-        check_set_up(trainer)
+        check_set_up(*models, multimodal=False, router_loss=False, fsdp_version=1)
 
 
 def test_a_teacher_that_is_no_causal_model(build, tokenizer):

@@ -35,7 +35,7 @@ def batch(rows=6, length=5):
     torch.manual_seed(0)
     student, teacher = torch.randn(rows, length) - 2, torch.randn(rows, length) - 2
     mask = torch.rand(rows, length) > 0.3
-    decision = SignGatedLoss().decide(student, teacher, LABELS[:rows])
+    decision = SignGatedLoss().decide(student, teacher, LABELS[:rows], torch.ones_like(student))
     return decision, policy_gradient(student, decision.advantage), mask
 
 
@@ -102,7 +102,7 @@ def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
     loss_fn, meter, mask = SignGatedLoss(), GateMeter(), torch.rand(6, 5) > 0.3
     with NoSynchronisation():
         for _ in range(2):
-            decision = loss_fn.decide(student, teacher, LABELS, teacher)
+            decision = loss_fn.decide(student, teacher, LABELS, mask, teacher)
             loss = policy_gradient(student, decision.advantage)
             meter.update(decision, loss, mask, FROM_TEACHER, mask, entropy=loss)
             meter.add(rollout_totals(LABELS, FROM_TEACHER, SLOTS))

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from documents import ROOT
 from trainers import MIXED, Recorder, coin_verifier, make_config, plain_logits
 
 from sg_opd import SGOPDTrainer, load_gate_samples
-from sg_opd.checkpoints.resume import as_trained
 from sg_opd.views import gate_samples as gate_samples
 from sg_opd.views.gate_samples import GateSamples
 from sg_opd.views.gate_view import inspect_rollout
@@ -56,7 +56,7 @@ def test_what_is_kept_is_what_both_models_say(estimator, reference_policy, make_
         assert view.step == 1
         assert view.gold == by_prompt[view.prompt]
         assert view.verdict == coin_verifier(None, None, [view.token_ids])[0]
-        assert (view.settings["extrapolation"], view.settings["interpolation"]) == (1.8, 0.6)
+        assert (view.settings.extrapolation, view.settings.interpolation) == (1.8, 0.6)
         (batch, row) = next(
             (b, rows_of(b).index(view.token_ids)) for b in trainer.batches if view.token_ids in rows_of(b)
         )
@@ -83,7 +83,7 @@ def test_decisions_are_kept_as_they_were_trained_on(estimator, make_model, token
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
             for row, ids in enumerate(rows_of(inputs)):
-                decisions.setdefault(ids, []).append([part[row][: len(ids)] for part in inputs["decision"]])
+                decisions.setdefault(ids, []).append([part[row][: len(ids)] for part in inputs["decision"].values()])
             return loss
 
     trainer = train(make_model, tokenizer, dataset, tmp_path, cls=Keeping, estimator=estimator, **settings)
@@ -199,7 +199,7 @@ def test_a_skipped_step_is_not_kept(make_model, tokenizer, dataset, tmp_path):
 def test_what_a_checkpoint_keeps_comes_to_the_device():
     """Log-probabilities within too, which are indexed by a mask that is there."""
     inputs = {"completion_mask": torch.ones(1, 2), "gate_logps": {"student": torch.zeros(1, 2)}, "gold": ["4"]}
-    moved = as_trained(inputs, torch.device("meta"))
+    moved = send_to_device(inputs, torch.device("meta"))
     assert moved["completion_mask"].device.type == moved["gate_logps"]["student"].device.type == "meta"
     assert moved["gold"] == ["4"]
 

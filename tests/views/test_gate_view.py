@@ -81,7 +81,7 @@ def test_three_tokens_by_hand(verdict):
 def test_settings_reference_and_untrained_tokens():
     """Dead zone 0.55: the second is neutral. Initial reference -1.4 and clip 0.7: the first gets clip(0.6) + 0.8 *
     clip(-0.4 + 1.4 = 1.0) = 0.6 + 0.56 = 1.16. The last is not trained on: shares over two tokens."""
-    gate = SignGatedLoss(1.8, 1.0, dead_zone=0.55, log_ratio_clip=0.7)
+    gate = SignGatedLoss(extrapolation=1.8, interpolation=1.0, dead_zone=0.55, log_ratio_clip=0.7)
     view = three(gate=gate, reference_logps=torch.tensor([-1.4, -2.0, -0.5]), trained=[True, True, False])
     assert view.cases == [1, 0, None]
     assert view.decision.advantage[0].tolist() == pytest.approx([1.16, -0.5, 0.0])
@@ -272,7 +272,7 @@ def test_the_wheel_has_the_pages_parts(tmp_path):
 @pytest.mark.parametrize("given", ["sampled", "text", "ids"])
 def test_score_rollout_scores_as_a_plain_forward_does(given, make_model, tokenizer, dataset):
     student, teacher, reference = make_model(1), make_model(2, hidden_size=48), make_model(3)
-    row, gate = dataset[0], SignGatedLoss(1.5, 0.5, temperature=0.8)
+    row, gate = dataset[0], SignGatedLoss(extrapolation=1.5, interpolation=0.5, temperature=0.8)
     completion = {"sampled": None, "text": r"1+1=2 \boxed{2}", "ids": [5, 6, 7]}[given]
     state = torch.get_rng_state()
     seen = {}
@@ -288,7 +288,7 @@ def test_score_rollout_scores_as_a_plain_forward_does(given, make_model, tokeniz
     assert seen["solution"] == view.gold == row["solution"]
     assert tuple(seen["ids"]) == view.token_ids
     assert view.verdict == 0.0
-    assert view.settings["extrapolation"] == 1.5
+    assert view.settings.extrapolation == 1.5
     assert "".join(view.tokens) == tokenizer.decode(view.token_ids)
     prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert view.prompt == tokenizer.decode(prompt)

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "folders": ["flaw", "last_whole"],
         "resume": ["ResumableTrainer"],
-        "stops": ["CheckpointError", "EXIT_CODE"],
+        "stops": ["CheckpointError", "EXIT_CODE", "NonFiniteError"],
     },
 )

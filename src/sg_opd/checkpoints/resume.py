@@ -1,7 +1,8 @@
-"""A killed run goes on as if it had not been killed: what a checkpoint keeps, and how one is chosen."""
+"""Exact resume: a run that was killed continues as if it had not been, from the last checkpoint that is whole."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,13 +12,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from ..method.gate import GateDecision
-from ..training.metrics import GateMeter
 from .folders import (
     BATCH_SETTINGS,
     FORMER,
@@ -43,32 +41,60 @@ TORCH_WRITER = "inline_container"  # where torch's RuntimeError comes from when 
 
 
 class ResumableTrainer(GRPOTrainer):
-    """What `SGOPDTrainer` needs to go on after a kill with the same weights, metrics and order of the data.
+    """A GRPOTrainer that resumes after a kill with the same weights, metrics and order of the data.
 
-    The parent's checkpoints keep weights, optimizer, scheduler, random states and the log. Added here: rollouts that
-    are not trained on yet, sums and metrics since the last log, the parent's count of micro-batches, and the order of
-    the data in later epochs; a seal that is written last; and the settings, to be compared on resuming.
+    GRPOTrainer's checkpoints keep weights, optimizer, scheduler, random states and the log. Added here: rollouts that
+    are not trained on yet, sums and metrics since the last log, GRPOTrainer's count of micro-batches, and the order of
+    the data in later epochs; a seal that is written last; and the settings, to be compared on resuming. A subclass adds
+    its own with `own_state`, `set_own_state` and `own_settings`.
     """
 
-    args: Any
-    teacher: Any
-    verifier: Any
+    args: GRPOConfig
+    model: Any  # the student, of whatever class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.last_good_step = LastGoodStep(self)
-        self._meter = GateMeter()
-        self._row_advantages: Tensor | None = None
         self._resumed: Path | None = None
         self._epochs_done = 0
-        self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # the parent's, which sets them in `train`
+        self._limit: int | None = None  # `save_total_limit`, while GRPOTrainer must not delete
+        self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # GRPOTrainer's, which sets them in `train`
         kwargs["args"].enable_jit_checkpoint = listening(kwargs["args"])
         super().__init__(*args, **kwargs)
         self._data = fingerprint(self.train_dataset)
         self.stop = StopAtStepEnd(self)
         self.callback_handler.callbacks[:0] = [Resumption(self), self.stop]  # before those that look at the state
 
+    def own_state(self) -> dict[str, Any]:
+        """What a subclass keeps of this rank in a checkpoint, in tensors and plain values."""
+        return {}
+
+    def set_own_state(self, saved: dict[str, Any]) -> None:
+        """Set back to what `own_state` answered."""
+
+    def own_settings(self) -> dict[str, Any]:
+        """The settings of a subclass that alter what a run computes."""
+        return {}
+
+    def run_settings(self) -> dict[str, Any]:
+        """The settings that alter what a run computes, as JSON has them."""
+        return run_settings(self.args, self.model, self._data, self.accelerator.num_processes, self.own_settings())
+
+    def written_args(self) -> Any:
+        """The arguments as `training_args.bin` has them."""
+        args = copy.copy(self.args)
+        args.save_total_limit = args.save_total_limit or self._limit
+        return args
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Same as GRPOTrainer; `training_args.bin` has what `written_args` answers."""
+        given, self.args = self.args, self.written_args()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = given
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; `True` takes the last whole checkpoint, and the beginning where there is none.
+        """Same as GRPOTrainer; `True` takes the last whole checkpoint, and the beginning where there is none.
 
         Raises:
             ValueError: a checkpoint given by its path that is not whole; ranks that find different ones.
@@ -82,8 +108,8 @@ class ResumableTrainer(GRPOTrainer):
             changed = differences(settings_of(self._resumed), self.run_settings())
             if changed:
                 logger.warning(
-                    "%s was written by a run with other settings: %s. This run goes on with its own, and is not the "
-                    "one that was interrupted.",
+                    "%s was written by a run with other settings: %s. This run keeps its own, and is not the one that "
+                    "was interrupted.",
                     *(self._resumed, "; ".join(changed)),
                 )
             if not list(self._resumed.glob("rng_state*")):
@@ -94,10 +120,10 @@ class ResumableTrainer(GRPOTrainer):
                     self._resumed,
                 )
         with self.stop.watching():
-            return super().train(self._resumed and str(self._resumed), *args, **kwargs)
+            return super().train(None if self._resumed is None else str(self._resumed), *args, **kwargs)
 
     def _whole(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to go on from; a later one that is not whole is named in a warning."""
+        """The checkpoint to resume from; a later one that is not whole is named in a warning."""
         if not wanted:
             return None
         folder = self._last_whole() if wanted is True else Path(wanted)
@@ -110,7 +136,7 @@ class ResumableTrainer(GRPOTrainer):
         if len(set(found)) > 1:
             named = ", ".join(f"{name} (rank {rank})" for rank, name in enumerate(found))
             raise ValueError(
-                f"The ranks find different checkpoints to go on from: {named}. `output_dir` must be a folder that all "
+                f"The ranks find different checkpoints to resume from: {named}. `output_dir` must be a folder that all "
                 "nodes share, or hold the same checkpoints on each of them."
             )
         return self._taken_back(folder) if wanted is True and folder else folder
@@ -124,74 +150,64 @@ class ResumableTrainer(GRPOTrainer):
         return folder
 
     def _last_whole(self) -> Path | None:
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         folder, skipped = last_whole(output_dir)
         for path, reason in skipped.items():
             logger.warning("%s is passed over: %s.", path, reason)
         if folder is None:
             logger.warning("There is no whole checkpoint in %s: the run begins with its first step.", output_dir)
         else:
-            logger.info("Going on from %s.", folder)
+            logger.info("Resuming from %s.", folder)
         return folder
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """The parent's, which draws an order an epoch from one generator: a resumed one has drawn the earlier ones."""
-        sampler = super()._get_train_sampler(dataset)
+        """Same as GRPOTrainer, whose sampler draws an order an epoch: a resumed one has drawn the earlier ones."""
+        sampler: Any = super()._get_train_sampler(dataset)
         if sampler.shuffle:
             for _ in range(self._epochs_done):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
-        """The parent's, which would train a step beyond the last one where the run was killed after that."""
+        """Same as GRPOTrainer, but no step beyond the last one, where the run was killed after that."""
         if self.control.should_training_stop:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def run_settings(self) -> dict[str, Any]:
-        """The settings that alter what a run computes, as JSON has them."""
-        return run_settings(self, self._data)
-
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank between two optimizer steps, in tensors and plain values."""
-        generation = self.args.steps_per_generation * self.num_iterations
+        generation = (self.args.steps_per_generation or 1) * self.num_iterations
         buffered = self._buffered_inputs if self._step % generation else None  # else the next step generates anew
         return {
             "micro_batches": self._step,
-            "buffered": buffered and [as_saved(inputs) for inputs in buffered],
-            "row_advantages": self._row_advantages,
+            "buffered": buffered,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "totals": dict(self._meter.totals),
-            "deltas": list(self._meter.deltas),
             "loss": self._tr_loss.clone(),
             "last_logged": self._globalstep_last_logged,
             "tokens": self.state.num_input_tokens_seen,
             "completions": as_plain(self._logs) if self.log_completions else {},
+            **self.own_state(),
         }
 
     def set_run_state(self, saved: dict[str, Any]) -> None:
         """Set this rank back to what `run_state` answered, once the parent has begun to train."""
         device = self.accelerator.device
         self._step = saved["micro_batches"]
-        buffered = saved["buffered"]
-        self._buffered_inputs = buffered and [as_trained(inputs, device) for inputs in buffered]
-        advantages = saved["row_advantages"]
-        self._row_advantages = None if advantages is None else advantages.to(device)
+        self._buffered_inputs = saved["buffered"] and send_to_device(saved["buffered"], device)
         self._metrics["train"].clear()
         self._metrics["train"].update(saved["metrics"])
-        self._meter.totals = {name: value.to(device) for name, value in saved["totals"].items()}
-        self._meter.deltas = [value.to(device) for value in saved["deltas"]]
         self._tr_loss += saved["loss"].to(device)
         # `train_loss`, like the throughput beside it, speaks of the steps of this call alone
         self._total_loss_scalar -= self.accelerator.gather(self._tr_loss).mean().item()
         self._globalstep_last_logged = saved["last_logged"]
         self.state.num_input_tokens_seen = saved["tokens"]
+        logs: dict[str, Any] = self._logs
         for name, values in saved["completions"].items():
-            if isinstance(values, dict):
-                for column, some in values.items():
-                    self._logs[name][column].extend(some)
-            else:
-                self._logs[name].extend(values)
+            for column, some in values.items() if isinstance(values, dict) else ():
+                logs[name][column].extend(some)
+            if not isinstance(values, dict):
+                logs[name].extend(values)
+        self.set_own_state(saved)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_checkpoint(model, trial, self.run_state())
@@ -226,27 +242,25 @@ class ResumableTrainer(GRPOTrainer):
             set_aside(folder)  # of a run that was killed here, perhaps with more processes
             begin(folder)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the parent deletes before all is written
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes before all is written
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
-        folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where the parent may write nothing
+            self.args.save_total_limit, self._limit = self._limit, None
+        folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where GRPOTrainer may write nothing
         torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
-        if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # the parent's says that all checkpoints stay
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder, self.run_settings())
             discard(former(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """The parent's, which it calls before all is written: nothing is uploaded until the checkpoint is sealed."""
+        """Same as GRPOTrainer, which calls it too early: nothing is uploaded until the checkpoint is sealed."""
         if flaw(Path(checkpoint_folder)) is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's; on SIGTERM the step in progress is saved whatever the strategy."""
+        """Same as GRPOTrainer; on SIGTERM the step in progress is saved whatever the strategy."""
         good, step = self.last_good_step, self.state.global_step
         if self.stop.stopped and good.saved == step:  # called again, as at an epoch's end
             broken_off = not float(self.state.epoch).is_integer()
@@ -261,7 +275,7 @@ class ResumableTrainer(GRPOTrainer):
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; a run that SIGTERM ended is to go on, so all checkpoints stay and no other model is loaded."""
+        """Same as GRPOTrainer; a run that SIGTERM ended will be resumed: all checkpoints and the model stay."""
         kept = self.args.save_total_limit, self.args.load_best_model_at_end
         if self.stop.stopped:
             self.args.save_total_limit, self.args.load_best_model_at_end = None, False
@@ -272,7 +286,7 @@ class ResumableTrainer(GRPOTrainer):
 
 
 class Resumption(TrainerCallback):
-    """Puts the saved state back where the parent has set its own, and notes the states an epoch begins with."""
+    """Puts the saved state back where GRPOTrainer has set its own, and notes the states an epoch begins with."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
@@ -293,17 +307,6 @@ class Resumption(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch's data loader moves the random state, and a resumed run will have it do so again."""
         self.trainer.last_good_step.begin()
-
-
-def as_saved(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A buffered micro-batch without classes of this package, which a checkpoint does not load."""
-    return {name: value._asdict() if isinstance(value, GateDecision) else value for name, value in inputs.items()}
-
-
-def as_trained(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What `as_saved` was given, on the device."""
-    moved = send_to_device(inputs, device)
-    return moved | ({"decision": GateDecision(**moved["decision"])} if "decision" in moved else {})
 
 
 def as_plain(value: Any) -> Any:

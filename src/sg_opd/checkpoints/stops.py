@@ -1,4 +1,6 @@
-"""SIGTERM, as a preempted node gets it: the step in progress is finished and saved, then the process ends."""
+"""What ends a run or a step early: SIGTERM, an error that one rank meets within a step, and log-probabilities that are
+no numbers. Whatever was trained before is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,32 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
-from ..teachers.protocol import TeacherError
+if TYPE_CHECKING:
+    from .resume import ResumableTrainer
 
 logger = get_logger(__name__)  # of the main process only
 
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell has it for a process that SIGTERM ended
+# by whose log-probabilities are checked; "updated" is the student after updates on the rollout
+MODELS = {"student": "student", "teacher": "teacher", "initial": "initial policy", "updated": "student"}
 
 
-def listening(args: Any) -> bool:
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, as on a full disk; what is there of it is never taken for a whole one."""
+
+
+def listening(args: TrainingArguments) -> bool:
     """Whether signals can be handled; transformers' own handler raises where they cannot, outside the main thread."""
     if args.enable_jit_checkpoint and threading.current_thread() is not threading.main_thread():
         logger.warning("SIGTERM cannot be handled outside the main thread: it ends this run without a checkpoint.")
@@ -43,13 +54,15 @@ class StopAtStepEnd(TrainerCallback):
         trainer: whose parent has set `enable_jit_checkpoint` up already.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.accelerator = trainer.accelerator
+        self.args = trainer.args
         self.manager: CheckpointManager | None = None
         self.stopped = False
         """Whether this run ends because SIGTERM asked for it."""
         if trainer.args.enable_jit_checkpoint:
-            given = trainer.pop_callback(JITCheckpointCallback).jit_manager
+            callback: Any = trainer.pop_callback(JITCheckpointCallback)
+            given = callback.jit_manager
             signal.signal(signal.SIGTERM, given._original_sigterm_handler or signal.SIG_DFL)
             self.manager = CheckpointManager(trainer, kill_wait=0)
 
@@ -61,7 +74,7 @@ class StopAtStepEnd(TrainerCallback):
             SystemExit: with `EXIT_CODE`, when the run ended so.
         """
         self.stopped = False
-        if self.manager is None or not listening(self.trainer.args):
+        if self.manager is None or not listening(self.args):
             yield
             return
         self.manager.is_checkpoint_requested = False
@@ -75,21 +88,16 @@ class StopAtStepEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop where any rank was asked to."""
-        if self.manager is None or not self._asked_anywhere():
+        if self.manager is None or not self._asked_anywhere(self.manager.is_checkpoint_requested):
             return
         self.stopped = control.should_save = control.should_training_stop = True
         logger.warning("SIGTERM: saving step %d, then ending with code %d.", state.global_step, EXIT_CODE)
 
-    def _asked_anywhere(self) -> bool:
-        accelerator, asked = self.trainer.accelerator, self.manager is not None and self.manager.is_checkpoint_requested
-        if accelerator.num_processes == 1:
+    def _asked_anywhere(self, asked: bool) -> bool:
+        if self.accelerator.num_processes == 1:
             return asked
-        flag = torch.tensor([float(asked)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item() > 0)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, as on a full disk; what is there of it is never taken for a whole one."""
+        flag = torch.tensor([float(asked)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
 
 
 class LastGoodStep:
@@ -99,7 +107,7 @@ class LastGoodStep:
         trainer: the trainer, on every rank.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
         self.saved: int | None = None
         """The last step with a checkpoint."""
@@ -116,8 +124,8 @@ class LastGoodStep:
             self._step, self._states, self._run_state = step, random_states(), self.trainer.run_state()
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Raises on every rank a `TeacherError` of one of them, after a checkpoint of the last good step.
+    def agreed(self, error: type[RuntimeError]) -> Iterator[None]:
+        """Raise on every rank an `error` of one of them, after a checkpoint of the last good step.
 
         Every rank must enter it; one that stopped alone would leave the others waiting for it. Other errors end their
         rank, and with it the launch.
@@ -125,26 +133,111 @@ class LastGoodStep:
         failure = None
         try:
             yield
-        except TeacherError as error:
-            failure = error
+        except error as raised:
+            failure = raised
         failures = [message for message in gather_object([failure and str(failure)]) if message]
         if failures:
-            raise TeacherError(f"{failures[0]}. {self.save()}") from None  # it repeats its words
+            raise error(f"{failures[0]}. {self.save()}") from None  # it repeats its words
 
     def save(self) -> str:
         """Save a checkpoint of the last finished step unless it has one; answers where it is, in words."""
-        step = self.trainer.state.global_step
+        trainer, step = self.trainer, self.trainer.state.global_step
         if step == 0:
             return "No step was finished, so there is nothing to save."
-        folder = Path(self.trainer.args.output_dir) / f"checkpoint-{step}"
-        if self.saved != step or not folder.is_dir():
+        folder = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
+        # the main process decides: ranks may see different folders, and all must enter the writing or none
+        (needed,) = broadcast_object_list([self.saved != step or not folder.is_dir()])
+        if needed:
             set_random_states(self._states)
-            self.trainer.state.num_input_tokens_seen = self._run_state["tokens"]
-            self.trainer.write_checkpoint(self.trainer.model, None, self._run_state)
+            trainer.state.num_input_tokens_seen = self._run_state["tokens"]
+            trainer.write_checkpoint(trainer.model, None, self._run_state)
         return (
-            f"The last good step is {step}, saved in {folder}; go on from there with `resume_from_checkpoint` once the "
+            f"The last good step is {step}, saved in {folder}; resume from it with `resume_from_checkpoint` once the "
             "cause is mended."
         )
+
+
+class NonFiniteError(RuntimeError):
+    """A model gave a sampled token a log-probability that is NaN or infinite, on which no delta can be trained."""
+
+
+class FiniteGuard(TrainerCallback):
+    """Stops at log-probabilities that are NaN or infinite, or has their optimizer step skipped on every rank.
+
+    Args:
+        tokenizer: names the tokens.
+        accelerator: tells the other ranks.
+        skips: whether such a step is skipped instead of ending the run (`non_finite_log_probs="skip"`).
+        clipped: whether `log_ratio_clip` bounds an infinite one of the teacher or the reference, which is then let
+            through.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, skips: bool, clipped: bool
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.accelerator = accelerator
+        self.skips = skips
+        self.clipped = clipped
+        self.found = False
+        """Whether this rank met one in the step in progress, which will be skipped."""
+        self._step = 0
+
+    def checked(self, inputs: dict[str, Any], mask: Tensor, **logps: Tensor | None) -> dict[str, Any]:
+        """The log-probabilities (B, T) as given, or with zeros for what is no number where the step is to be skipped.
+
+        Args:
+            inputs: the micro-batch, for its tokens and prompts.
+            mask: (B, T), the trained tokens.
+            **logps: by whose they are, see `MODELS`.
+
+        Raises:
+            NonFiniteError: at the first such token, unless the step is to be skipped.
+        """
+        bad = {whose: self._bad(whose, values, mask) for whose, values in logps.items() if values is not None}
+        if not torch.stack([*bad.values()]).any():  # the host waits for the device here, once a micro-batch
+            return logps
+        for whose, places in bad.items():
+            values = logps[whose]
+            if values is not None and places.any():
+                self._report(self._words(inputs, places, whose, values))
+                logps[whose] = values.masked_fill(places, 0.0)
+        return logps
+
+    def _bad(self, whose: str, values: Tensor, mask: Tensor) -> Tensor:
+        bounded = MODELS[whose] != "student" and self.clipped
+        return mask & (values.isnan() if bounded else ~values.isfinite())
+
+    def _report(self, message: str) -> None:
+        if not self.skips:
+            raise NonFiniteError(f"{message} Nothing was trained on it; set non_finite_log_probs='skip' to go on.")
+        if not self.found:
+            logger.warning("%s This optimizer step is skipped.", message, main_process_only=False)
+        self.found = True
+
+    def _words(self, inputs: dict[str, Any], bad: Tensor, whose: str, values: Tensor) -> str:
+        row, place = (int(index) for index in bad.nonzero()[0])
+        token = int(inputs["completion_ids"][row, place])
+        prompt = self.tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()])
+        return (
+            f"Step {self._step}, rank {self.accelerator.process_index}: the {MODELS[whose]}'s log-probability of "
+            f"token {place} ({token}, {self.tokenizer.decode([token])!r}) of the rollout in row {row} of "
+            f"its micro-batch is {values[row, place].item():g}, and {int(bad.sum())} in all are no numbers. Its prompt "
+            f"ends with {prompt[-80:]!r}."
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step, for the error's words."""
+        self._step = state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the gradients where any rank found one, so that no optimizer moves a weight."""
+        if not self.skips:
+            return
+        found = torch.tensor([float(self.found)], device=self.accelerator.device)
+        self.found = False
+        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+            kwargs["model"].zero_grad(set_to_none=True)
 
 
 def random_states() -> tuple[Any, ...]:

@@ -20,8 +20,8 @@ REVERSE_KL = 1.0  # the kernel's beta for KL(student || target)
 class Head(NamedTuple):
     """A language-model head, `softcap * tanh(scale * (W h + b) / softcap)`, with W of shape (V, H)."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # a tensor; a parameter, where ZeRO-3 shards it
+    bias: Any = None
     scale: float = 1.0
     softcap: float | None = None
 
@@ -42,7 +42,8 @@ def vocabulary(head: Head) -> int:
 
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a model, with the scaling its configuration declares (Cohere, Falcon-H1, Granite, Gemma, ...)."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
 
     def setting(name: str) -> float:
         value = getattr(config, name, None)
@@ -64,8 +65,8 @@ def sequence(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     """The backbone's output at the positions that predict the last `keep` tokens, (B, keep, H)."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    whole: Any = getattr(model, "get_base_model", lambda: model)()  # of an adapter
+    output = whole.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return output.last_hidden_state[:, -keep - 1 : -1]
 
 
@@ -246,7 +247,7 @@ class _GatheredRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, parameter: Any, rows: int) -> Tensor:
         from trl.trainer.utils import maybe_gather_lm_head_ctx
 
         with maybe_gather_lm_head_ctx(parameter):

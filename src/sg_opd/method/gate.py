@@ -1,7 +1,7 @@
-"""The sign-consistency gate, the gated advantages, and `SignGatedLoss`. Torch only.
+"""The sign-consistency gate: how far the teacher is trusted on each token, decided without gradient.
 
-First decide, without gradient (`decide`): compare the teacher's preference for each token with the verdict on the whole
-completion, and fix a factor and an advantage a token. Then differentiate (`policy_gradient`, `gated_divergence`).
+The gate compares the teacher's preference for a token with the verdict on the whole completion. A rule turns both into
+a case and a factor; the factor scales the token's advantage.
 
 Sources, as in the documentation's page on the method: [P] the SG-OPD abstract (arXiv 2606.09304), [R] its
 reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms are natural.
@@ -10,14 +10,74 @@ reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 CONSENSUS, NEUTRAL, CONFLICT = 1, 0, -1  # the sign of s * delta
+ESTIMATORS = ("sampled", "full")
+REFERENCES = ("current", "initial")
 QUANTILES = {"delta/p05": 0.05, "delta/p50": 0.50, "delta/p95": 0.95}
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """All that decides a token's factor, advantage and loss.
+
+    Raises:
+        ValueError: a value out of its range, by name.
+    """
+
+    extrapolation: float = 1.8
+    """Factor where teacher and verdict agree, finite and >= 0 [R]."""
+    interpolation: float = 1.0
+    """Factor where they disagree, finite and >= 0 [R]; > 0 with the initial reference."""
+    estimator: str = "sampled"
+    """"sampled": policy gradient on the sampled token. "full": divergence of the whole distribution."""
+    dead_zone: float = 0.0
+    """`abs(delta)` up to this many nats is neutral, >= 0 [O]."""
+    log_ratio_clip: float | None = None
+    """c > 0 clips each log-ratio of the sampled estimator to [-c, c] nats; `None` clips nothing."""
+    temperature: float = 1.0
+    """Divides all logits, > 0."""
+    rule: str = "sign"
+    """A key of `GATE_RULES`."""
+    reference: str = "current"
+    """Policy that the reward is measured against: "current" or "initial"."""
+    names: InitVar[Mapping[str, str] | None] = None
+    """What errors call the fields, where the caller has other names for them."""
+
+    def __post_init__(self, names: Mapping[str, str] | None) -> None:
+        def named(field: str) -> str:
+            return f"`{(names or {}).get(field, field)}`"
+
+        for field in ("extrapolation", "interpolation", "dead_zone"):
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{named(field)} must be a number, finite and >= 0; got {value!r}.")
+        for field, allowed in (("rule", tuple(GATE_RULES)), ("estimator", ESTIMATORS), ("reference", REFERENCES)):
+            if getattr(self, field) not in allowed:
+                choices = " or ".join(map(repr, allowed))
+                raise ValueError(f"{named(field)} must be {choices}, got {getattr(self, field)!r}.")
+        clip, temperature = self.log_ratio_clip, self.temperature
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise ValueError(f"{named('log_ratio_clip')} must be finite and > 0, or None for no clip; got {clip!r}.")
+        if clip is not None and self.estimator == "full":
+            raise ValueError(
+                f"{named('log_ratio_clip')} belongs to estimator='sampled': the full divergence has no log-ratio of a "
+                "token to clip. Leave it at None, or choose estimator='sampled'."
+            )
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"{named('temperature')} must be finite and > 0, got {temperature!r}.")
+        if self.reference == "initial" and self.interpolation == 0:
+            raise ValueError(
+                f"{named('interpolation')} must be > 0 with the initial reference: 0 would pull conflict tokens to the "
+                "reference, not drop them. Use the current reference to drop them."
+            )
 
 
 class GateDecision(NamedTuple):
@@ -35,6 +95,26 @@ class GateDecision(NamedTuple):
     """1.0 where the clip changed a log-ratio that entered the advantage, else 0.0."""
 
 
+def sign_rule(
+    delta: Float[Tensor, "B T"], sign: Float[Tensor, "B 1"], mask: Bool[Tensor, "B T"], settings: GateSettings
+) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """SG-OPD's gate [P]: `extrapolation` on consensus, `interpolation` on conflict, 1 where the token is neutral.
+
+    Where both factors are equal there is no gate, and every token gets that value.
+    """
+    case = torch.sign(sign * delta).masked_fill(delta.abs() <= settings.dead_zone, NEUTRAL).to(torch.int8)
+    if settings.extrapolation == settings.interpolation:
+        return case, torch.full_like(delta, settings.extrapolation)
+    factor = torch.ones_like(delta).masked_fill(case == CONSENSUS, settings.extrapolation)
+    return case, factor.masked_fill(case == CONFLICT, settings.interpolation)
+
+
+Rule = Callable[[Tensor, Tensor, Tensor, GateSettings], tuple[Tensor, Tensor]]
+# (delta (B, T), verdict's sign (B, 1), mask of the trained tokens (B, T), settings) -> (case (B, T), factor (B, T));
+# without gradient, and free of state
+GATE_RULES: dict[str, Rule] = {"sign": sign_rule}
+
+
 def verdict_sign(verifier_labels: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """The sign of a verdict: 1.0 (correct) -> +1, 0.0 (incorrect) -> -1, NaN (abstained) -> 0."""
     return torch.nan_to_num(2 * verifier_labels - 1, nan=0.0)
@@ -45,18 +125,14 @@ def decide(
     student_logps: Float[Tensor, "B T"],
     teacher_logps: Float[Tensor, "B T"],
     verifier_labels: Float[Tensor, " B"],
-    *,
-    extrapolation: float,
-    interpolation: float,
-    dead_zone: float = 0.0,
-    log_ratio_clip: float | None = None,
+    mask: Shaped[Tensor, "B T"],
+    settings: GateSettings,
     reference_logps: Float[Tensor, "B T"] | None = None,
 ) -> GateDecision:
     """The gate [P] and the advantage [G] of every sampled token.
 
-    `s * delta_t > 0` is consensus and gets `extrapolation`, `s * delta_t < 0` is conflict and gets `interpolation`;
-    an abstained verdict or `|delta_t| <= dead_zone` is neutral and gets 1 [O]. Where both factors are equal there is no
-    gate and every token gets that value. The advantage is
+    `s * delta_t > 0` is consensus, `s * delta_t < 0` is conflict; an abstained verdict or `abs(delta_t) <= dead_zone`
+    is neutral [O]. The rule gives each case its factor `lambda_t`. The advantage is
 
         A_t = clip(delta_t) + (lambda_t - 1) * clip(log pi_T(y_t) - log pi_R(y_t))
 
@@ -64,24 +140,16 @@ def decide(
         student_logps: log pi_S(y_t) before the first update on the rollout, (B, T).
         teacher_logps: log pi_T(y_t), (B, T).
         verifier_labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
-        extrapolation: factor on consensus tokens, finite and >= 0.
-        interpolation: factor on conflict tokens, finite and >= 0.
-        dead_zone: nats, >= 0.
-        log_ratio_clip: c > 0 in nats, each log-ratio is clipped to [-c, c]; `None` clips nothing.
+        mask: (B, T), nonzero where a token is trained; for rules that look at a whole row.
+        settings: the rule with its factors, and the clip.
         reference_logps: log pi_R(y_t), (B, T); `None` is the current policy, where A_t = lambda_t * clip(delta_t).
     """
-    student_logps, teacher_logps = _at_least_float32(student_logps), _at_least_float32(teacher_logps)
+    student_logps, teacher_logps = at_least_float32(student_logps), at_least_float32(teacher_logps)
     delta = teacher_logps - student_logps
-    sign = verdict_sign(verifier_labels.to(delta))
-    case = torch.sign(sign.unsqueeze(1) * delta)
-    case = case.masked_fill(delta.abs() <= dead_zone, NEUTRAL).to(torch.int8)
-    if extrapolation == interpolation:
-        factor = torch.full_like(delta, extrapolation)
-    else:
-        factor = torch.ones_like(delta)
-        factor = factor.masked_fill(case == CONSENSUS, extrapolation).masked_fill(case == CONFLICT, interpolation)
-    reward = delta if reference_logps is None else teacher_logps - _at_least_float32(reference_logps)
-    clip = math.inf if log_ratio_clip is None else log_ratio_clip
+    sign = verdict_sign(verifier_labels.to(delta)).unsqueeze(1)
+    case, factor = GATE_RULES[settings.rule](delta, sign, mask != 0, settings)
+    reward = delta if reference_logps is None else teacher_logps - at_least_float32(reference_logps)
+    clip = math.inf if settings.log_ratio_clip is None else settings.log_ratio_clip
     advantage = delta.clamp(-clip, clip) + (factor - 1) * reward.clamp(-clip, clip)
     clipped = (delta.abs() > clip) | ((reward.abs() > clip) & (factor != 1))
     return GateDecision(delta, case, factor, advantage, clipped.to(delta.dtype))
@@ -111,37 +179,6 @@ def gate_metrics(totals: dict[str, Tensor], deltas: Float[Tensor, " N"]) -> dict
     return metrics
 
 
-def check_settings(
-    extrapolation: float,
-    interpolation: float,
-    estimator: str,
-    dead_zone: float,
-    log_ratio_clip: float | None,
-    temperature: float,
-    initial_reference: bool = False,
-    names: tuple[str, str, str] = ("extrapolation", "interpolation", "dead_zone"),
-) -> None:
-    """Raise `ValueError` naming the first setting out of range; `names` are what the caller calls the gate's three."""
-    for name, value in zip(names, (extrapolation, interpolation, dead_zone), strict=True):
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"`{name}` must be a number, finite and >= 0; got {value!r}.")
-    if estimator not in ("sampled", "full"):
-        raise ValueError(f"`estimator` must be 'sampled' or 'full', got {estimator!r}.")
-    if log_ratio_clip is not None and not (math.isfinite(log_ratio_clip) and log_ratio_clip > 0):
-        raise ValueError(f"`log_ratio_clip` must be finite and > 0, or None for no clip; got {log_ratio_clip!r}.")
-    if log_ratio_clip is not None and estimator == "full":
-        raise ValueError(
-            "`log_ratio_clip` belongs to estimator='sampled': the full divergence has no log-ratio of a token to clip. "
-            "Leave it at None, or choose estimator='sampled'."
-        )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"`temperature` must be finite and > 0, got {temperature!r}.")
-    if initial_reference and interpolation == 0:
-        raise ValueError(
-            f"`{names[1]}` must be > 0 with the initial reference: 0 would pull conflict tokens to the reference, "
-            "not drop them. Use the current reference to drop them."
-        )
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 where they are that already."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,22 +1,20 @@
-"""The sign-consistency gate, the gated advantages, and `SignGatedLoss`. Torch only.
+"""The loss on plain logits: what the trainer computes, in a form that can be read and used in a loop of one's own.
 
-First decide, without gradient (`decide`): compare the teacher's preference for each token with the verdict on the whole
-completion, and fix a factor and an advantage a token. Then differentiate (`policy_gradient`, `gated_divergence`).
-
-Sources, as in the documentation's page on the method: [P] the SG-OPD abstract (arXiv 2606.09304), [R] its
-reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms are natural.
+First decide, without gradient (`gate.decide`); then differentiate (`policy_gradient`, `gated_divergence`). Sources are
+tagged as in `gate.py`. All logarithms are natural.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor, nn
 
-from .gate import GateDecision, _at_least_float32, check_settings, decide, gate_metrics, gate_totals
+from .gate import GateDecision, GateSettings, at_least_float32, decide, gate_metrics, gate_totals
 
 
 class LossOutput(NamedTuple):
@@ -70,15 +68,12 @@ class SignGatedLoss(nn.Module):
     The trainer decides with the same functions but never holds whole logits.
 
     Args:
-        extrapolation: factor where teacher and verdict agree, finite and >= 0 (1.8 [R]).
-        interpolation: factor where they disagree, finite and >= 0 (1.0 [R]); > 0 with `reference_logits`.
-        estimator: "sampled" (policy gradient on the sampled token) or "full" (the whole distribution at each position).
-        dead_zone: `|delta|` up to this many nats is neutral [O].
-        log_ratio_clip: clips each log-ratio of the sampled estimator to [-c, c] nats; `None` is off.
-        temperature: divides all logits, > 0.
+        settings: default: `GateSettings()`.
+        **changes: fields of `GateSettings` that differ from `settings`, such as `extrapolation=1.5`.
 
     Raises:
         ValueError: a setting out of its range, or inputs whose shapes or labels do not fit.
+        TypeError: a setting that `GateSettings` does not have.
 
     Example:
 
@@ -89,52 +84,29 @@ class SignGatedLoss(nn.Module):
     student_logits = torch.randn(2, 5, 11, requires_grad=True)
     teacher_logits = torch.randn(2, 5, 11)
     ids, mask = torch.randint(0, 11, (2, 5)), torch.ones(2, 5)
-    out = SignGatedLoss()(student_logits, teacher_logits, ids, torch.tensor([1.0, 0.0]), mask)
+    out = SignGatedLoss(extrapolation=1.5)(student_logits, teacher_logits, ids, torch.tensor([1.0, 0.0]), mask)
     out.loss.backward()
     out.metrics["gate/consensus"]
     ```
     """
 
-    def __init__(
-        self,
-        extrapolation: float = 1.8,
-        interpolation: float = 1.0,
-        estimator: str = "sampled",
-        dead_zone: float = 0.0,
-        log_ratio_clip: float | None = None,
-        temperature: float = 1.0,
-    ) -> None:
+    def __init__(self, settings: GateSettings | None = None, **changes: Any) -> None:
         super().__init__()
-        check_settings(extrapolation, interpolation, estimator, dead_zone, log_ratio_clip, temperature)
-        self.extrapolation = extrapolation
-        self.interpolation = interpolation
-        self.estimator = estimator
-        self.dead_zone = dead_zone
-        self.log_ratio_clip = log_ratio_clip
-        self.temperature = temperature
+        self.settings = replace(settings or GateSettings(), **changes)
 
     def extra_repr(self) -> str:
-        names = ("extrapolation", "interpolation", "estimator", "dead_zone", "log_ratio_clip", "temperature")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return repr(self.settings)
 
     def decide(
         self,
         student_logps: Float[Tensor, "B T"],
         teacher_logps: Float[Tensor, "B T"],
         verifier_labels: Float[Tensor, " B"],
+        completion_mask: Shaped[Tensor, "B T"],
         reference_logps: Float[Tensor, "B T"] | None = None,
     ) -> GateDecision:
-        """`decide` with this module's settings, on per-token log-probabilities; no gradient."""
-        return decide(
-            student_logps,
-            teacher_logps,
-            verifier_labels,
-            extrapolation=self.extrapolation,
-            interpolation=self.interpolation,
-            dead_zone=self.dead_zone,
-            log_ratio_clip=self.log_ratio_clip,
-            reference_logps=reference_logps,
-        )
+        """`gate.decide` with this module's settings, on per-token log-probabilities; no gradient."""
+        return decide(student_logps, teacher_logps, verifier_labels, completion_mask, self.settings, reference_logps)
 
     def forward(
         self,
@@ -154,17 +126,17 @@ class SignGatedLoss(nn.Module):
                 its own head, the full one over the shared ids.
             completion_ids: (B, T), each trained id below min(V, W).
             verifier_labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
-            completion_mask: (B, T), 1 where a token is trained.
+            completion_mask: (B, T), nonzero where a token is trained.
             reference_logits: (B, T, V) of the initial policy; `None` is the current policy.
             num_items_in_batch: the divisor, the global number of trained tokens; `None` counts those at hand.
         """
         self._check_inputs(verifier_labels, completion_ids, completion_mask, student_logits, teacher_logits)
-        if reference_logits is not None and self.interpolation == 0:
-            raise ValueError("`reference_logits` needs `interpolation` > 0; see the class's documentation.")
-        ids = completion_ids * (completion_mask != 0)  # padding may hold any id
-        shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-        cut = shared if self.estimator == "full" else None
+        if reference_logits is not None and self.settings.interpolation == 0:
+            raise ValueError("`reference_logits` needs `interpolation` > 0; see `GateSettings`.")
+        full = self.settings.estimator == "full"
         mask = completion_mask != 0
+        ids = completion_ids * mask  # padding may hold any id
+        cut = min(student_logits.shape[-1], teacher_logits.shape[-1]) if full else None
         student, teacher = self._scaled(student_logits, mask, cut), self._scaled(teacher_logits, mask, cut)
         reference = None if reference_logits is None else self._scaled(reference_logits, mask, cut)
         student_logps = _token_logps(student, ids)
@@ -172,9 +144,10 @@ class SignGatedLoss(nn.Module):
             student_logps.detach(),
             _token_logps(teacher, ids).detach(),
             verifier_labels,
+            mask,
             None if reference is None else _token_logps(reference, ids),
         )
-        if self.estimator == "full":
+        if full:
             per_token = gated_divergence(student, teacher, decision.factor, reference)
         else:
             per_token = policy_gradient(student_logps, decision.advantage)
@@ -185,7 +158,7 @@ class SignGatedLoss(nn.Module):
     def _scaled(self, logits: Tensor, mask: Tensor, cut: int | None) -> Tensor:
         # zeros where masked: what stands there may be infinite, and would make the gradient NaN
         logits = torch.where(mask.unsqueeze(-1), logits[..., :cut], 0.0)
-        return _at_least_float32(logits) / self.temperature
+        return at_least_float32(logits) / self.settings.temperature
 
     @staticmethod
     def _check_inputs(

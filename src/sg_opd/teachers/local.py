@@ -1,28 +1,53 @@
-"""What a teacher is: it scores token ids and proposes completions. Here, a frozen model in this process."""
+"""A teacher in this process: a frozen model, loaded, placed or sharded as the student is, its blocks in host memory on
+request.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..method.divergence import last_hidden_state, sequence
-from .protocol import TEACHER_MEMBERS, padded, proposal_sampling, sample_completions
+from .protocol import TEACHER_MEMBERS, padded, sample_completions
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 # of one forward with offloaded blocks, at least. A weight computes 2 FLOP a token, at 100 TFLOP/s, and 2 bytes of it
 # come at 20 GB/s: these take equally long at 5,000 tokens; at six times as many, still more would gain little
 TOKENS_AT_ONCE = 32_768
 
 
-def load_teacher(
-    teacher_model: str | PreTrainedModel, revision: str | None, init_kwargs: dict[str, Any] | None, **defaults: Any
-) -> PreTrainedModel:
+class Forward(Protocol):
+    """The forward passes that a trainer lends to frozen models, whole or sharded."""
+
+    def completion_logps(self, model: nn.Module, batch: dict[str, Any], rows: int | None = None) -> Tensor:
+        """Log-probabilities of a batch's completion tokens, (B, T); `rows` of them in one forward."""
+
+    def run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:
+        """`method(unwrapped model, *args)` within the wrapper's forward."""
+
+
+def sequence_logps(forward: Forward, model: nn.Module, ids: list[int]) -> Tensor:
+    """A model's log-probabilities of a sequence's tokens but the first, (length - 1,), without dropout."""
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    mask, training = torch.ones_like(row), model.training
+    batch = {"prompt_ids": row[:, :1], "completion_ids": row[:, 1:]}
+    model.eval()
+    logps = forward.completion_logps(model, {**batch, "prompt_mask": mask[:, :1], "completion_mask": mask[:, 1:]})
+    model.train(training)
+    return logps[0].float().cpu()
+
+
+def load_teacher(teacher_model: Any, revision: str | None, init_kwargs: Any, **defaults: Any) -> PreTrainedModel:
     """The teacher as a model, loaded in its checkpoint's dtype unless `init_kwargs` asks for another.
 
     Args:
@@ -60,14 +85,14 @@ def load_teacher(
     return teacher_model
 
 
-def loading_defaults(args: Any, on_host: bool = False) -> dict[str, Any]:
+def loading_defaults(args: GRPOConfig, on_host: bool = False) -> dict[str, Any]:
     """Keyword arguments for loading a frozen model, under those a user gives; `on_host`, into host memory.
 
     No code of the checkpoint is run unless the trainer's arguments say so, and no weights in pickles are read.
     """
-    defaults = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    defaults: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     if on_host or args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
-        defaults["device_map"] = None  # as the parent trainer does: "auto" fails there
+        defaults["device_map"] = None  # as GRPOTrainer does: "auto" fails there
     return defaults
 
 
@@ -76,16 +101,21 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def prepare_frozen(model: PreTrainedModel, trainer: Any, placed: bool = False) -> nn.Module:
-    """A frozen model placed (unless it is `placed`), or sharded as the student is, on the trainer's devices."""
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether frozen models are spread over the ranks, so that each must enter their forward equally often."""
+    return accelerator.distributed_type in ["DEEPSPEED", "FSDP"]
+
+
+def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator, placed: bool = False) -> Any:
+    """A frozen model placed (unless it is `placed`), or sharded as the student is, on the accelerator's devices."""
     from trl.models import prepare_deepspeed, prepare_fsdp
 
-    if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
-        return prepare_fsdp(model, trainer.accelerator)
+    if accelerator.distributed_type == "DEEPSPEED":
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == "FSDP":
+        return prepare_fsdp(model, accelerator)
     placement = False if placed else None  # None: the accelerator's own choice
-    return trainer.accelerator.prepare_model(model, device_placement=placement, evaluation_mode=True)
+    return accelerator.prepare_model(model, device_placement=placement, evaluation_mode=True)
 
 
 def shared_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
@@ -102,33 +132,38 @@ class LocalTeacher:
     """A frozen teacher in this process; implements `Teacher`.
 
     Args:
-        model: the teacher; frozen here, its head fused as the student's is, and with `teacher_offload` its blocks
-            sent to host memory.
-        trainer: the trainer whose accelerator, generation settings and EOS ids it shares.
+        model: the teacher; frozen here, its head fused as the student's is.
+        forward: runs it, as the trainer does.
+        accelerator: places or shards it.
+        sampling: of proposals: temperature, truncation, length, EOS and padding ids.
+        rows: of one forward.
+        offload: whether its blocks rest in host memory.
+        gather: whether ZeRO-3 gathers its weights to generate, as `ds3_gather_for_generation`.
     """
 
-    def __init__(self, model: PreTrainedModel, trainer: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Forward,
+        accelerator: Accelerator,
+        sampling: dict[str, Any],
+        rows: int,
+        offload: bool = False,
+        gather: bool = True,
+    ) -> None:
+        from trl.distributed import DistributedBackend
         from trl.trainer.utils import add_fused_lm_head
 
-        args = trainer.args
-        self.shared_vocabulary = shared_vocabulary(trainer.accelerator.unwrap_model(trainer.model), model)
-        self.generation_config = GenerationConfig(
-            do_sample=True,
-            **proposal_sampling(args),
-            max_new_tokens=args.max_completion_length,
-            eos_token_id=trainer.eos_token_ids,
-            pad_token_id=trainer._tokenizer.pad_token_id,
-            suppress_tokens=padding_ids(model, self.shared_vocabulary),
-            disable_compile=True,
-        )
-        self.trainer = trainer
-        self.accelerator = trainer.accelerator
-        self.backend = trainer._dist
-        self.gather_for_generation = args.ds3_gather_for_generation
-        self.sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        add_fused_lm_head(freeze(model), temperature=args.temperature)
-        self.offload = BlockOffload(model, self.accelerator.device) if args.teacher_offload else None
-        self.model = prepare_frozen(model, trainer, placed=args.teacher_offload)
+        self.generation_config = GenerationConfig(do_sample=True, disable_compile=True, **sampling)
+        self.forward = forward
+        self.accelerator = accelerator
+        self.backend = DistributedBackend(accelerator)
+        self.rows = rows
+        self.gather = gather
+        self.sharded = is_sharded(accelerator)
+        add_fused_lm_head(freeze(model), temperature=sampling["temperature"])
+        self.offload = BlockOffload(model, accelerator.device) if offload else None
+        self.model = prepare_frozen(model, accelerator, placed=offload)
 
     @property
     def unwrapped(self) -> PreTrainedModel:
@@ -144,8 +179,7 @@ class LocalTeacher:
 
     def score_batch(self, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of a batch's completion tokens, (B, T), on the trainer's device; never whole logits."""
-        rows = self._rows_at_once(batch)
-        return self.trainer.completion_logps(self.model, batch, rows)
+        return self.forward.completion_logps(self.model, batch, self._rows_at_once(batch))
 
     @torch.no_grad()
     def states(self, batch: dict[str, Any]) -> Tensor:
@@ -153,17 +187,17 @@ class LocalTeacher:
         rows, keep = self._rows_at_once(batch), batch["completion_ids"].size(1)
         with self.accelerator.autocast():
             states = [
-                self.trainer.run_within(self.model, last_hidden_state, *chunk, keep)
+                self.forward.run_within(self.model, last_hidden_state, *chunk, keep)
                 for chunk in zip(*(part.split(rows) for part in sequence(batch)), strict=True)
             ]
         return torch.cat(states)
 
     def _rows_at_once(self, batch: dict[str, Any]) -> int:
-        """Rows of one forward: the trainer's micro-batch, or more where each forward has to bring the blocks."""
-        rows = self.trainer.args.per_device_train_batch_size
+        """Rows of one forward: `rows`, or more where each forward has to bring the blocks."""
         if self.offload is None:
-            return rows
-        return max(rows, TOKENS_AT_ONCE // sum(batch[f"{part}_ids"].size(1) for part in ("prompt", "completion")))
+            return self.rows
+        length = sum(batch[f"{part}_ids"].size(1) for part in ("prompt", "completion"))
+        return max(self.rows, TOKENS_AT_ONCE // length)
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `Teacher.score`, on the trainer's device."""
@@ -181,9 +215,7 @@ class LocalTeacher:
         config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
         with (
             self.offload.lent() if self.offload else nullcontext(),
-            unwrap_model_for_generation(
-                self.model, self.accelerator, gather_deepspeed3_params=self.gather_for_generation
-            ) as model,
+            unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=self.gather) as model,
             self.backend.summon_full_params(self.model, recurse=False),
         ):
             completions = sample_completions(model, prompt_ids, config)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .server import ServerTeacher, logps_of
 
@@ -81,66 +80,85 @@ def logit_spacing(positions: Sequence[Sequence[float]]) -> float:
     return next(2.0**-k for k in range(FINEST_GRID + 1) if share_on(2.0**-k) >= MOST)
 
 
-def some_prompt(trainer: Any) -> list[int]:
-    """The token ids of the first training prompt; of a sum, where the prompts come from elsewhere."""
-    first: dict[str, Any] = next(iter(trainer.train_dataset), {}) if trainer.train_dataset is not None else {}
+def first_prompt(dataset: Any, tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[list], tuple]) -> list[int]:
+    """The token ids of a dataset's first prompt; of a sum, where the prompts come from elsewhere.
+
+    Args:
+        dataset: with a column `prompt`, or none.
+        tokenizer: of the models.
+        tokenize: prompts -> token ids and more, the trainer's own.
+    """
+    first: dict[str, Any] = next(iter(dataset), {}) if dataset is not None else {}
     if "prompt" not in first:
-        return trainer._tokenizer("1 + 1 = 2")["input_ids"]
-    return trainer._tokenize_prompts([first["prompt"]])[0][0]
+        return tokenizer("1 + 1 = 2")["input_ids"]
+    return tokenize([first["prompt"]])[0][0]
 
 
-def check_server(trainer: Any) -> None:
+def check_server(
+    teacher: ServerTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    eos_token_ids: Sequence[int],
+    dead_zone: float,
+    student_logps: Callable[[list[int]], Tensor] | None,
+) -> None:
     """Compare a teacher's server with the student on a probe: vocabulary, repeatability, precision, EOS, sameness.
 
     Args:
-        trainer: with a connected `ServerTeacher`.
+        teacher: connected.
+        tokenizer: the student's.
+        prompt_ids: of a prompt as training has them.
+        eos_token_ids: that end the student's completions.
+        dead_zone: of the gate, in nats.
+        student_logps: ids -> the student's log-probabilities of all but the first; `None` skips that comparison.
 
     Raises:
         TeacherServerError: no usable answer.
         ValueError: a server whose token ids mean something else.
     """
-    teacher, tokenizer, dead_zone = trainer.teacher, trainer._tokenizer, trainer.args.gate_dead_zone
-    prompt_ids = some_prompt(trainer)
     part = min(PROBE_TOKENS, (teacher.context or 4 * PROBE_TOKENS) // 4)  # prompt, vocabulary twice, what is sampled
     ids, prompt_ids = sorted(tokenizer.get_vocab().values()), prompt_ids[-part:]
     # siblings of one family differ in what was added to the vocabulary, and in where it ends
-    added = sorted({*tokenizer.get_added_vocab().values(), *trainer.eos_token_ids, ids[-1]})[-part:]
+    added = sorted({*tokenizer.get_added_vocab().values(), *eos_token_ids, ids[-1]})[-part:]
     spread = sorted({*ids[:: -(-len(ids) // part)], *added})
-    student_logps = score_by_student(trainer, [*prompt_ids, *spread])
+    expected = student_logps([*prompt_ids, *spread]) if student_logps else None
     for url in teacher.urls:
         answer = probe(teacher, url, prompt_ids, spread, min(part, PROBE_SAMPLED))
         check_vocabulary(url, tokenizer, [*prompt_ids, *spread][1:], answer.tokens)
+        noise = max(answer.noise, answer.spacing)
         if answer.repeat > LOGP_TOLERANCE:
             logger.warning(
                 "%s scores the same tokens %.1g nats apart when asked twice; start it with --no-enable-prefix-caching.",
                 *(url, answer.repeat),
             )
-        noise = max(answer.noise, answer.spacing)
         if noise > max(dead_zone, LOGP_TOLERANCE):
             logger.warning(
                 "%s works at a precision of about %.2g nats (16 bits?): the sign of smaller deltas is noise. Set "
                 "gate_dead_zone=%g, or serve in float32.",
                 *(url, noise, rounded_up(noise)),
             )
-        if answer.finished and answer.sampled[-1] not in trainer.eos_token_ids:
+        if answer.finished and answer.sampled[-1] not in eos_token_ids:
             logger.warning(
                 "%s ends its completions with token %d, the student with %s: the teacher will rate the student's "
                 "ending as unlikely, and none of its proposals is taken. Align `generation_config.eos_token_id`.",
-                *(url, answer.sampled[-1], trainer.eos_token_ids),
+                *(url, answer.sampled[-1], eos_token_ids),
             )
-        if student_logps is not None and (student_logps - answer.logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
+        if expected is not None and (expected - answer.logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
             logger.warning("%s scores as the student does: every delta is zero and nothing is learnt.", url)
-    check_patience(trainer)
 
 
-def check_patience(trainer: Any) -> None:
-    """Warn where other ranks would give up waiting for one that asks a server until it may save a checkpoint."""
-    longest = trainer.teacher.endpoints.longest
-    if trainer.accelerator.num_processes > 1 and trainer.args.ddp_timeout < longest:
+def check_patience(longest: float, ranks_wait: float) -> None:
+    """Warn where other ranks would give up waiting for one that asks a server until it may save a checkpoint.
+
+    Args:
+        longest: seconds after which one question has failed for good.
+        ranks_wait: `ddp_timeout`, in seconds.
+    """
+    if ranks_wait < longest:
         logger.warning(
             "One question to the teacher's server may take %d s, but ranks wait %d s for each other and then end "
             "without a checkpoint: raise ddp_timeout, or lower teacher_server_timeout or teacher_server_retries.",
-            *(longest, trainer.args.ddp_timeout),
+            *(longest, ranks_wait),
         )
 
 
@@ -149,7 +167,7 @@ def check_vocabulary(
 ) -> None:
     """Refuse a server that decodes token ids to other texts than the student's tokenizer does."""
     said = dict(zip(ids, served, strict=True))
-    pairs = [(token, tokenizer.decode([token]), text or "") for token, text in said.items()]
+    pairs = [(token, str(tokenizer.decode([token])), text or "") for token, text in said.items()]
     # parts of a character are shown by each side in its own way
     comparable = [pair for pair in pairs if pair[2] and pair[1].isascii() and pair[2].isascii()]
     different = [pair for pair in comparable if pair[1].strip() != pair[2].strip()]
@@ -161,22 +179,6 @@ def check_vocabulary(
         )
     if not comparable:
         logger.warning("%s does not say what its token ids decode to; its vocabulary is not compared.", url)
-
-
-def score_by_student(trainer: Any, ids: list[int]) -> Tensor | None:
-    """The student's log-probabilities of the tokens but the first; `None` of a sharded one, before training begins."""
-    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
-        return None
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    row = torch.tensor([ids], device=next(student.parameters()).device)
-    ones = torch.ones_like(row)
-    batch = {"prompt_ids": row[:, :1], "prompt_mask": ones[:, :1]}
-    batch |= {"completion_ids": row[:, 1:], "completion_mask": ones[:, 1:]}
-    training = student.training
-    student.eval()
-    logps = trainer.completion_logps(student, batch)[0].float().cpu()
-    student.train(training)
-    return logps
 
 
 def rounded_up(value: float) -> float:

@@ -1,32 +1,30 @@
-"""What a teacher is: it scores token ids and proposes completions. Here, a frozen model in this process."""
+"""What a teacher is: it scores token ids and proposes completions. Whatever has the members of `Teacher` is one.
+
+Beside the protocol: how a batch is put to a teacher and its answer checked, and the token-id helpers that all kinds of
+teachers and the evaluation share.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 # said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 TEACHER_MEMBERS = ("score", "propose", "sharded", "context", "name")
 NO_PROBABILITY = -9999.0  # what vLLM writes for minus infinity, which JSON does not have
-# what a multimodal batch carries beside token ids, as the parent's forward takes it
-MULTIMODAL_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
+
+
+class TeacherError(RuntimeError):
+    """A teacher cannot answer. Raised on one rank, it ends the run on all of them after a checkpoint."""
 
 
 @runtime_checkable
@@ -55,64 +53,19 @@ class Teacher(Protocol):
         """`candidates` sampled completions of each prompt as token ids, each up to and with its first EOS."""
 
 
-@torch.no_grad()
-def sample_completions(
-    model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig
-) -> list[list[int]]:
-    """Completions of token-id prompts in one batch, each up to and with its first EOS.
-
-    `config.num_return_sequences` of them a prompt, those of one prompt together.
-    """
-    ids, mask = padded(prompt_ids, config.pad_token_id, "left", model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [up_to_eos(sample, eos_set(config.eos_token_id)) for sample in output[:, ids.size(1) :].tolist()]
-
-
-def eos_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
-    """The ids that end a completion, from a generation config's `eos_token_id` in any of its forms."""
-    if eos_token_id is None:
-        return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-
-
-def up_to_eos(ids: Sequence[int], eos: frozenset[int]) -> list[int]:
-    """`ids` up to and with the first EOS; all of them where there is none."""
-    end = next((i for i, token in enumerate(ids) if token in eos), len(ids) - 1)
-    return list(ids[: end + 1])
-
-
-def proposal_sampling(args: Any) -> dict[str, Any]:
-    """How proposals are sampled: as the student's rollouts, by a trainer's settings."""
-    given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
-    return {"temperature": args.temperature, **WHOLE_DISTRIBUTION, **given}
-
-
-def as_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The token ids of each row where `mask` is set; both (B, L)."""
-    return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
-
-
-def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Rows of unequal length as one (B, width) tensor, zero to the right of each."""
-    filled = rows[0].new_zeros(len(rows), width)
-    for place, row in zip(filled, rows, strict=True):
-        place[: len(row)] = row
-    return filled
-
-
 def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, skips: bool = False) -> Tensor:
     """The teacher's log-probabilities of a batch's completion tokens, (B, T), anything where masked.
 
-    With `skips`, what is no number is left for whoever skips the step, and no probability is minus infinity.
+    Args:
+        teacher: scores the rows.
+        batch: `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`, each (B, length).
+        log_ratio_clip: bounds what a token without probability does; `None` refuses it.
+        skips: whether the caller skips a step with values that are no numbers; then they are not refused here.
 
     Raises:
         TeacherError: an answer that does not fit the batch, that is not a number, or, unless log-ratios are clipped,
             that gives a token no probability.
     """
-    from .local import LocalTeacher
-
-    if isinstance(teacher, LocalTeacher):  # as it is: its padding, and what a multimodal batch has beside ids
-        return teacher.score_batch(batch)
     prompts, completions = (as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion"))
     rows = teacher.score(prompts, completions)
     if [len(row) for row in rows] != [len(ids) for ids in completions]:
@@ -133,6 +86,49 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, s
     return as_rectangle(rows, ids.size(1)).to(ids.device)
 
 
+def proposal_sampling(args: GRPOConfig) -> dict[str, Any]:
+    """How proposals are sampled: as the student's rollouts."""
+    given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
+    return {"temperature": args.temperature, **WHOLE_DISTRIBUTION, **given}
+
+
+@torch.no_grad()
+def sample_completions(model: Any, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+    """Completions of token-id prompts in one batch, each up to and with its first EOS.
+
+    `config.num_return_sequences` of them a prompt, those of one prompt together.
+    """
+    ids, mask = padded(prompt_ids, config.pad_token_id, "left", model.device)
+    output: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return [up_to_eos(sample, eos_set(config.eos_token_id)) for sample in output[:, ids.size(1) :].tolist()]
+
+
+def eos_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """The ids that end a completion, from a generation config's `eos_token_id` in any of its forms."""
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def up_to_eos(ids: Sequence[int], eos: frozenset[int]) -> list[int]:
+    """`ids` up to and with the first EOS; all of them where there is none."""
+    end = next((i for i, token in enumerate(ids) if token in eos), len(ids) - 1)
+    return list(ids[: end + 1])
+
+
+def as_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token ids of each row where `mask` is set; both (B, L)."""
+    return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
+
+
+def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Rows of unequal length as one (B, width) tensor, zero to the right of each."""
+    filled = rows[0].new_zeros(len(rows), width)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row)] = row
+    return filled
+
+
 def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and their mask, both (B, L), from rows of unequal length, padded at `side`."""
     from trl.trainer.utils import pad
@@ -140,7 +136,3 @@ def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str, device: 
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = pad([torch.ones_like(row) for row in ids], 0, side)
     return pad(ids, pad_token_id, side).to(device), mask.to(device)
-
-
-class TeacherError(RuntimeError):
-    """A teacher cannot answer; a teacher of your own may raise it too. On one rank it ends all, after a checkpoint."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .http import Endpoints, TeacherServerError
-from .protocol import proposal_sampling
 
 COMPLETIONS = "/v1/completions"
 SEQUENCES_PER_REQUEST = 8  # long answers: some 100 bytes a token
@@ -50,15 +49,6 @@ class ServerTeacher:
     @property
     def urls(self) -> list[str]:
         return self.endpoints.urls
-
-    @classmethod
-    def of(cls, trainer: Any, model: str | None) -> ServerTeacher:
-        """The teacher that a trainer's settings describe, not yet connected."""
-        args = trainer.args
-        limits = args.teacher_server_timeout, args.teacher_server_concurrency, args.teacher_server_retries
-        endpoints = Endpoints(args.teacher_server_url, *limits, offset=trainer.accelerator.process_index)
-        sampling = {**proposal_sampling(args), "max_tokens": args.max_completion_length}
-        return cls(endpoints, model, sampling, frozenset(trainer.eos_token_ids))
 
     @property
     def name(self) -> str:

@@ -8,8 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "metrics": ["METRICS", "GateMeter"],
-        "checks": ["NonFiniteError"],
-        "initial_policy": ["InitialPolicy"],
+        "frozen": ["InitialPolicy", "build_teacher"],
         "rollouts": ["Rollouts"],
     },
 )

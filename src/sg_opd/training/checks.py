@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SGOPDConfig
 from ..data import rows_to_check
 from ..method.divergence import check_linear, head_of
 from ..teachers.local import LocalTeacher, blocks_of
-from ..teachers.protocol import eos_set
+from ..teachers.protocol import Teacher, eos_set
 from ..teachers.server import ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
@@ -60,7 +59,8 @@ def check_arguments(
                     "Set `teacher_phase_steps=0`."
                 )
     if args.eval_strategy != "no" and eval_dataset is None:
-        raise ValueError(f"`eval_strategy={args.eval_strategy.value!r}` needs an `eval_dataset`.")
+        strategy = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"`eval_strategy={strategy!r}` needs an `eval_dataset`.")
     if args.use_vllm and args.vllm_importance_sampling_correction and truncated_sampling(args):
         logger.warning(
             "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
@@ -88,9 +88,13 @@ def check_path(name: str, value: Any) -> None:
     """Refuse a local path that is not there, which would be looked for on the hub and answered with a riddle."""
     if not isinstance(value, str) or Path(value).is_dir():
         return
-    local = Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1
-    if local or ("/" in value and Path(value).parent.is_dir()):
+    if Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1:
         raise ValueError(f"`{name}`: there is no folder {value!r} (looked in {Path.cwd()}).")
+    if "/" in value and Path(value).parent.is_dir():  # a name on the hub, or one mistyped
+        logger.warning(
+            "`%s`: there is no folder %r here, so it is taken for a model of the hub, although there is a folder %r.",
+            *(name, value, str(Path(value).parent)),
+        )
 
 
 def truncated_sampling(args: SGOPDConfig) -> bool:
@@ -146,36 +150,60 @@ def long_rows(dataset: Dataset, tokens: int) -> list[int]:
     return rows
 
 
-def check_set_up(trainer: Any) -> None:
-    """What needs both models in place: prompts against the shorter context, and what the full estimator can do."""
-    args, dataset = trainer.args, trainer.train_dataset
-    student, teacher = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher
-    contexts = getattr(student.config.get_text_config(), "max_position_embeddings", None), teacher.context
-    context = min((size for size in contexts if size), default=None)
-    if context and isinstance(dataset, Dataset) and not trainer._is_vlm and trainer.environment_factories is None:
+def check_context(
+    dataset: Any, tokenize: Callable[[list], tuple], student: PreTrainedModel, teacher: Teacher, completion: int
+) -> None:
+    """`check_prompts` of the training dataset against the shorter context of both models, as far as it is known."""
+    own = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    context = min((size for size in (own, teacher.context) if size), default=None)
+    if context and isinstance(dataset, Dataset):
         # a server refuses what is longer than its context, in the middle of a run
         strict = teacher.context if isinstance(teacher, ServerTeacher) else None
-        check_prompts("train_dataset", dataset, trainer._tokenize_prompts, context, args.max_completion_length, strict)
-    if not isinstance(teacher, LocalTeacher) and trainer._is_vlm:
+        check_prompts("train_dataset", dataset, tokenize, context, completion, strict)
+
+
+def check_set_up(
+    args: SGOPDConfig,
+    student: PreTrainedModel,
+    teacher: Teacher,
+    multimodal: bool,
+    router_loss: bool,
+    fsdp_version: int | None,
+) -> None:
+    """Refuse a teacher that cannot do what the student and the estimator need."""
+    if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
     if args.estimator == "full":
-        if not isinstance(teacher, LocalTeacher):
-            raise ValueError(
-                f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
-                "estimator='sampled'."
-            )
-        models = student, teacher.unwrapped
-        if trainer._is_vlm:
-            raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
-        if trainer.aux_loss_enabled:
-            raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
-        if trainer._dist.fsdp_version == 1:
-            raise ValueError(
-                "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
-                "set `fsdp_version: 2`, or use estimator='sampled'."
-            )
-        if args.reference_policy == "initial":
-            check_linear(*map(head_of, models))
+        check_full_estimator(
+            student, teacher, args.reference_policy == "initial", multimodal, router_loss, fsdp_version
+        )
+
+
+def check_full_estimator(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    initial_reference: bool,
+    multimodal: bool,
+    router_loss: bool,
+    fsdp_version: int | None,
+) -> None:
+    """Refuse what estimator='full' cannot do."""
+    if not isinstance(teacher, LocalTeacher):
+        raise ValueError(
+            f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
+            "estimator='sampled'."
+        )
+    if multimodal:
+        raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
+    if router_loss:
+        raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
+    if fsdp_version == 1:
+        raise ValueError(
+            "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
+            "set `fsdp_version: 2`, or use estimator='sampled'."
+        )
+    if initial_reference:
+        check_linear(head_of(student), head_of(teacher.unwrapped))
 
 
 def check_models(
@@ -275,86 +303,3 @@ def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
 
 
 logger = get_logger(__name__)
-
-# by whose log-probabilities are checked; "updated" is the student after updates on the rollout
-MODELS = {"student": "student", "teacher": "teacher", "initial": "initial policy", "updated": "student"}
-
-
-class NonFiniteError(RuntimeError):
-    """A model gave a sampled token a log-probability that is NaN or infinite, on which no delta can be trained."""
-
-
-class FiniteGuard(TrainerCallback):
-    """Stops at log-probabilities that are NaN or infinite, or has their optimizer step skipped on every rank.
-
-    As `non_finite_log_probs` says. An infinite one of the teacher or the reference is bounded by `log_ratio_clip`
-    where that is set, and then let through.
-
-    Args:
-        trainer: whose tokenizer names the tokens.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.found = False
-        """Whether this rank is within a step that will be skipped."""
-
-    @property
-    def skips(self) -> bool:
-        """Whether such a step is skipped instead of ending the run."""
-        return self.trainer.args.non_finite_log_probs == "skip"
-
-    def checked(self, inputs: dict[str, Any], mask: Tensor, **logps: Tensor | None) -> dict[str, Any]:
-        """The log-probabilities (B, T) as given, or with zeros for what is no number where the step is to be skipped.
-
-        Args:
-            inputs: the micro-batch, for its tokens and prompts.
-            mask: (B, T), the trained tokens.
-            **logps: by whose they are, see `MODELS`.
-
-        Raises:
-            NonFiniteError: at the first such token, unless the step is to be skipped.
-        """
-        bad = {whose: self._bad(whose, values, mask) for whose, values in logps.items() if values is not None}
-        if not torch.stack([*bad.values()]).any():  # the host waits for the device here, once a micro-batch
-            return logps
-        for whose, places in bad.items():
-            values = logps[whose]
-            if values is not None and places.any():
-                self._report(self._words(inputs, places, whose, values))
-                logps[whose] = values.masked_fill(places, 0.0)
-        return logps
-
-    def _bad(self, whose: str, values: Tensor, mask: Tensor) -> Tensor:
-        bounded = MODELS[whose] != "student" and self.trainer.args.log_ratio_clip is not None
-        return mask & (values.isnan() if bounded else ~values.isfinite())
-
-    def _report(self, message: str) -> None:
-        if not self.skips:
-            raise NonFiniteError(f"{message} Nothing was trained on it; set non_finite_log_probs='skip' to go on.")
-        if not self.found:
-            logger.warning("%s This optimizer step is skipped.", message, main_process_only=False)
-        self.found = True
-
-    def _words(self, inputs: dict[str, Any], bad: Tensor, whose: str, values: Tensor) -> str:
-        row, place = (int(index) for index in bad.nonzero()[0])
-        tokenizer = self.trainer._tokenizer
-        token = int(inputs["completion_ids"][row, place])
-        prompt = tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()])
-        rank = self.trainer.accelerator.process_index
-        return (
-            f"Step {self.trainer.state.global_step}, rank {rank}: the {MODELS[whose]}'s log-probability of "
-            f"token {place} ({token}, {tokenizer.decode([token])!r}) of the rollout in row {row} of "
-            f"its micro-batch is {values[row, place].item():g}, and {int(bad.sum())} in all are no numbers. Its prompt "
-            f"ends with {prompt[-80:]!r}."
-        )
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the gradients where any rank found one, so that no optimizer moves a weight."""
-        if not self.skips:
-            return
-        accelerator = self.trainer.accelerator
-        found = accelerator.reduce(torch.tensor([float(self.found)], device=accelerator.device), reduction="sum")
-        self.found = False
-        if found.item() > 0:
-            kwargs["model"].zero_grad(set_to_none=True)

@@ -1,14 +1,28 @@
-"""The metrics this package adds to the parent's: what each means, and how they are gathered once a logging step."""
+"""The metrics beside GRPOTrainer's: what each means, and how they are summed, gathered over ranks and logged."""
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather, send_to_device
 from torch import Tensor
 
 from ..method.gate import GateDecision, gate_metrics, gate_totals
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..checkpoints.resume import ResumableTrainer
+    from ..checkpoints.stops import FiniteGuard
+    from ..config import SGOPDConfig
+else:  # the plots read METRICS, and must not pay for TRL
+    ResumableTrainer = object
 
 METRICS = {
     "gate/consensus": "share of trained tokens that the teacher moves the way the verdict wants (s * delta > 0)",
@@ -115,7 +129,16 @@ class GateMeter:
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
             self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
 
-    def compute(self, accelerator: Any) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """The sums so far, for a checkpoint."""
+        return {"totals": dict(self.totals), "deltas": list(self.deltas)}
+
+    def set_state(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Set back to what `state` answered."""
+        self.totals = {name: value.to(device) for name, value in saved["totals"].items()}
+        self.deltas = [value.to(device) for value in saved["deltas"]]
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics since the last call, over all ranks; every rank must call this."""
         if not self.totals:
             return {}
@@ -140,3 +163,105 @@ class GateMeter:
             metrics["entropy"] = counts["entropy"] / trained
         self.totals, self.deltas = {}, []
         return metrics
+
+
+class GateLogging(ResumableTrainer):
+    """Mixed into a ResumableTrainer: logs the metrics above and, in the completions table, the gate's advantages."""
+
+    args: SGOPDConfig
+    finite: FiniteGuard
+    teacher: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._meter = GateMeter()
+        self._row_advantages: Tensor | None = None
+        """The mean advantage of each row of this rank's last generation, NaN until it is trained."""
+        super().__init__(*args, **kwargs)
+        self._eval_logs = copy.deepcopy(self._logs)
+
+    @contextmanager
+    def _table_of_mode(self) -> Iterator[None]:
+        """Evaluation has a completions table of its own: training may log its rollouts again after it."""
+        kept, self._logs = self._logs, self._logs if self.model.training else self._eval_logs
+        try:
+            yield
+        finally:
+            self._logs = kept
+
+    def _show_advantages(self, advantages: list[float]) -> None:
+        shown: Any = self._logs["advantages"]
+        shown.clear()
+        shown.extend(advantages)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Same as GRPOTrainer, without its advantages in the completions table: SG-OPD does not train on them."""
+        with self._table_of_mode():
+            output = super()._generate_and_score_completions(inputs)
+            self._show_advantages([math.nan] * len(self._logs["advantages"]))
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Same as GRPOTrainer, and like it not collective: a callback may call it on one rank."""
+        with self._table_of_mode():
+            super().log(logs, start_time)
+
+    def _gather_metrics(self) -> None:
+        """Reduce over ranks what the next log will show; every rank enters it."""
+        for name, value in self._meter.compute(self.accelerator).items():
+            self._metrics["train"][name].append(value)
+        if self.log_completions and self._row_advantages is not None:
+            self._show_advantages(gather(self._row_advantages).tolist())
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Same as GRPOTrainer; gathers the metrics first where it will log."""
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._gather_metrics()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Same as GRPOTrainer; gathers the metrics since the last log first."""
+        self._gather_metrics()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _trained_last(self) -> list[dict[str, Any]]:
+        """The micro-batches of the last optimizer step, oldest first."""
+        buffered: Any = self._buffered_inputs
+        count = min(self.current_gradient_accumulation_steps, len(buffered))
+        return [buffered[(self._step - back) % len(buffered)] for back in range(count, 0, -1)]
+
+    def _measure(
+        self, inputs: dict[str, Any], decision: GateDecision, per_token: Tensor, entropy: Tensor | None = None
+    ) -> None:
+        """Take the metrics of a micro-batch, unless its step will be skipped."""
+        mask = self._loss_mask(inputs) & (not self.finite.found)
+        self._meter.update(
+            decision, per_token, mask, inputs["from_teacher"], mask & ~self._by_likelihood(inputs), entropy
+        )
+
+    @staticmethod
+    def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+    def _by_likelihood(self, inputs: dict[str, Any]) -> Tensor:
+        """(B, 1), the rows trained by maximum likelihood."""
+        return (inputs["from_teacher"] & (self.args.teacher_rollout_loss == "nll")).unsqueeze(1)
+
+    def own_state(self) -> dict[str, Any]:
+        return {"meter": self._meter.state(), "row_advantages": self._row_advantages}
+
+    def set_own_state(self, saved: dict[str, Any]) -> None:
+        self._meter.set_state(saved["meter"], self.accelerator.device)
+        self._row_advantages = send_to_device(saved["row_advantages"], self.accelerator.device)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Same as GRPOTrainer, with the settings of the method."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / "README.md"
+            from huggingface_hub import ModelCard
+
+            card = ModelCard.load(path)
+            section = self.args.card_section(self.teacher.name)
+            card.text = card.text.replace("### Framework versions", section + "### Framework versions")
+            card.save(path)

@@ -1,127 +1,185 @@
-"""The rollouts of one generation: which are the teacher's, and what the verifier said of each."""
+"""The rollouts of one generation on one rank: which rows the teacher takes, and the verifier's verdict on each."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
+from trl.generation.vllm_generation import VLLMGeneration
 
 from ..data import COLLECTED
-from ..method.teacher_phase import Proposal
-from ..teachers.protocol import eos_set, up_to_eos
+from ..method.teacher_phase import Proposal, TeacherPhaseSampler
+from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..verifiers.verdicts import as_completion, checked_verdicts, columns_of
 
 VERDICT_WORDS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 
 
-class Rollouts:
-    """Mixes endorsed teacher rollouts into a rank's batch and keeps the verdicts, from one generation to the next.
+class Slot(NamedTuple):
+    """A row that the teacher may take."""
+
+    row: int
+    """Among this rank's rows of the generation."""
+    place: int
+    """Among the slots of its prompt, from 0."""
+    slots: int
+    """How many slots its prompt has."""
+
+
+def teacher_slots(
+    phase: TeacherPhaseSampler, step: int, group: int, rows: int, rank: int, ranks: int, earlier: int
+) -> tuple[list[Slot], bool]:
+    """This rank's slots in a generation, and whether any rank has one.
 
     Args:
-        trainer: whose teacher proposes, whose verifier judges, and whose batch it is.
+        phase: draws them by place in the global batch.
+        step: the optimizer step.
+        group: rollouts a prompt.
+        rows: rollouts of this generation on each rank.
+        rank: of this process.
+        ranks: number of processes.
+        earlier: generations of the same optimizer step before this one, whose prompts have the places before.
+    """
+    everywhere = rows * ranks
+    num_prompts = everywhere * (earlier + 1) // group
+    counts = phase.slots(step, num_prompts, group).tolist()
+    first = everywhere * earlier + rank * rows
+    slots = []
+    for row in phase.slot_rows(step, num_prompts, group, range(first, first + rows)):
+        count, place = counts[(first + row) // group], (first + row) % group
+        slots.append(Slot(row, place - (group - count), count))
+    return slots, any(counts[everywhere * earlier // group :])
+
+
+class Generated(NamedTuple):
+    """What GRPOTrainer generated for this rank's rows; its lists are changed in place."""
+
+    prompts: list
+    """Text or messages."""
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completions: list
+    """Text or messages."""
+    logprobs: list[list[float]] | None
+    """The engine's, of the completions' tokens."""
+
+
+@dataclass(frozen=True)
+class ProposalReader:
+    """Reads completions of a teacher, or collected earlier, as proposals for the student."""
+
+    processing_class: Any
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: frozenset[int]
+    vocabulary: int
+    """Ids that student and teacher share."""
+    max_completion_length: int
+
+    def proposal(self, prompt: Any, ids: list[int]) -> Proposal:
+        """Token ids as a proposal; it counts as ended with an EOS, in time, and within the shared vocabulary."""
+        text = self.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
+        ended = ids[-1] in self.eos_token_ids and max(ids) < self.vocabulary
+        return Proposal(ids, as_completion(prompt, text), ended and len(ids) <= self.max_completion_length)
+
+    def ids(self, completion: str | list[int]) -> list[int]:
+        """A collected completion as token ids; to text, which has no end, the tokenizer's EOS is added."""
+        if isinstance(completion, str):
+            eos = self.tokenizer.eos_token_id
+            completion = [*self.tokenizer(completion, add_special_tokens=False)["input_ids"], eos]
+        return up_to_eos(completion, self.eos_token_ids)
+
+
+class Rollouts:
+    """The rollouts of one generation: mixed with endorsed teacher rollouts, and judged.
+
+    Args:
+        rows: of the dataset, one a rollout of this rank.
+        verifier: in TRL's reward-function form.
+        state: of the trainer, handed to the verifier as TRL does.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.begin([])
-
-    def begin(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Start on a new generation, for these rows of the dataset."""
+    def __init__(self, rows: Sequence[dict[str, Any]], verifier: Callable, state: TrainerState) -> None:
         self.rows = rows
-        self.slots: list[int] = []
+        self.verifier = verifier
+        self.state = state
+        self.slots: set[int] = set()
         self.taken: dict[int, Proposal] = {}
         self.verdicts: list[float | None] = []
 
-    def mix(self, prompts: list, output: tuple) -> None:
-        """Put endorsed teacher rollouts into the slots of this rank's rows, in place.
+    def mix(
+        self,
+        phase: TeacherPhaseSampler,
+        slots: Sequence[Slot],
+        teacher: Teacher,
+        reader: ProposalReader,
+        generated: Generated,
+        agreed: Callable[[type[TeacherError]], AbstractContextManager],
+    ) -> None:
+        """Fill slots with endorsed teacher rollouts, in place; every rank enters it.
+
+        Completions of the column `teacher_completions` come first, then what the teacher proposes.
 
         Args:
-            prompts: of this rank's rows.
-            output: what the parent trainer's `_generate` returned for them.
+            phase: of the teacher.
+            slots: this rank's.
+            teacher: proposes.
+            reader: reads its completions.
+            generated: the student's rollouts of all rows.
+            agreed: makes a context that raises a teacher's error on every rank.
         """
-        trainer, local = self.trainer, len(prompts)
-        prompt_ids, completion_ids, _, completions, logprobs, *_ = output
-        phase, step, group = trainer.teacher_phase, trainer.state.global_step, trainer.num_generations
-        everywhere = local * trainer.accelerator.num_processes
-        # an optimizer step may take several generations, one after another: their prompts have different places
-        earlier = trainer._step % trainer.args.gradient_accumulation_steps // trainer.args.steps_per_generation
-        num_prompts = everywhere * (earlier + 1) // group
-        counts = phase.slots(step, num_prompts, group).tolist()
-        if not any(counts[everywhere * earlier // group :]):
-            return
-        first = everywhere * earlier + trainer.accelerator.process_index * local
-        self.slots = phase.slot_rows(step, num_prompts, group, range(first, first + local))
+        prompts, by_row = generated.prompts, {slot.row: slot for slot in slots}
+        self.slots = set(by_row)
 
-        def stored(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
-            """Each slot's part of its row's collected completions: no two slots of a prompt take the same."""
-            proposed = []
-            for row in rows:
-                slots, place = counts[(first + row) // group], (first + row) % group
-                collected = (self.rows[row].get(COLLECTED) or [])[place - (group - slots) :: slots]
-                proposed.append([self._proposal(prompts[row], self._as_ids(text)) for text in collected])
-            return proposed
-
-        def propose(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
-            proposed = trainer.teacher.propose([prompt_ids[row] for row in rows], candidates)
+        def collected(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
+            # no two slots of a prompt get the same
+            texts = [(self.rows[row].get(COLLECTED) or [])[by_row[row].place :: by_row[row].slots] for row in rows]
             return [
-                [self._proposal(prompts[row], ids) for ids in some] for row, some in zip(rows, proposed, strict=True)
+                [reader.proposal(prompts[row], reader.ids(text)) for text in some]
+                for row, some in zip(rows, texts, strict=True)
+            ]
+
+        def proposed(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
+            completions = teacher.propose([generated.prompt_ids[row] for row in rows], candidates)
+            return [
+                [reader.proposal(prompts[row], ids) for ids in some]
+                for row, some in zip(rows, completions, strict=True)
             ]
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             judged, ids = [p.completion for p in proposals], [p.token_ids for p in proposals]
             return self._judge(rows, prompts, judged, ids, log_extra=_discard, log_metric=_discard)
 
-        self.taken = phase.fill(self.slots, stored, endorse)
-        unfilled = [row for row in self.slots if row not in self.taken]
-        if self._teacher_is_asked(unfilled, prompt_ids):
-            with trainer.last_good_step.agreed():
-                self.taken |= phase.fill(unfilled, propose, endorse)
+        self.taken = phase.fill([*by_row], collected, endorse)
+        unfilled = [row for row in by_row if row not in self.taken]
+        if asks(teacher, len(unfilled), generated.prompt_ids):
+            with agreed(TeacherError):
+                self.taken |= phase.fill(unfilled, proposed, endorse)
         for row, proposal in self.taken.items():
-            completion_ids[row], completions[row] = proposal.token_ids, proposal.completion
-            if logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of the parent's modes
-                logprobs[row] = [math.nan] * len(proposal.token_ids)
-
-    def _teacher_is_asked(self, unfilled: list[int], prompt_ids: list[list[int]]) -> bool:
-        """Whether this rank asks for proposals now; under a sharded teacher it takes part wherever any rank asks."""
-        trainer = self.trainer
-        if not trainer.teacher.sharded:
-            return True
-        anywhere = gather(torch.tensor([len(unfilled)], device=trainer.accelerator.device)).sum() > 0
-        if anywhere and not unfilled:
-            trainer.teacher.propose(prompt_ids[:1])  # every rank holds a part of the weights: take part, keep nothing
-        return bool(anywhere)
-
-    def _proposal(self, prompt: Any, ids: list[int]) -> Proposal:
-        """Token ids as a proposal; it counts as ended with an EOS, in time, and within the student's vocabulary."""
-        trainer = self.trainer
-        text = trainer.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
-        ended = ids[-1] in trainer.eos_token_ids and max(ids) < trainer.shared_vocabulary
-        return Proposal(ids, as_completion(prompt, text), ended and len(ids) <= trainer.args.max_completion_length)
-
-    def _as_ids(self, completion: str | list[int]) -> list[int]:
-        """A collected completion as token ids; to text, which has no end, the tokenizer's EOS is added."""
-        if isinstance(completion, str):
-            tokenizer = self.trainer._tokenizer
-            completion = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return up_to_eos(completion, eos_set(self.trainer.eos_token_ids))
+            generated.completion_ids[row], generated.completions[row] = proposal.token_ids, proposal.completion
+            if generated.logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of GRPOTrainer's modes
+                generated.logprobs[row] = [math.nan] * len(proposal.token_ids)
 
     def _judge(
         self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable
     ) -> list[float | None]:
         """The verifier's answer to completions of some rows, with those rows' columns and TRL's extras."""
-        columns = {**columns_of([self.rows[row] for row in rows]), "trainer_state": self.trainer.state, **extras}
+        columns = {**columns_of([self.rows[row] for row in rows]), "trainer_state": self.state, **extras}
         prompts = [prompts[row] for row in rows]
-        return checked_verdicts(self.trainer.verifier, prompts, completions, completion_ids=ids, **columns)
+        return checked_verdicts(self.verifier, prompts, completions, completion_ids=ids, **columns)
 
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
-        """The reward function given to the parent: keeps the verdicts, and answers a number for each row."""
+        """The reward function of GRPOTrainer: keeps the verdicts, and answers a number for each row."""
         if not self.taken:
             self.verdicts = checked_verdicts(
-                self.trainer.verifier, prompts, completions, completion_ids=completion_ids, **columns
+                self.verifier, prompts, completions, completion_ids=completion_ids, **columns
             )
         else:
             self.verdicts = [1.0] * len(prompts)  # an endorsement stands, it is not graded again
@@ -130,9 +188,9 @@ class Rollouts:
 
             def log_extra(column: str, values: list) -> None:
                 by_row = dict(zip(rows, values, strict=True))
-                self.trainer._log_completion_extra(column, [by_row.get(row) for row in range(len(prompts))])
+                columns["log_extra"](column, [by_row.get(row) for row in range(len(prompts))])
 
-            extras = {"log_extra": log_extra, "log_metric": self.trainer._log_metric}
+            extras = {"log_extra": log_extra, "log_metric": columns["log_metric"]}
             graded = self._judge(rows, prompts, own, ids, **extras) if rows else []
             for row, verdict in zip(rows, graded, strict=True):
                 self.verdicts[row] = verdict
@@ -148,8 +206,8 @@ class Rollouts:
             "slot": torch.tensor([row in self.slots for row in rows]),
         }
 
-    def golds(self) -> list[str | None]:
-        """Each row's expected answer, to be shown; `None` where the dataset has no column `solution`."""
+    def reference_answers(self) -> list[str | None]:
+        """Each row's reference answer, to be shown; `None` where the dataset has no column `solution`."""
         return [None if row.get("solution") is None else str(row["solution"]) for row in self.rows]
 
     def columns(self) -> dict[str, list[str]]:
@@ -160,16 +218,31 @@ class Rollouts:
         }
 
 
-def suppress(trainer: Any, ids: list[int] | None) -> None:
-    """Have the student never sample some ids, whichever engine generates."""
+def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:
+    """Whether this rank asks for proposals now; under a sharded teacher it takes part wherever any rank asks."""
+    if not teacher.sharded:
+        return True
+    anywhere = bool(gather(torch.tensor([unfilled], device=PartialState().device)).sum() > 0)
+    if anywhere and not unfilled:
+        teacher.propose(prompt_ids[:1])  # every rank holds a part of the weights: take part, keep nothing
+    return anywhere
+
+
+def suppress(ids: list[int], kwargs: dict[str, Any], generator: GenerationConfig | VLLMGeneration) -> None:
+    """Have the student never sample some ids.
+
+    Args:
+        ids: to be left out.
+        kwargs: GRPOTrainer's for generation by transformers.
+        generator: what generates: the config of transformers' generation, or TRL's hold of the vLLM engine.
+    """
     if not ids:
         return
-    if trainer.use_vllm:
-        kwargs = trainer.vllm_generation.generation_kwargs
-        kwargs["logit_bias"] = {**(kwargs.get("logit_bias") or {}), **dict.fromkeys(ids, -100.0)}
+    if isinstance(generator, GenerationConfig):
+        generator.suppress_tokens = kwargs["suppress_tokens"] = [*(generator.suppress_tokens or []), *ids]
     else:
-        suppressed = [*(trainer.generation_config.suppress_tokens or []), *ids]
-        trainer.generation_config.suppress_tokens = trainer.generation_kwargs["suppress_tokens"] = suppressed
+        bias = generator.generation_kwargs.get("logit_bias") or {}
+        generator.generation_kwargs["logit_bias"] = {**bias, **dict.fromkeys(ids, -100.0)}
 
 
 def _discard(name: str, value: Any) -> None:

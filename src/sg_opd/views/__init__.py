@@ -1,5 +1,4 @@
-"""What a person looks at: the gate's decision on each token of a rollout, and the curves of a run.
-"""
+"""What a person looks at: the gate's decision on each token of a rollout, and the curves of a run."""
 
 import lazy_loader
 

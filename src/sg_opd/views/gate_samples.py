@@ -49,15 +49,37 @@ class GateSamples(TrainerCallback):
     - the trackers in `report_to`: W&B and trackio (a page of the step), TensorBoard (text).
 
     Args:
-        trainer: the trainer.
+        output_dir: folder of the run.
+        count: rollouts to keep at a logging step, >= 1.
+        tokenizer: turns ids into texts.
+        gate: decided.
+        trained: answers the micro-batches of the last optimizer step, oldest first, each with `gate_logps` (the
+            log-probabilities (B, T) by whose they are) and `gated` (B, T), the tokens that the gate had a say on.
+        report_to: trackers, as in the trainer's arguments.
+        callbacks: the trainer's, among them TensorBoard's.
+
+    Raises:
+        ValueError: a tracker that is too old to show a page.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.path = Path(trainer.args.output_dir) / FILE
+    def __init__(
+        self,
+        output_dir: str | Path,
+        count: int,
+        tokenizer: PreTrainedTokenizerBase,
+        gate: SignGatedLoss,
+        trained: Callable[[], Sequence[dict[str, Any]]],
+        report_to: Sequence[str] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.path = Path(output_dir) / FILE
+        self.count = count
+        self.tokenizer = tokenizer
+        self.gate = gate
+        self.trained = trained
+        self.callbacks = callbacks
         self._steps: deque[Step] = deque()
-        names = [name for name in HTML_TRACKERS if name in trainer.args.report_to]
-        self._trackers = [importlib.import_module(name) for name in names]
+        self._trackers = [importlib.import_module(name) for name in HTML_TRACKERS if name in report_to]
         old = [tracker.__name__ for tracker in self._trackers if not hasattr(tracker, "Html")]
         if old:
             raise ValueError(
@@ -85,7 +107,7 @@ class GateSamples(TrainerCallback):
         done = bool(self._steps) and self._steps[-1].number == state.global_step
         if not (control.should_log and state.is_world_process_zero) or done:
             return
-        views = self.views()
+        views = self.views(state.global_step)
         if views:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
@@ -95,42 +117,37 @@ class GateSamples(TrainerCallback):
 
     on_epoch_end = on_step_end  # where `logging_strategy="epoch"` asks for a log
 
-    def views(self) -> list[RolloutView]:
+    def views(self, step: int) -> list[RolloutView]:
         """The rollouts of this process to be kept of the step that was just trained."""
-        trainer = self.trainer
-        buffered = trainer._buffered_inputs
-        count = min(trainer.current_gradient_accumulation_steps, len(buffered))
         own: list[tuple[dict[str, Any], int]] = []
         teachers: list[tuple[dict[str, Any], int]] = []
-        for back in range(count, 0, -1):  # the parent's count is past them already
-            inputs = buffered[(trainer._step - back) % len(buffered)]
+        for inputs in self.trained():
             if "gate_logps" not in inputs:  # decided before samples were asked for, as in a resumed run
                 continue
-            gated = (trainer._loss_mask(inputs) & ~trainer._by_likelihood(inputs)).any(1).tolist()
+            gated = inputs["gated"].any(1).tolist()
             for row, from_teacher in enumerate(inputs["from_teacher"].tolist()):
                 if gated[row]:
                     (teachers if from_teacher else own).append((inputs, row))
         in_turn = [found for pair in zip_longest(own, teachers) for found in pair if found]
-        return [self._view(inputs, row) for inputs, row in in_turn[: trainer.args.log_gate_samples]]
+        return [self._view(inputs, row, step) for inputs, row in in_turn[: self.count]]
 
-    def _view(self, inputs: dict[str, Any], row: int) -> RolloutView:
+    def _view(self, inputs: dict[str, Any], row: int, step: int) -> RolloutView:
         kept, prompt = inputs["completion_mask"][row].bool(), inputs["prompt_mask"][row].bool()
         logps = {whose: of[row][kept] for whose, of in inputs["gate_logps"].items() if of is not None}
         verdict = inputs["verifier_labels"][row].item()
-        tokenizer = self.trainer._tokenizer
         return inspect_rollout(
             inputs["completion_ids"][row][kept],
             logps["student"],
             logps["teacher"],
             None if math.isnan(verdict) else verdict,
-            self.trainer.sign_gated_loss,
-            tokenizer=tokenizer,
+            self.gate,
+            tokenizer=self.tokenizer,
             reference_logps=logps.get("initial"),
             trained=inputs["tool_mask"][row][kept] if "tool_mask" in inputs else None,
-            prompt=tokenizer.decode(inputs["prompt_ids"][row][prompt]),
+            prompt=str(self.tokenizer.decode(inputs["prompt_ids"][row][prompt])),
             gold=inputs["gold"][row],
             source="teacher" if inputs["from_teacher"][row] else "student",
-            step=self.trainer.state.global_step,
+            step=step,
         )
 
     def _keep(self, views: list[RolloutView], stream: TextIO) -> None:
@@ -149,7 +166,7 @@ class GateSamples(TrainerCallback):
         for tracker in self._trackers:
             page = tracker.Html(render_page(views, "Gate samples"), inject=False)
             tracker.log({"gate_samples": page, "train/global_step": step})
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 text = "\n".join(view.plain() for view in views)
                 # an indented block of Markdown is shown as it is
@@ -191,18 +208,19 @@ def score_rollout(
         ValueError: an argument out of its range, by name, or a verifier's answer that is no verdict.
     """
     gate = SignGatedLoss() if gate is None else gate
+    temperature = gate.settings.temperature
     (prompt_ids,) = tokenize_prompts(processing_class, [row["prompt"]], **(chat_template_kwargs or {}))
     if completion is None:
-        sampling = Sampling(max_completion_length, gate.temperature)
+        sampling = Sampling(max_completion_length, temperature)
         (sampled,) = TransformersEngine(student, processing_class).generate([prompt_ids], [seed], sampling)
         completion = sampled.ids
     elif isinstance(completion, str):
         completion = processing_class(completion, add_special_tokens=False)["input_ids"]
     ids = list(completion)
-    judged = as_completion(row["prompt"], processing_class.decode(ids, skip_special_tokens=True))
+    judged = as_completion(row["prompt"], str(processing_class.decode(ids, skip_special_tokens=True)))
     columns = {**columns_of([row]), "completion_ids": [ids]}
     (verdict,) = checked_verdicts(verifier or MathVerifier(), [row["prompt"]], [judged], **columns)
-    logps = partial(token_logps, prompt_ids=prompt_ids, completion_ids=ids, temperature=gate.temperature)
+    logps = partial(token_logps, prompt_ids=prompt_ids, completion_ids=ids, temperature=temperature)
     return inspect_rollout(
         ids,
         logps(student),
@@ -211,7 +229,7 @@ def score_rollout(
         gate,
         tokenizer=processing_class,
         reference_logps=None if reference is None else logps(reference),
-        prompt=processing_class.decode(prompt_ids),
+        prompt=str(processing_class.decode(prompt_ids)),
         gold=None if row.get("solution") is None else str(row["solution"]),
         source=source,
     )

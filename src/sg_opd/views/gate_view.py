@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.gate import CONFLICT, CONSENSUS, NEUTRAL, GateDecision, gate_metrics, gate_totals
+from ..method.gate import CONFLICT, CONSENSUS, NEUTRAL, GateDecision, GateSettings, decide, gate_metrics, gate_totals
 from ..method.loss import SignGatedLoss
 
-SETTINGS = ("extrapolation", "interpolation", "estimator", "dead_zone", "log_ratio_clip", "temperature")
 LEVELS = (0.1, 0.5, 1.0, 2.0)  # nats of abs(delta) from which a colour is one step stronger
 CASES = {
     CONSENSUS: ("consensus", "the teacher moves the token the way the verdict wants"),
@@ -66,8 +65,8 @@ class RolloutView:
     keeps log-probabilities of 0 for the others."""
     verdict: float | None
     """1.0 correct, 0.0 incorrect, `None` abstained."""
-    settings: dict[str, Any]
-    """Arguments of the `SignGatedLoss` that decided."""
+    settings: GateSettings
+    """Of the gate that decided."""
     prompt: str | None = None
     gold: str | None = None
     source: str = "student"
@@ -81,7 +80,7 @@ class RolloutView:
         label = math.nan if self.verdict is None else self.verdict
         student, teacher = torch.tensor([self.student_logps]), torch.tensor([self.teacher_logps])
         reference = None if self.reference_logps is None else torch.tensor([self.reference_logps])
-        return SignGatedLoss(**self.settings).decide(student, teacher, torch.tensor([label]), reference)
+        return decide(student, teacher, torch.tensor([label]), self.mask, self.settings, reference)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -140,6 +139,7 @@ class RolloutView:
             fields[name] = None if fields[name] is None else tuple(fields[name])
         for name in ("student_logps", "teacher_logps", "reference_logps"):
             fields[name] = None if fields[name] is None else tuple(map(float, fields[name]))
+        fields["settings"] = GateSettings(**fields["settings"])
         fields["step"] = None if fields["step"] is None else int(fields["step"])
         return cls(**fields)
 
@@ -186,7 +186,7 @@ class RolloutView:
     def page_data(self) -> dict[str, Any]:
         """What the page's script shows, as JSON values."""
         numbers = {name: getattr(self.decision, name)[0].tolist() for name in ("delta", "factor", "advantage")}
-        if self.settings["estimator"] == "full":  # which scales the position's divergence by the factor alone
+        if self.settings.estimator == "full":  # which scales the position's divergence by the factor alone
             del numbers["advantage"]
         numbers |= {"student": self.student_logps, "teacher": self.teacher_logps}
         if self.reference_logps is not None:
@@ -196,7 +196,7 @@ class RolloutView:
             "source": self.source,
             "prompt": None if self.prompt is None else visible(self.prompt, newline="\n"),
             "gold": None if self.gold is None else visible(self.gold),
-            "settings": self.settings,
+            "settings": asdict(self.settings),
             "summary": {name: _rounded(value) for name, value in self.summary.items()},
             "tokens": [visible(token) for token in self.tokens],
             "ids": self.token_ids,
@@ -255,14 +255,13 @@ def inspect_rollout(
         raise ValueError("`tokens` are ids: give the `tokenizer` that turns them into text, or give their texts.")
     given = {"student_logps": student_logps, "teacher_logps": teacher_logps, "reference_logps": reference_logps}
     _check(verdict, source, len(listed), {**given, "trained": trained})
-    gate = SignGatedLoss() if gate is None else gate
     return RolloutView(
         tokens=tuple(listed if ids is None else token_texts(tokenizer, ids)),
         token_ids=ids,
         **{name: None if values is None else _float32(values) for name, values in given.items()},  # type: ignore[arg-type]
         trained=None if trained is None else tuple(torch.as_tensor(trained).bool().tolist()),
         verdict=None if verdict is None else float(verdict),
-        settings={name: getattr(gate, name) for name in SETTINGS},
+        settings=GateSettings() if gate is None else gate.settings,
         prompt=prompt if prompt is None or isinstance(prompt, str) else _conversation(prompt),
         gold=None if gold is None else str(gold),
         source=source,

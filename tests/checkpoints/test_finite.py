@@ -9,7 +9,7 @@ import torch
 from trainers import assert_same_weights_exactly, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
-from sg_opd.training.checks import NonFiniteError
+from sg_opd.checkpoints.stops import NonFiniteError
 
 ROW, TOKEN = 1, 2
 
@@ -87,7 +87,7 @@ def test_a_student_that_goes_bad_while_rollouts_are_reused(settings, estimator, 
         with torch.no_grad():
             model.get_output_embeddings().weight[7] = math.nan
 
-    monkeypatch.setattr("sg_opd.training.checks.FiniteGuard.on_step_end", break_it, raising=False)
+    monkeypatch.setattr("sg_opd.checkpoints.stops.FiniteGuard.on_step_end", break_it, raising=False)
     with pytest.raises(NonFiniteError, match="Step 1, rank 0: the student's log-probability"):
         run(at=9, estimator=estimator, **settings)
 
@@ -95,7 +95,7 @@ def test_a_student_that_goes_bad_while_rollouts_are_reused(settings, estimator, 
 @pytest.mark.parametrize("settings", REUSED[:1], ids=str)
 def test_a_bad_rollout_is_skipped_each_time_it_is_trained_on(settings, run, monkeypatch):
     """The teacher's score of the first generation is NaN: neither of its two steps moves a weight, the third does."""
-    seen, score = [], SGOPDTrainer._gate
+    seen, score = [], SGOPDTrainer._set_advantages
 
     def poisoned(trainer, logps, inputs):
         if trainer.state.global_step == 0:
@@ -105,8 +105,8 @@ def test_a_bad_rollout_is_skipped_each_time_it_is_trained_on(settings, run, monk
     def note(callback, args, state, control, model=None, **kwargs):
         seen.append([p.detach().clone() for p in model.parameters()])
 
-    monkeypatch.setattr(SGOPDTrainer, "_gate", poisoned)
-    monkeypatch.setattr("sg_opd.training.checks.FiniteGuard.on_step_begin", note, raising=False)
+    monkeypatch.setattr(SGOPDTrainer, "_set_advantages", poisoned)
+    monkeypatch.setattr("sg_opd.checkpoints.stops.StopAtStepEnd.on_step_begin", note, raising=False)
     run(at=9, non_finite_log_probs="skip", max_steps=4, **settings)
     same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(seen)]
     assert same == [True, True, False]

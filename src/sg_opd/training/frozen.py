@@ -1,0 +1,174 @@
+"""The frozen models of a run: its teacher, as the settings describe it, and the initial policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
+
+from ..config import SGOPDConfig
+from ..teachers.http import Endpoints
+from ..teachers.local import (
+    Forward,
+    LocalTeacher,
+    freeze,
+    is_sharded,
+    load_teacher,
+    loading_defaults,
+    padding_ids,
+    prepare_frozen,
+    sequence_logps,
+    shared_vocabulary,
+)
+from ..teachers.probe import check_patience, check_server
+from ..teachers.protocol import Teacher, TeacherError, proposal_sampling
+from ..teachers.server import ServerTeacher
+from .checks import check_models
+
+ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
+
+
+def build_teacher(
+    given: Any,
+    args: SGOPDConfig,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
+    accelerator: Accelerator,
+    forward: Forward,
+    prompt_ids: Callable[[], list[int]],
+    agreed: Callable[[type[TeacherError]], AbstractContextManager],
+) -> tuple[Any, int]:
+    """The teacher ready to be asked, and how many ids it shares with the student.
+
+    Args:
+        given: a path, a hub id, a model, a `Teacher`, or the id of the model that a server serves.
+        args: the trainer's.
+        student: unwrapped.
+        tokenizer: of both.
+        eos_token_ids: that end the student's completions.
+        accelerator: the trainer's.
+        forward: runs frozen models.
+        prompt_ids: answers a prompt to try a server with.
+        agreed: makes a context that raises a teacher's error on every rank.
+
+    Raises:
+        ValueError, TypeError, OSError: a teacher that cannot be had or does not fit the student.
+        TeacherServerError: no usable answer of a server.
+    """
+    known, sampling = max(tokenizer.get_vocab().values()) + 1, proposal_sampling(args)
+    if isinstance(given, Teacher):
+        return given, known
+    if args.teacher_server_url:
+        limits = args.teacher_server_timeout, args.teacher_server_concurrency, args.teacher_server_retries
+        endpoints = Endpoints(args.teacher_server_url, *limits, offset=accelerator.process_index)
+        sampling["max_tokens"] = args.max_completion_length
+        teacher = ServerTeacher(endpoints, given, sampling, frozenset(eos_token_ids))
+        # a sharded student cannot score before training begins
+        scores = None if is_sharded(accelerator) else partial(sequence_logps, forward, student)
+        with agreed(TeacherError):
+            teacher.connect()
+            check_server(teacher, tokenizer, prompt_ids(), eos_token_ids, args.gate_dead_zone, scores)
+        if accelerator.num_processes > 1:
+            check_patience(endpoints.longest, args.ddp_timeout)
+        return teacher, known
+    settings = args.teacher_model_revision, args.teacher_model_init_kwargs
+    model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
+    check_models(student, model, tokenizer, args)
+    shared = shared_vocabulary(student, model)
+    sampling |= {
+        "max_new_tokens": args.max_completion_length,
+        "eos_token_id": eos_token_ids,
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": padding_ids(model, shared),
+    }
+    limits = args.per_device_train_batch_size, args.teacher_offload, args.ds3_gather_for_generation
+    return LocalTeacher(model, forward, accelerator, sampling, *limits), shared
+
+
+def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
+    """What must be kept of a student before the trainer patches and trains it, if it will not get a new adapter.
+
+    A copy of an instance; for a `PeftModel`, a frozen copy of its adapter within it, and `None`. Also `None` for a
+    path, which can be loaded again.
+
+    Raises:
+        ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model.
+    """
+    if isinstance(model, str):
+        return None
+    if is_peft_model(model):
+        if args.beta == 0.0:  # else GRPOTrainer makes the same copy
+            trained = model.active_adapter
+            model.add_adapter(ADAPTER, model.peft_config[trained])
+            weights = get_peft_model_state_dict(model, adapter_name=trained)
+            set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+        return None
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        if not get_config_model_id(model.config):
+            raise ValueError(
+                "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an "
+                "instance without one. Pass the path as `model`."
+            )
+        return None
+    reference = copy.deepcopy(model)
+    reference.__dict__.pop("forward", None)  # the copy of a patched forward would still run the original
+    return reference
+
+
+class InitialPolicy:
+    """Lends the initial policy to be called like the student.
+
+    Args:
+        captured: what `capture` kept.
+        student: answers the trainer's model, which training may wrap anew.
+        accelerator: the trainer's.
+        temperature: divides the logits.
+        **loading: for `from_pretrained`, where the student's path is loaded again.
+    """
+
+    def __init__(
+        self,
+        captured: PreTrainedModel | None,
+        student: Callable[[], Any],
+        accelerator: Accelerator,
+        temperature: float,
+        **loading: Any,
+    ) -> None:
+        self.student = student
+        self.accelerator = accelerator
+        self.frozen: nn.Module | None = None
+        if is_peft_model(student()):
+            return
+        if captured is None:
+            captured = create_model_from_path(
+                get_config_model_id(student().config), **{"dtype": student().dtype, **loading}
+            )
+        add_fused_lm_head(freeze(captured), temperature=temperature)
+        self.frozen = prepare_frozen(captured, accelerator)
+
+    @contextmanager
+    def lend(self) -> Iterator[nn.Module]:
+        """A frozen model; with PEFT the student itself, its adapter switched off or set back to the copy."""
+        if self.frozen is not None:
+            yield self.frozen
+            return
+        model = self.student()
+        student = self.accelerator.unwrap_model(model)
+        training = student.training
+        student.eval()  # a reference has no dropout
+        try:
+            with use_adapter(student, ADAPTER if ADAPTER in student.peft_config else None):
+                yield model
+        finally:
+            student.train(training)
