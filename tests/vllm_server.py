@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 300  # 27 to 64 measured, 120 the first time
 STOP_SECONDS = 30
+LOG = "first errors and end of its log"
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -118,12 +119,15 @@ class VLLMServer(Engine):
             super().__init__(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self) -> VLLMServer:
-        """Until it has answered; fails with the end of its log, at once where it failed or died before."""
+        """Until it has answered; fails with what its log says, at once where it failed or died before."""
         if not self.failure and not self.stopped:
             self.failure = self._failure()
         if self.failure:
             self.stop()
-            raise RuntimeError(f"the vLLM server {self.failure}; the end of its log:\n{self.log.read_text()[-3000:]}")
+            log = self.log.read_text()
+            # the cause may stand far above: a server whose worker died says more than 10,000 characters after that
+            errors = [line for line in log[:-3000].splitlines(keepends=True) if " ERROR " in line][:3]
+            raise RuntimeError(f"the vLLM server {self.failure}; {LOG}:\n{''.join(errors)}{log[-3000:]}")
         return self
 
     def _failure(self) -> str:

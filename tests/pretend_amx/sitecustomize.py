@@ -2,5 +2,6 @@
 
 import torch
 
+AMX = dict.fromkeys(("amx_tile", "amx_bf16", "amx_int8", "amx_fp16"), True)
 read = torch._C._cpu._get_cpu_capability
-torch._C._cpu._get_cpu_capability = lambda: {**read(), "amx_tile": True, "amx_bf16": True, "amx_int8": True}
+torch._C._cpu._get_cpu_capability = lambda: {**read(), **AMX}
