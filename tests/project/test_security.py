@@ -19,10 +19,11 @@ from launching import SUPPORT
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.evaluation.engines import ServerEngine
 from sg_opd.teachers.http import Endpoints, TeacherServerError, check_url
-from sg_opd.verifiers import grader as grader
+from sg_opd.verifiers import grader
 
 SOURCES = sorted((ROOT / "src" / "sg_opd").glob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+PATHS = ("examples", "examples/arithmetic", "benchmarks")
 SECRETS = {
     "HF_TOKEN": "hf_s3cret0",
     "VLLM_API_KEY": "vllm-s3cret1",
@@ -147,7 +148,7 @@ def test_a_run_listens_on_no_socket(saved):
         "rows = Dataset.from_list([{'prompt': [{'role': 'user', 'content': '1+1'}], 'solution': '2'}] * 4)\n"
         "test_security.make_trainer(Path(sys.argv[1]), rows).train()\nprint('bound', bound)\n"
     )
-    paths = [str(ROOT / name) for name in ("tests", "examples", "examples/arithmetic", "benchmarks")]
+    paths = [str(ROOT / name) for name in ("tests", "tests/project", "tests/support", *PATHS)]
     run = subprocess.run([sys.executable, "-c", code, str(saved), *paths], capture_output=True, text=True, timeout=300)
     assert "bound []" in run.stdout, run.stdout + run.stderr
 
