@@ -74,10 +74,13 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "vllm").write_text(f"#!{sys.executable}\n{SERVE}")
     (tmp_path / "vllm").chmod(0o755)
     monkeypatch.setenv("SG_OPD_VLLM_PYTHON", str(tmp_path / "python"))
-    return tmp_path
+    yield tmp_path
+    for pid in " ".join(path.read_text() for path in tmp_path.glob("*.pids")).split():  # what a failed test has left
+        if runs(pid):
+            os.kill(int(pid), signal.SIGKILL)
 
 
-def runs(pid: int) -> bool:
+def runs(pid: int | str) -> bool:
     """Whether it is there and no zombie, which a container's first process may leave for long."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
