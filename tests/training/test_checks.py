@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.data import check_dataset, has_images, rows_to_check
-from sg_opd.training.checks import check_arguments, check_prompts, check_set_up, check_tokenizers
+from sg_opd.training.checks import check_arguments, check_path, check_prompts, check_set_up, check_tokenizers
 
 
 def coin(prompts, completions, **kwargs):
@@ -35,6 +35,18 @@ def build(make_model, tokenizer, dataset, tmp_path):
         return SGOPDTrainer(**kwargs)
 
     return build
+
+
+def test_a_name_on_the_hub_is_no_folder_though_its_organisation_is(tmp_path, monkeypatch, caplog):
+    """`./Qwen` is there, as after other downloads: the name is looked up on the hub, with a warning."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    with caplog.at_level(logging.WARNING, logger="sg_opd"):
+        check_path("model", "Qwen/Qwen3-1.7B")
+    assert "`model`: there is no folder 'Qwen/Qwen3-1.7B' here" in caplog.text
+    for missing in ("./Qwen/Qwen3-1.7B", str(tmp_path / "Qwen" / "Qwen3-1.7B"), "Qwen/Qwen3/1.7B"):
+        with pytest.raises(ValueError, match="`model`: there is no folder"):
+            check_path("model", missing)
 
 
 def test_arguments_that_cannot_work(build, make_model, tmp_path):
