@@ -266,7 +266,9 @@ def test_the_wheel_has_the_pages_parts(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {f"sg_opd/gate_view.{kind}" for kind in ("html", "css", "js")} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"sg_opd/views/gate_view.{kind}" for kind in ("html", "css", "js")} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
 
 
 @pytest.mark.parametrize("given", ["sampled", "text", "ids"])

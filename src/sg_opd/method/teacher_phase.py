@@ -126,7 +126,7 @@ class TeacherPhaseSampler:
 
         ```python
         from sg_opd import TeacherPhaseSampler
-        from sg_opd.teacher_phase import Proposal
+        from sg_opd.method import Proposal
 
         phase = TeacherPhaseSampler(fraction=0.5, steps=10)
         rows = phase.slot_rows(step=0, num_prompts=2, num_generations=4, rows=range(8))  # [2, 3, 6, 7]
