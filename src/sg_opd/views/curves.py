@@ -25,10 +25,8 @@ logger = logging.getLogger(__name__)
 class Series(NamedTuple):
     """A metric over the steps."""
 
-    steps: tuple[int, ...]
-    """Optimizer steps, ascending, each once."""
-    values: tuple[float, ...]
-    """As logged; NaN where the log has a NaN or nothing."""
+    steps: tuple[int, ...]  # optimizer steps, ascending, each once
+    values: tuple[float, ...]  # as logged; NaN where the log has a NaN or nothing
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,9 @@ class RunLog:
         found: dict[str, dict[int, float]] = {}
         for entry in log_history:
             for metric, value in entry.items():
-                if metric in ("step", "epoch") or isinstance(value, (bool, str)):
-                    continue
-                if value is None or isinstance(value, (int, float)):  # None is how TRL logs a mean of nothing
-                    found.setdefault(metric, {})[int(entry["step"])] = math.nan if value is None else float(value)
+                number = math.nan if value is None else value  # None is how TRL logs a mean of nothing
+                if metric not in ("step", "epoch") and isinstance(number, int | float) and not isinstance(number, bool):
+                    found.setdefault(metric, {})[int(entry["step"])] = float(number)
         logged = {metric: points for metric, points in found.items() if not all(map(math.isnan, points.values()))}
         return cls(name, {name: Series(*zip(*sorted(points.items()), strict=True)) for name, points in logged.items()})
 
@@ -121,26 +118,19 @@ class Panel(NamedTuple):
 
     title: str
     axis: str
-    kind: str = "number"
-    """"share" (of 1, shown in per cent, from 0 on), "amount" (from 0 on) or "number"."""
-    unless: str | None = None
-    """Left out where every run has this metric."""
-    zeros: bool = True
-    """Whether a panel is drawn that has nothing but zeros."""
+    kind: str = "number"  # or "amount" (from 0 on), or "share" (of 1, shown in per cent, from 0 on)
+    unless: str | None = None  # left out where every run has this metric
+    zeros: bool = True  # whether a panel is drawn that has nothing but zeros
 
 
 class Line(NamedTuple):
     """A metric of a panel."""
 
-    metric: str
-    """A pattern that the whole name in the log matches."""
-    label: str = ""
-    """In the legend; may name the pattern's groups. Empty: the metric's name."""
+    metric: str  # a pattern that the whole name in the log matches
+    label: str = ""  # in the legend; may name the pattern's groups; empty: the metric's name
     colour: str | None = None
-    band: tuple[str, ...] = ()
-    """Two metrics to shade between."""
-    alone: bool = False
-    """Left out of comparisons."""
+    band: tuple[str, ...] = ()  # two metrics to shade between
+    alone: bool = False  # left out of comparisons
 
 
 PANELS = {
@@ -197,8 +187,7 @@ class Curve(NamedTuple):
     colour: str
     dash: str
     points: Series
-    band: tuple[Series, Series] | None
-    """Lower and upper edge, at the same steps."""
+    band: tuple[Series, Series] | None  # lower and upper edge, at the same steps
 
 
 class Chart(NamedTuple):
@@ -207,12 +196,9 @@ class Chart(NamedTuple):
     title: str
     panel: Panel
     curves: list[Curve]
-    about: dict[str, str]
-    """Definitions by metric."""
-    legend: bool
-    """Whether it needs one of its own."""
-    steps: tuple[float, float] = (0.0, 1.0)
-    """From the first to the last step of all charts, with a margin."""
+    about: dict[str, str]  # definitions by metric
+    legend: bool  # whether it needs one of its own
+    steps: tuple[float, float] = (0.0, 1.0)  # from the first to the last of all charts, with a margin
 
 
 def charts(runs: Sequence[RunLog]) -> list[Chart]:
@@ -272,10 +258,8 @@ def points(metric: str, line: Line, run: RunLog) -> tuple[Series, tuple[Series, 
         return run.series[metric], None
     low, high = (dict(zip(*run.series[edge], strict=True)) for edge in line.band)
     steps = tuple(sorted(low.keys() & high.keys()))
-    return run.series[metric], (
-        Series(steps, tuple(low[s] for s in steps)),
-        Series(steps, tuple(high[s] for s in steps)),
-    )
+    lower, upper = (Series(steps, tuple(edge[step] for step in steps)) for edge in (low, high))
+    return run.series[metric], (lower, upper)
 
 
 def definitions(lines: Mapping[str, Line]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -39,11 +40,11 @@ class Step(NamedTuple):
     """A step on the page."""
 
     number: int
-    size: int
-    """Characters of its lines in the file."""
+    size: int  # characters of its lines in the file
     block: Callable[[], str]
 
 
+@dataclass(eq=False)
 class GateSamples(TrainerCallback):
     """Keeps `count` rollouts at each logging step, of the micro-batches that were trained on last.
 
@@ -68,24 +69,18 @@ class GateSamples(TrainerCallback):
         ValueError: a tracker that is too old to show a page.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        count: int,
-        tokenizer: PreTrainedTokenizerBase,
-        gate: SignGatedLoss,
-        trained: Callable[[], Sequence[dict[str, Any]]],
-        report_to: Sequence[str] = (),
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
-        self.path = Path(output_dir) / SAMPLES_FILE
-        self.count = count
-        self.tokenizer = tokenizer
-        self.gate = gate
-        self.trained = trained
-        self.callbacks = callbacks
+    output_dir: str | Path
+    count: int
+    tokenizer: PreTrainedTokenizerBase
+    gate: SignGatedLoss
+    trained: Callable[[], Sequence[dict[str, Any]]]
+    report_to: Sequence[str] = ()
+    callbacks: Sequence[TrainerCallback] = ()
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.output_dir) / SAMPLES_FILE
         self._steps: deque[Step] = deque()
-        self._trackers = [importlib.import_module(name) for name in ("wandb", "trackio") if name in report_to]
+        self._trackers = [importlib.import_module(name) for name in ("wandb", "trackio") if name in self.report_to]
         for tracker in self._trackers:
             if not hasattr(tracker, "Html"):
                 name = tracker.__name__
@@ -220,7 +215,7 @@ def score_rollout(
     elif isinstance(completion, str):
         completion = list(processing_class(completion, add_special_tokens=False)["input_ids"])
     verdict = judged(verifier or MathVerifier(), row, list(completion), processing_class)
-    logps = partial(token_logps, prompt_ids=prompt_ids, completion_ids=completion, temperature=temperature)
+    logps = partial(token_logps, prompt=prompt_ids, completion=completion, temperature=temperature)
     return inspect_rollout(
         completion,
         logps(student),
@@ -243,11 +238,9 @@ def judged(verifier: Callable, row: dict[str, Any], ids: list[int], tokenizer: P
 
 
 @torch.no_grad()
-def token_logps(
-    model: PreTrainedModel, prompt_ids: Sequence[int], completion_ids: Sequence[int], temperature: float
-) -> Tensor:
+def token_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int], temperature: float) -> Tensor:
     """Log-probabilities of a completion's tokens over the model's whole head, (T,); never whole logits."""
-    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
     with evaluating(model):
-        states = last_hidden_state(model, ids, torch.ones_like(ids), len(completion_ids))[0]
-        return -chunked_nll(states, head_of(model), ids[0, len(prompt_ids) :], temperature)
+        states = last_hidden_state(model, ids, torch.ones_like(ids), len(completion))[0]
+        return -chunked_nll(states, head_of(model), ids[0, len(prompt) :], temperature)

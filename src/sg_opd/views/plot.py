@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from .curves import Chart, RunLog, charts, style
 
-# the dashes of matplotlib and of SVG by plotly's names
 MATPLOTLIB_DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 SVG_DASHES = {"solid": "none", "dash": "9 5", "dot": "3 4"}
 COLUMNS = 3
@@ -28,6 +28,12 @@ BAND_OPACITY = 0.18
 FEW_POINTS = 60  # up to here each point is seen
 # plotly's own choice of buttons has one that sends the data to its cloud
 CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
+# how plotly shows a panel's values, by its kind
+PLOTLY_AXES = {
+    "number": {"rangemode": "normal", "hoverformat": ".4g"},
+    "amount": {"rangemode": "tozero", "hoverformat": ".4g"},
+    "share": {"rangemode": "tozero", "hoverformat": ".1%", "tickformat": ".3~%"},
+}
 
 
 def static_figure(runs: Sequence[RunLog]) -> Any:
@@ -37,8 +43,8 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
         runs: one, or several to compare.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: as `charts`.
+        ModuleNotFoundError: matplotlib (for the page, plotly) is not installed.
+        ValueError: no run, two of one name, or none of their metrics is one that is plotted.
     """
     drawn = charts(runs)
     columns = min(COLUMNS, len(drawn))
@@ -46,11 +52,8 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
     size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows
     figure = needed("matplotlib.figure").Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    places = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, chart in zip(places, drawn, strict=False):
-        draw(axes, chart)
-    for axes in places[len(drawn) :]:
-        axes.set_axis_off()
+    for axes, chart in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, drawn):
+        draw(axes, chart) if chart else axes.set_axis_off()
     if len(runs) > 1:
         lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(runs), 4))
@@ -87,14 +90,10 @@ def literal(text: str) -> str:
 
 
 def interactive_figures(runs: Sequence[RunLog]) -> list[Any]:
-    """Each panel as a `plotly.graph_objects.Figure`, of the same charts as `static_figure`.
+    """Each panel as a `plotly.graph_objects.Figure`, of the same charts and with the same errors as `static_figure`.
 
     Args:
         runs: one, or several to compare.
-
-    Raises:
-        ModuleNotFoundError: plotly is not installed.
-        ValueError: as `charts`.
     """
     return [interactive(chart) for chart in charts(runs)]
 
@@ -114,7 +113,6 @@ def interactive(chart: Chart) -> Any:
         look = {"mode": "lines+markers", "marker_size": 4 if len(points.steps) <= FEW_POINTS else 2, "line_dash": dash}
         x, y = points
         figure.add_scatter(x=x, y=y, name=name, legendgroup=name, line_color=colour, **look)
-    share = chart.panel.kind == "share"
     figure.update_layout(
         template="plotly_white",
         height=PANEL_PIXELS,
@@ -124,13 +122,7 @@ def interactive(chart: Chart) -> Any:
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
     figure.update_xaxes(title_text="optimizer step", automargin=True, range=chart.steps)
-    figure.update_yaxes(
-        title_text=chart.panel.axis,
-        automargin=True,
-        rangemode="normal" if chart.panel.kind == "number" else "tozero",
-        tickformat=".3~%" if share else None,
-        hoverformat=".1%" if share else ".4g",
-    )
+    figure.update_yaxes(title_text=chart.panel.axis, automargin=True, **PLOTLY_AXES[chart.panel.kind])
     return figure
 
 
@@ -138,14 +130,10 @@ def page(runs: Sequence[RunLog]) -> str:
     """All panels as an HTML page with each metric's definition; plotly.js is within it, nothing is fetched.
 
     Args:
-        runs: one, or several to compare.
-
-    Raises:
-        ModuleNotFoundError: plotly is not installed.
-        ValueError: as `charts`.
+        runs: one, or several to compare; errors as `static_figure`.
     """
     sections = [section(chart, place) for place, chart in enumerate(charts(runs))]
-    keys = [key(run.name, *style(place)) for place, run in enumerate(runs)] if len(runs) > 1 else []
+    keys = [key(run.name, *style(place)) for place, run in enumerate(runs) if len(runs) > 1]
     # its policy has a browser refuse whatever lies outside of this file
     return Template((files(__package__) / "plot.html").read_text("utf-8")).substitute(
         title=escape(", ".join(run.name for run in runs)),
@@ -193,8 +181,7 @@ def plot_runs(
     if names is not None and len(names) != len(runs):
         raise ValueError(f"`names` has {len(names)} for {len(runs)} runs: give each run one.")
     logs = [run if isinstance(run, RunLog) else RunLog.read(run) for run in runs]
-    if names is not None:
-        logs = [replace(log, name=name) for log, name in zip(logs, names, strict=True)]
+    logs = [replace(log, name=name) for log, name in zip(logs, names, strict=True)] if names else logs
     if output is None:
         if not runs or isinstance(runs[0], RunLog):
             raise ValueError("Set `output`: a log without a folder has no place for its plots.")
@@ -210,20 +197,15 @@ def plot_runs(
 
 
 def needed(module: str) -> Any:
-    """A module of the extra `plot`.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; says what to install.
-    """
+    """A module of the extra `plot`; where it is not installed, the error says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         library = module.partition(".")[0]
         if error.name != library:
             raise
-        raise ModuleNotFoundError(
-            f'Plots need {library}, which is not installed: pip install "sg-opd[plot]".', name=library
-        ) from None
+        message = f'Plots need {library}, which is not installed: pip install "sg-opd[plot]".'
+        raise ModuleNotFoundError(message, name=library) from None
 
 
 def command_line() -> argparse.ArgumentParser:
