@@ -210,7 +210,7 @@ class FiniteGuard(TrainerCallback):
 
     def _report(self, message: str) -> None:
         if not self.skips:
-            raise NonFiniteError(f"{message} Nothing was trained on it; set non_finite_log_probs='skip' to go on.")
+            raise NonFiniteError(f"{message} Nothing was trained on it; set non_finite_log_probs='skip' to train on without it.")
         if not self.found:
             logger.warning("%s This optimizer step is skipped.", message, main_process_only=False)
         self.found = True
