@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,24 +19,21 @@ from ..checkpoints.folders import SEAL, last_whole
 from ..training.metrics import METRICS
 
 STATE = "trainer_state.json"
-logger = logging.getLogger(__name__)
 
 
 class Series(NamedTuple):
     """A metric over the steps."""
 
-    steps: tuple[int, ...]  # optimizer steps, ascending, each once
-    values: tuple[float, ...]  # as logged; NaN where the log has a NaN or nothing
+    steps: tuple[int, ...]  #: optimizer steps, ascending, each once
+    values: tuple[float, ...]  #: as logged; NaN where the log has a NaN or nothing
 
 
 @dataclass(frozen=True)
 class RunLog:
     """The metrics of a run by name."""
 
-    name: str
-    """How the run is called in plots."""
-    series: dict[str, Series]
-    """By the metric's name in the log; only metrics with at least one number."""
+    name: str  #: how the run is called in plots
+    series: dict[str, Series]  #: by the metric's name in the log; only metrics with at least one number
 
     @classmethod
     def of(cls, log_history: Iterable[Mapping[str, Any]], name: str) -> RunLog:
@@ -72,45 +69,41 @@ class RunLog:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} (looked in {Path.cwd()}).")
-        logs = [read_state(path) for path in state_files(folder)]
-        if not logs:
+        newest = max(states(folder), key=lambda state: state["global_step"], default=None)
+        if newest is None:
             raise FileNotFoundError(
                 f"{folder} has no log: neither a {STATE} nor a whole checkpoint with one. Call `trainer.save_state()` "
                 "after training, or train with save_strategy='steps'; then plot that folder."
             )
-        newest = max(logs, key=lambda state: state["global_step"])
         return cls.of(newest["log_history"], folder.resolve().name if name is None else name)
 
 
-def state_files(folder: Path) -> list[Path]:
-    """The files that may hold the folder's log: its own, and its newest whole checkpoint's."""
-    own = [folder / STATE] if (folder / STATE).is_file() else []
+def states(folder: Path) -> Iterator[dict[str, Any]]:
+    """The trainer's states that may hold the folder's log: its own, and its newest whole checkpoint's."""
+    files = [folder / STATE] if (folder / STATE).is_file() else []
     checkpoint, passed_over = last_whole(folder)
     if checkpoint is None and not any((path / SEAL).exists() for path in passed_over):
         # another trainer's, which seals none: its log is written after the weights
         checkpoint = next((path for path in passed_over if (path / STATE).is_file()), None)
-    elif not own:
+    elif not files:
         for path, reason in passed_over.items():
-            logger.warning("%s is passed over: %s.", path, reason)
-    return own if checkpoint is None else [*own, checkpoint / STATE]
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """A trainer's state as JSON; a file that is none is named in the error."""
-    try:
-        state = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no log of a trainer: {error}. Delete it, or copy it again from the run.") from None
-    if not isinstance(state, dict) or not {"log_history", "global_step"} <= state.keys():
-        raise ValueError(f"{path} is no log of a trainer: it has no `log_history` and `global_step`.")
-    return state
+            logging.getLogger(__name__).warning("%s is passed over: %s.", path, reason)
+    for path in files if checkpoint is None else [*files, checkpoint / STATE]:
+        fault = f"{path} is no log of a trainer"
+        try:
+            state = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{fault}: {error}. Delete it, or copy it again from the run.") from None
+        if not isinstance(state, dict) or not {"log_history", "global_step"} <= state.keys():
+            raise ValueError(f"{fault}: it has no `log_history` and `global_step`.")
+        yield state
 
 
 # the palette of Okabe and Ito, which the colour-blind can tell apart, without its yellow, which is faint on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-BLUE, VERMILION, GREEN, PURPLE, _, _, BLACK = PALETTE
-GREY = "#7F7F7F"
-DASHES = ("solid", "dash", "dot")  # as plotly calls them; with the colours, 21 lines that differ
+BLUE, VERMILION, GREEN, PURPLE, _, _, BLACK, GREY = (*PALETTE, "#7F7F7F")
+# by plotly's names, matplotlib's and SVG's; with the colours, 21 lines that differ
+DASHES = {"solid": ("-", "none"), "dash": ("--", "9 5"), "dot": (":", "3 4")}
 
 
 class Panel(NamedTuple):
@@ -118,19 +111,19 @@ class Panel(NamedTuple):
 
     title: str
     axis: str
-    kind: str = "number"  # or "amount" (from 0 on), or "share" (of 1, shown in per cent, from 0 on)
-    unless: str | None = None  # left out where every run has this metric
-    zeros: bool = True  # whether a panel is drawn that has nothing but zeros
+    kind: str = "number"  #: or "amount" (from 0 on), or "share" (of 1, shown in per cent, from 0 on)
+    unless: str | None = None  #: left out where every run has this metric
+    zeros: bool = True  #: whether a panel is drawn that has nothing but zeros
 
 
 class Line(NamedTuple):
     """A metric of a panel."""
 
-    metric: str  # a pattern that the whole name in the log matches
-    label: str = ""  # in the legend; may name the pattern's groups; empty: the metric's name
+    metric: str  #: a pattern that the whole name in the log matches
+    label: str = ""  #: in the legend; may name the pattern's groups; empty: the metric's name
     colour: str | None = None
-    band: tuple[str, ...] = ()  # two metrics to shade between
-    alone: bool = False  # left out of comparisons
+    band: tuple[str, ...] = ()  #: two metrics to shade between
+    alone: bool = False  #: left out of comparisons
 
 
 PANELS = {
@@ -187,7 +180,7 @@ class Curve(NamedTuple):
     colour: str
     dash: str
     points: Series
-    band: tuple[Series, Series] | None  # lower and upper edge, at the same steps
+    band: tuple[Series, Series] | None  #: lower and upper edge, at the same steps
 
 
 class Chart(NamedTuple):
@@ -196,17 +189,13 @@ class Chart(NamedTuple):
     title: str
     panel: Panel
     curves: list[Curve]
-    about: dict[str, str]  # definitions by metric
-    legend: bool  # whether it needs one of its own
-    steps: tuple[float, float] = (0.0, 1.0)  # from the first to the last of all charts, with a margin
+    about: dict[str, str]  #: definitions by metric
+    legend: bool  #: whether it needs one of its own
+    steps: tuple[float, float] = (0.0, 1.0)  #: from the first to the last of all charts, with a margin
 
 
 def charts(runs: Sequence[RunLog]) -> list[Chart]:
-    """The panels that the runs have metrics for: with one run a line a metric, with several a panel a metric.
-
-    Raises:
-        ValueError: no run, two of one name, or no metric that a panel shows.
-    """
+    """The panels that the runs have metrics for; an error says why there is nothing to draw, or who share a name."""
     names = [run.name for run in runs]
     if not runs:
         raise ValueError("`runs` is empty: give at least one run.")
@@ -223,23 +212,24 @@ def charts(runs: Sequence[RunLog]) -> list[Chart]:
 
 def panel_charts(panel: Panel, runs: Sequence[RunLog]) -> Iterator[Chart]:
     """The panel's charts: of one run one, with a line a metric; of several one a metric, with a line a run."""
-    found = matches(panel, runs)
+    several, found = len(runs) > 1, matches(panel, runs)
     zeros = not any(any(run.series[metric].values) for run in runs for metric in found if metric in run.series)
-    if (zeros and not panel.zeros) or all(panel.unless in run.series for run in runs):
+    if not found or (zeros and not panel.zeros) or all(panel.unless in run.series for run in runs):
         return
-    if len(runs) > 1:
-        for metric, line in found.items():
-            title = f"{panel.title}: {line.label}" if len(found) > 1 else panel.title
-            places = (place for place, run in enumerate(runs) if metric in run.series)
-            curves = [Curve(runs[place].name, *style(place), *points(metric, line, runs[place])) for place in places]
-            yield Chart(title, panel, curves, definitions({metric: line}), False)
-    elif found:
-        curves = []
-        for metric, line in found.items():
-            colour, dash = style(len(curves))
-            unused = (colour for colour in PALETTE if colour not in {curve.colour for curve in curves})
-            curves.append(Curve(line.label, line.colour or next(unused, colour), dash, *points(metric, line, runs[0])))
-        yield Chart(panel.title, panel, curves, definitions(found), len(curves) > 1 or curves[0].band is not None)
+    for group in [{metric: line} for metric, line in found.items()] if several else [found]:
+        curves: list[Curve] = []
+        about: dict[str, str] = {}
+        for (metric, line), (place, run) in product(group.items(), enumerate(runs)):
+            names = (*line.band[:1], metric, *line.band[1:])
+            about |= {name: DEFINITIONS.get(name) or DEFINITIONS[line.metric] for name in names}
+            if metric in run.series:
+                label, (colour, dash) = (run.name, style(place)) if several else (line.label, style(len(curves)))
+                if not several:
+                    unused = (other for other in PALETTE if other not in {curve.colour for curve in curves})
+                    colour = line.colour or next(unused, colour)
+                curves.append(Curve(label, colour, dash, run.series[metric], band(line, run)))
+        title = f"{panel.title}: {line.label}" if several and len(found) > 1 else panel.title
+        yield Chart(title, panel, curves, about, not several and (len(curves) > 1 or curves[0].band is not None))
 
 
 def matches(panel: Panel, runs: Sequence[RunLog]) -> dict[str, Line]:
@@ -252,22 +242,12 @@ def matches(panel: Panel, runs: Sequence[RunLog]) -> dict[str, Line]:
     return found
 
 
-def points(metric: str, line: Line, run: RunLog) -> tuple[Series, tuple[Series, Series] | None]:
-    """The metric's values, and the line's band where the run has both of its edges."""
-    if not (line.band and set(line.band) <= run.series.keys()):
-        return run.series[metric], None
-    low, high = (dict(zip(*run.series[edge], strict=True)) for edge in line.band)
-    steps = tuple(sorted(low.keys() & high.keys()))
-    lower, upper = (Series(steps, tuple(edge[step] for step in steps)) for edge in (low, high))
-    return run.series[metric], (lower, upper)
-
-
-def definitions(lines: Mapping[str, Line]) -> dict[str, str]:
-    """What the lines' metrics mean, by name, with a band's edges around its metric."""
-    names = {name: line for metric, line in lines.items() for name in (*line.band[:1], metric, *line.band[1:])}
-    return {name: DEFINITIONS.get(name) or DEFINITIONS[line.metric] for name, line in names.items()}
+def band(line: Line, run: RunLog) -> tuple[Series, Series] | None:
+    """The line's band, where the run has both of its edges, which are logged together."""
+    edges = [run.series[metric] for metric in line.band if metric in run.series]
+    return (edges[0], edges[1]) if len(edges) == 2 and edges[0].steps == edges[1].steps else None
 
 
 def style(place: int) -> tuple[str, str]:
     """Colour and dash at a place: the first ones differ in both."""
-    return PALETTE[place % len(PALETTE)], DASHES[place % len(DASHES)]
+    return PALETTE[place % len(PALETTE)], [*DASHES][place % len(DASHES)]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -30,9 +29,7 @@ from ..method.loss import SignGatedLoss
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
 from .gate_view import SAMPLES_FILE, RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples
 
-PAGE_SIZE = (
-    5_000_000  # characters of a page's lines in the file: as large is the page, written anew at each logging step
-)
+PAGE_SIZE = 5_000_000  # of the page, in characters of its lines in the file; it is written anew at each logging step
 TITLE = "Gate samples"
 
 
@@ -40,11 +37,11 @@ class Step(NamedTuple):
     """A step on the page."""
 
     number: int
-    size: int  # characters of its lines in the file
+    size: int  #: characters of its lines in the file
     block: Callable[[], str]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class GateSamples(TrainerCallback):
     """Keeps `count` rollouts at each logging step, of the micro-batches that were trained on last.
 
@@ -55,27 +52,19 @@ class GateSamples(TrainerCallback):
     - `gate_samples.html`, a page of the newest steps, whole at any moment,
     - the trackers in `report_to`: W&B and trackio (a page of the step), TensorBoard (text).
 
-    Args:
-        output_dir: folder of the run.
-        count: rollouts to keep at a logging step, >= 1.
-        tokenizer: turns ids into texts.
-        gate: decided.
-        trained: returns the micro-batches of the last optimizer step, oldest first, each with `gate_logps` (the
-            log-probabilities (B, T) by whose they are) and `gated` (B, T), the tokens whose loss is the gate's.
-        report_to: trackers, as in the trainer's arguments.
-        callbacks: the trainer's, among them TensorBoard's.
-
     Raises:
         ValueError: a tracker that is too old to show a page.
     """
 
-    output_dir: str | Path
-    count: int
-    tokenizer: PreTrainedTokenizerBase
-    gate: SignGatedLoss
+    output_dir: str | Path  #: folder of the run
+    count: int  #: rollouts to keep at a logging step, >= 1
+    tokenizer: PreTrainedTokenizerBase  #: turns ids into texts
+    gate: SignGatedLoss  #: decided
+    #: Returns the micro-batches of the last optimizer step, oldest first, each with `gate_logps` (the log-probabilities
+    #: (B, T) by whose they are) and `gated` (B, T), the tokens whose loss is the gate's.
     trained: Callable[[], Sequence[dict[str, Any]]]
-    report_to: Sequence[str] = ()
-    callbacks: Sequence[TrainerCallback] = ()
+    report_to: Sequence[str] = ()  #: trackers, as in the trainer's arguments
+    callbacks: Sequence[TrainerCallback] = ()  #: the trainer's, among them TensorBoard's
 
     def __post_init__(self) -> None:
         self.path = Path(self.output_dir) / SAMPLES_FILE
@@ -84,9 +73,7 @@ class GateSamples(TrainerCallback):
         for tracker in self._trackers:
             if not hasattr(tracker, "Html"):
                 name = tracker.__name__
-                raise ValueError(
-                    f"`log_gate_samples` needs a newer {name}, one that has `Html`: pip install -U {name}."
-                )
+                raise ValueError(f"`log_gate_samples` needs a newer {name}, one with `Html`: pip install -U {name}.")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the steps after the one that a run resumes from: it trains them again."""
@@ -99,7 +86,7 @@ class GateSamples(TrainerCallback):
                 if number <= state.global_step:
                     self._keep(list(views), stream)
         flush(part)
-        os.replace(part, self.path)
+        part.replace(self.path)
         self._write_page()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,16 +106,13 @@ class GateSamples(TrainerCallback):
 
     def views(self, step: int) -> list[RolloutView]:
         """The rollouts of this process to be kept of the step that was just trained."""
-        rows: dict[bool, list[tuple[dict[str, Any], int]]] = {False: [], True: []}  # by whether they are the teacher's
+        rows: tuple[list, list] = ([], [])  # the student's and the teacher's
         for inputs in self.trained():
-            if "gate_logps" not in inputs:  # decided before samples were asked for, as in a resumed run
-                continue
-            gated = inputs["gated"].any(1).tolist()
-            for row, from_teacher in enumerate(inputs["from_teacher"].tolist()):
-                if gated[row]:
-                    rows[bool(from_teacher)].append((inputs, row))
-        in_turn = [found for pair in zip_longest(rows[False], rows[True]) for found in pair if found]
-        return [self._view(inputs, row, step) for inputs, row in in_turn[: self.count]]
+            if "gate_logps" in inputs:  # or decided before samples were asked for, as in a resumed run
+                for row in inputs["gated"].any(1).nonzero().flatten().tolist():
+                    rows[int(inputs["from_teacher"][row])].append((inputs, row))
+        in_turn = filter(None, chain(*zip_longest(*rows)))
+        return [self._view(inputs, row, step) for inputs, row in islice(in_turn, self.count)]
 
     def _view(self, inputs: dict[str, Any], row: int, step: int) -> RolloutView:
         kept, prompt = inputs["completion_mask"][row].bool(), inputs["prompt_mask"][row].bool()
@@ -159,7 +143,7 @@ class GateSamples(TrainerCallback):
     def _write_page(self) -> None:
         part = self.path.with_suffix(".html.part")
         part.write_text(page_of_blocks([step.block() for step in self._steps], TITLE), encoding="utf-8")
-        os.replace(part, self.path.with_suffix(".html"))
+        part.replace(self.path.with_suffix(".html"))
 
     def _report(self, views: list[RolloutView], step: int) -> None:
         for tracker in self._trackers:
@@ -167,10 +151,9 @@ class GateSamples(TrainerCallback):
             tracker.log({"gate_samples": page, "train/global_step": step})
         for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                lines = "\n".join(view.plain() for view in views).replace("\n", "\n    ")
-                callback.tb_writer.add_text(
-                    "gate_samples", f"    {lines}", step
-                )  # Markdown shows indented text as it is
+                text = "\n".join(view.plain() for view in views)
+                indented = "    " + text.replace("\n", "\n    ")  # which Markdown shows as it is
+                callback.tb_writer.add_text("gate_samples", indented, step)
 
 
 def score_rollout(
@@ -233,8 +216,7 @@ def score_rollout(
 def judged(verifier: Callable, row: dict[str, Any], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> float | None:
     """The verifier's verdict on a completion of a row."""
     completion = as_completion(row["prompt"], str(tokenizer.decode(ids, skip_special_tokens=True)))
-    columns = {**columns_of([row]), "completion_ids": [ids]}
-    return checked_verdicts(verifier, [row["prompt"]], [completion], **columns)[0]
+    return checked_verdicts(verifier, [row["prompt"]], [completion], **columns_of([row]), completion_ids=[ids])[0]
 
 
 @torch.no_grad()

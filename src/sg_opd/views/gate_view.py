@@ -54,33 +54,24 @@ class RolloutView:
 
     ```python
     from sg_opd import inspect_rollout
-
     view = inspect_rollout(["2 + 2", " =", " 5"], [-0.1, -0.2, -0.9], [-0.3, -0.1, -4.0], verdict=0.0, gold="4")
     view.save("rollout.html")  # in a notebook, `view` alone shows it; in a terminal, `view.print()`
     ```
     """
 
-    tokens: tuple[str, ...]
-    """Texts; empty where a token is only a part of a character, which a later one completes."""
+    tokens: tuple[str, ...]  #: texts; empty where a token is only a part of a character, which a later one completes
     token_ids: tuple[int, ...] | None
-    student_logps: tuple[float, ...]
-    """log pi_S in nats, before the first update on the rollout; float32, as all log-probabilities here."""
-    teacher_logps: tuple[float, ...]
-    """log pi_T in nats."""
-    reference_logps: tuple[float, ...] | None
-    """log pi_R in nats; `None` is the current policy."""
+    student_logps: tuple[float, ...]  #: log pi_S in nats, before the first update on the rollout; all logps are float32
+    teacher_logps: tuple[float, ...]  #: log pi_T in nats
+    reference_logps: tuple[float, ...] | None  #: log pi_R in nats; `None` is the current policy
+    #: Which tokens are trained on; `None` is all. With the full estimator a run keeps 0 as the others' logps.
     trained: tuple[bool, ...] | None
-    """Which tokens are trained on; `None` is all. A run with the full estimator keeps 0 as the others' logps."""
-    verdict: float | None
-    """1.0 correct, 0.0 incorrect, `None` abstained."""
-    settings: GateSettings
+    verdict: float | None  #: 1.0 correct, 0.0 incorrect, `None` abstained
+    settings: GateSettings  #: of the gate that decided
     prompt: str | None = None
-    gold: str | None = None
-    """The reference answer."""
-    source: str = "student"
-    """Who wrote it: "student" or "teacher"."""
-    step: int | None = None
-    """The optimizer step it was trained in."""
+    gold: str | None = None  #: the reference answer
+    source: str = "student"  #: who wrote it: "student" or "teacher"
+    step: int | None = None  #: the optimizer step it was trained in
 
     @cached_property
     def decision(self) -> GateDecision:

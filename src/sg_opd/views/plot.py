@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from importlib.resources import files
-from itertools import zip_longest
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from .curves import Chart, RunLog, charts, style
+from .curves import DASHES, Chart, RunLog, charts, style
 
-MATPLOTLIB_DASHES = {"solid": "-", "dash": "--", "dot": ":"}
-SVG_DASHES = {"solid": "none", "dash": "9 5", "dot": "3 4"}
 COLUMNS = 3
 PANEL_INCHES = (4.6, 3.1)
 PANEL_PIXELS = 330
@@ -32,7 +29,7 @@ CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage
 PLOTLY_AXES = {
     "number": {"rangemode": "normal", "hoverformat": ".4g"},
     "amount": {"rangemode": "tozero", "hoverformat": ".4g"},
-    "share": {"rangemode": "tozero", "hoverformat": ".1%", "tickformat": ".3~%"},
+    "share": {"rangemode": "tozero", "tickformat": ".3~%", "hoverformat": ".1%"},
 }
 
 
@@ -52,8 +49,8 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
     size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows
     figure = needed("matplotlib.figure").Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    for axes, chart in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, drawn):
-        draw(axes, chart) if chart else axes.set_axis_off()
+    for place, chart in enumerate(drawn, 1):
+        draw(figure.add_subplot(rows, columns, place), chart)
     if len(runs) > 1:
         lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(runs), 4))
@@ -67,7 +64,7 @@ def draw(axes: Any, chart: Chart) -> None:
     ticker = needed("matplotlib.ticker")
     for label, colour, dash, points, band in chart.curves:
         size = 3.0 if len(points.steps) <= FEW_POINTS else 1.5  # never none: a point between gaps has no line
-        look = {"color": colour, "linestyle": MATPLOTLIB_DASHES[dash], "marker": "o", "markersize": size}
+        look = {"color": colour, "linestyle": DASHES[dash][0], "marker": "o", "markersize": size}
         axes.plot(*points, label=literal(label), linewidth=1.5, **look)
         if band:
             axes.fill_between(*band[0], band[1].values, color=colour, alpha=BAND_OPACITY, linewidth=0)
@@ -111,8 +108,7 @@ def interactive(chart: Chart) -> Any:
             edge |= {"fill": "tonexty", "fillcolor": shade}
             figure.add_scatter(y=low, name=f"{name}, 5 %", legendgroup=name, **edge)
         look = {"mode": "lines+markers", "marker_size": 4 if len(points.steps) <= FEW_POINTS else 2, "line_dash": dash}
-        x, y = points
-        figure.add_scatter(x=x, y=y, name=name, legendgroup=name, line_color=colour, **look)
+        figure.add_scatter(x=points.steps, y=points.values, name=name, legendgroup=name, line_color=colour, **look)
     figure.update_layout(
         template="plotly_white",
         height=PANEL_PIXELS,
@@ -132,31 +128,28 @@ def page(runs: Sequence[RunLog]) -> str:
     Args:
         runs: one, or several to compare; errors as `static_figure`.
     """
-    sections = [section(chart, place) for place, chart in enumerate(charts(runs))]
-    keys = [key(run.name, *style(place)) for place, run in enumerate(runs) if len(runs) > 1]
     # its policy has a browser refuse whatever lies outside of this file
     return Template((files(__package__) / "plot.html").read_text("utf-8")).substitute(
         title=escape(", ".join(run.name for run in runs)),
         library=needed("plotly.offline").get_plotlyjs(),
-        keys="\n".join(keys),
-        sections="\n".join(sections),
+        keys="\n".join(key(run.name, *style(place)) for place, run in enumerate(runs) if len(runs) > 1),
+        sections="\n".join(section(chart, place) for place, chart in enumerate(charts(runs))),
     )
 
 
 def section(chart: Chart, place: int) -> str:
     """A chart of the page, with the definitions of its metrics."""
-    options = {"full_html": False, "include_plotlyjs": False, "config": CONFIG, "div_id": f"panel{place}"}
     by_text: dict[str, list[str]] = {}
     for metric, text in chart.about.items():
         by_text.setdefault(text, []).append(f"<code>{escape(metric)}</code>")
     about = "\n".join(f"<p>{', '.join(names)}: {escape(text)}</p>" for text, names in by_text.items())
-    plot = interactive(chart).to_html(**options)
+    plot = interactive(chart).to_html(CONFIG, full_html=False, include_plotlyjs=False, div_id=f"panel{place}")
     return f"<section>\n<h2>{escape(chart.title)}</h2>\n{plot}\n{about}\n</section>"
 
 
 def key(name: str, colour: str, dash: str) -> str:
     """A run's entry in the page's legend."""
-    line = f'<path d="M0 6H32" stroke="{colour}" stroke-width="3" stroke-dasharray="{SVG_DASHES[dash]}"/>'
+    line = f'<path d="M0 6H32" stroke="{colour}" stroke-width="3" stroke-dasharray="{DASHES[dash][1]}"/>'
     return f'<span class="key"><svg width="32" height="12" aria-hidden="true">{line}</svg>{escape(name)}</span>'
 
 
@@ -214,11 +207,10 @@ def command_line() -> argparse.ArgumentParser:
         prog="python -m sg_opd.views.plot",
         description="Plot the metrics of a run, or compare several: a PNG, and a page that needs no network.",
     )
-    parser.add_argument("folders", nargs="+", metavar="folder", help="a run's output_dir, or one of its checkpoints")
-    parser.add_argument(
-        "--output", metavar="PATH", help="write PATH.png and PATH.html; default: `curves` in the first folder"
-    )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the runs, one each; default: the folders' names")
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="folder", help="a run's output_dir, or one of its checkpoints")
+    add("--output", metavar="PATH", help="write PATH.png and PATH.html; default: `curves` in the first folder")
+    add("--names", nargs="+", metavar="NAME", help="of the runs, one each; default: the folders' names")
     return parser
 
 
