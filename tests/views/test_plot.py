@@ -126,7 +126,7 @@ def test_the_band_is_between_the_quantiles(run):
 
 @pytest.mark.parametrize("missing", [[], ["delta/p05"], ["delta/p05", "delta/p95"]])
 def test_a_band_has_both_edges_at_every_step(missing):
-    """The second of two steps lacks some quantiles: the median's line is whole, and a band has two edges of one length."""
+    """The second step lacks some quantiles: the median's line is whole, and a band has two edges of one length."""
     first = {"step": 1, "delta/p05": -1.0, "delta/p50": 0.0, "delta/p95": 1.0}
     second = {name: value for name, value in first.items() if name not in missing} | {"step": 2}
     (chart,) = charts([RunLog.of([first, second], "run")])
