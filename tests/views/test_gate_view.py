@@ -140,8 +140,7 @@ def test_the_texts_of_tokens_are_the_text(byte_tokenizer, text):
 
 
 def test_bytes_that_are_no_text_end(byte_tokenizer):
-    """300 continuation bytes: each group of four is let go, and at most two groups are decoded at once, so that the time
-    stays linear."""
+    """300 continuation bytes: each group of four is let go; at most two groups are decoded at once, in linear time."""
     lengths = []
 
     class Counting:
