@@ -140,10 +140,18 @@ def test_the_texts_of_tokens_are_the_text(byte_tokenizer, text):
 
 
 def test_bytes_that_are_no_text_end(byte_tokenizer):
-    """300 continuation bytes: each group of four is let go, so that the time stays linear."""
+    """300 continuation bytes: each group of four is let go; at most two groups are decoded at once, in linear time."""
+    lengths = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            lengths.append(len(ids))
+            return byte_tokenizer.decode(ids, **options)
+
     (continuation,) = byte_tokenizer.convert_tokens_to_ids(["Ģ"])
-    texts = token_texts(byte_tokenizer, [continuation] * 300)
+    texts = token_texts(Counting(), [continuation] * 300)
     assert "".join(texts) == "\ufffd" * 300
+    assert max(lengths) <= 8
 
 
 @settings(max_examples=100, deadline=None)
@@ -231,7 +239,7 @@ def test_text_is_text_in_a_notebooks_kernel(monkeypatch):
     assert three().headline() in three().plain()
 
 
-def test_messages_with_calls_and_a_gold_that_is_a_number():
+def test_messages_with_calls_and_a_reference_answer_that_is_a_number():
     call = [{"type": "function", "function": {"name": "add"}}]
     view = three(prompt=[{"role": "user", "content": "1+1"}, {"role": "assistant", "tool_calls": call}], gold=4)
     assert view.prompt.startswith("user: 1+1\n\nassistant: [{'type'")
@@ -407,7 +415,7 @@ def test_browser_shows_it_in_a_notebooks_frame(open_page):
 
 
 def test_browser_keyboard(open_page):
-    """Tab reaches the tokens once; arrows go on, End to the last, Shift to the next conflict, Escape closes."""
+    """Tab reaches the tokens once; arrows move on, End to the last, Shift to the next conflict, Escape closes."""
     tokens, teacher = ["one", " two", " three", " four", "\n"], [-0.4, -2.5, -0.4, -0.4, -1.0]
     page = open_page(inspect_rollout(tokens, [-1.0] * 5, teacher, 1.0).html())
     page.keyboard.press("Tab")

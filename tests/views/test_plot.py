@@ -124,6 +124,19 @@ def test_the_band_is_between_the_quantiles(run):
     assert corners == {point for edge in edges for point in edge}
 
 
+@pytest.mark.parametrize("missing", [[], ["delta/p05"], ["delta/p05", "delta/p95"]])
+def test_a_band_has_both_edges_at_every_step(missing):
+    """The second step lacks some quantiles: the median's line is whole, and a band has two edges of one length."""
+    first = {"step": 1, "delta/p05": -1.0, "delta/p50": 0.0, "delta/p95": 1.0}
+    second = {name: value for name, value in first.items() if name not in missing} | {"step": 2}
+    (chart,) = charts([RunLog.of([first, second], "run")])
+    (curve,) = chart.curves
+    assert curve.points == ((1, 2), (0.0, 0.0))
+    expected = {0: (((1, 2), (-1.0, -1.0)), ((1, 2), (1.0, 1.0))), 1: None, 2: (((1,), (-1.0,)), ((1,), (1.0,)))}
+    assert curve.band == expected[len(missing)]
+    assert chart.legend == (curve.band is not None)
+
+
 def test_consensus_conflict_and_neutral_have_their_colours_everywhere(run):
     runs = [RunLog.read(run[0])]
     colours = {"consensus": "#0072B2", "conflict": "#D55E00", "neutral": "#7F7F7F"}
