@@ -47,7 +47,7 @@ GATE_FIELDS = {
     "rule": "gate_rule",
     "reference": "reference_policy",
 }
-# what the full divergence replaces, with the value at which the parent's setting does nothing
+# what the full divergence replaces, with the value at which GRPO's setting does nothing
 UNUSED_BY_FULL = {
     "loss_type": "dapo",
     "beta": 0.0,

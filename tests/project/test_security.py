@@ -257,7 +257,7 @@ def test_a_configuration_shows_and_saves_no_address_and_no_token(tmp_path):
     assert args.to_dict()["teacher_server_url"] == "<TEACHER_SERVER_URL>"
     shown = {"token": "<TOKEN>", "dtype": "float32", "config": {"use_auth_token": "<USE_AUTH_TOKEN>"}}
     assert args.to_dict()["model_init_kwargs"] == shown
-    pickled = pickle.loads(pickle.dumps(args))
+    pickled = pickle.loads(written)
     assert (pickled.teacher_server_url, pickled.model_init_kwargs) == (None, shown)
 
 

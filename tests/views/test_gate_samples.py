@@ -13,8 +13,8 @@ from accelerate.utils import send_to_device
 from documents import ROOT
 from trainers import MIXED, Recorder, coin_verifier, make_config, plain_logits
 
-from sg_opd import SGOPDTrainer, load_gate_samples
-from sg_opd.views import gate_samples as gate_samples
+from sg_opd import SGOPDTrainer, SignGatedLoss, load_gate_samples
+from sg_opd.views import gate_samples
 from sg_opd.views.gate_samples import GateSamples
 from sg_opd.views.gate_view import inspect_rollout
 
@@ -165,10 +165,10 @@ def test_logging_steps_epochs_and_other_processes(make_model, tokenizer, dataset
 
 
 @pytest.mark.parametrize("long", ["tokens", "prompt"])
-def test_the_page_is_bounded(long, make_model, tokenizer, dataset, tmp_path, monkeypatch):
+def test_the_page_is_bounded(long, tokenizer, tmp_path, monkeypatch):
     """The file keeps all, the page the newest steps of no more than `PAGE_SIZE` characters, and one step at least."""
-    trainer = train(make_model, tokenizer, dataset, tmp_path, max_steps=1)
-    callback, tokens = GateSamples(trainer), 500 if long == "tokens" else 1
+    callback = GateSamples(tmp_path, 1, tokenizer, SignGatedLoss(), trained=list)
+    tokens = 500 if long == "tokens" else 1
     prompt = None if long == "tokens" else "p" * 5000
     view = inspect_rollout(["a"] * tokens, [-1.0] * tokens, [-1.0] * tokens, 1.0, step=1, prompt=prompt)
     line = len(view.to_json()) + 1

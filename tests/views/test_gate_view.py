@@ -193,7 +193,10 @@ def test_the_terminal_shows_cases_with_and_without_colours():
     styles = dict(re.findall(r"\x1b\[([\d;]+)m(one| two)\x1b", file.getvalue()))
     assert {text: codes.split(";")[0] for codes, text in styles.items()} == {"one": "4", " two": "1"}
     plain = three(prompt="Q", gold="4", step=3).plain()
-    assert plain.splitlines()[0] == "step 3 · student's rollout · correct · gold 4 · 3 tokens, mean factor 1.27"
+    assert (
+        plain.splitlines()[0]
+        == "step 3 · student's rollout · correct · reference answer 4 · 3 tokens, mean factor 1.27"
+    )
     assert "one⟦ two⟧↵" in plain
     assert " 33.3% consensus  the teacher moves the token the way the verdict wants" in plain
 
@@ -233,7 +236,7 @@ def test_messages_with_calls_and_a_gold_that_is_a_number():
     view = three(prompt=[{"role": "user", "content": "1+1"}, {"role": "assistant", "tool_calls": call}], gold=4)
     assert view.prompt.startswith("user: 1+1\n\nassistant: [{'type'")
     assert view.gold == "4"
-    assert "gold 4" in view.plain()
+    assert "reference answer 4" in view.plain()
 
 
 def test_a_step_of_a_foreign_file_is_a_number():
@@ -266,7 +269,8 @@ def test_the_wheel_has_the_pages_parts(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {f"sg_opd/gate_view.{kind}" for kind in ("html", "css", "js")} <= set(zipfile.ZipFile(wheel).namelist())
+    parts = {f"sg_opd/views/{name}" for name in ("gate_view.html", "gate_view.css", "gate_view.js", "plot.html")}
+    assert parts <= set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize("given", ["sampled", "text", "ids"])
@@ -363,7 +367,7 @@ def test_browser_shows_cases_numbers_and_facts(open_page):
         "✓ correct",
         "33.3 %",
         "mean factor\n1.27",
-        "gold\n4",
+        "reference answer\n4",
         "written by\nstudent",
         "factors\n1.8 / 1",
         "How many?",

@@ -54,7 +54,7 @@ def seal(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: with every file of every rank in it.
-        settings: of the run, to be compared with those of a run that goes on from here.
+        settings: of the run, to be compared with those of a run that resumes from here.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SEAL, UNFINISHED)):

@@ -185,7 +185,7 @@ class ResumableTrainer(GRPOTrainer):
         }
 
     def set_run_state(self, saved: dict[str, Any]) -> None:
-        """Set this rank back to what `run_state` answered, once the parent has begun to train."""
+        """Set this rank back to what `run_state` answered, once GRPOTrainer has begun to train."""
         device = self.accelerator.device
         self._step = saved["micro_batches"]
         self._buffered_inputs = saved["buffered"] and send_to_device(saved["buffered"], device)

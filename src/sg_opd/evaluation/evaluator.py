@@ -275,7 +275,7 @@ class EvaluationCallback(TrainerCallback):
     Example:
 
     ```python
-    from sg_opd.callbacks import EvaluationCallback
+    from sg_opd.evaluation import EvaluationCallback
 
     trainer.add_callback(EvaluationCallback(trainer, held_out, num_samples=8, every_steps=50))
     ```

@@ -105,6 +105,8 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
     Raises:
         ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model.
     """
+    if isinstance(model, str):
+        return None
     if is_peft_model(model):
         if args.beta == 0.0:  # else GRPOTrainer makes the same copy
             trained = model.active_adapter
@@ -112,14 +114,13 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
             weights = get_peft_model_state_dict(model, adapter_name=trained)
             set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
         return None
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if zero3 and not isinstance(model, str) and not get_config_model_id(model.config):
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        if get_config_model_id(model.config):
+            return None
         raise ValueError(
             "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an instance "
             "without one. Pass the path as `model`."
         )
-    if zero3 or isinstance(model, str):
-        return None
     reference = copy.deepcopy(model)
     reference.__dict__.pop("forward", None)  # the copy of a patched forward would still run the original
     return reference
@@ -150,9 +151,8 @@ class InitialPolicy:
         if is_peft_model(student()):
             return
         if captured is None:
-            captured = create_model_from_path(
-                get_config_model_id(student().config), **{"dtype": student().dtype, **loading}
-            )
+            loading.setdefault("dtype", student().dtype)
+            captured = create_model_from_path(get_config_model_id(student().config), **loading)
         add_fused_lm_head(freeze(captured), temperature=temperature)
         self.frozen = prepare_frozen(captured, accelerator)
 

@@ -38,7 +38,7 @@ METRICS = {
     "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
     "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
     "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
-    "loss/student": "mean loss of a trained token in the student's rollouts, before the parent's clip and corrections",
+    "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
     "loss/teacher": "the same in the teacher's rollouts",
 }
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
