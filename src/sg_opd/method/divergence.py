@@ -5,6 +5,7 @@ Both distributions are renormalised over the ids that student and target share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,23 +45,17 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a model, with the scaling its configuration declares (Cohere, Falcon-H1, Granite, Gemma, ...)."""
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
-
-    def setting(name: str) -> float:
-        value = getattr(config, name, None)
-        return 1.0 if value is None else value
-
-    scale = setting("logit_scale") * setting("output_multiplier") * setting("lm_head_multiplier")
-    divisor = setting("logits_scaling")
+    multipliers = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in multipliers)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
     scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def sequence(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of a batch's prompts with their completions, both (B, P + T)."""
-    return (
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-    )
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    return ids, mask
 
 
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:

@@ -25,9 +25,7 @@ class LossOutput(NamedTuple):
 
 
 def policy_gradient(
-    logps: Float[Tensor, "B T"],
-    advantage: Float[Tensor, "B T"],
-    old_logps: Float[Tensor, "B T"] | None = None,
+    logps: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"] | None = None
 ) -> Float[Tensor, "B T"]:
     """`-rho_t * A_t` for each token, `rho_t = exp(log pi_S - log pi_S_old)`; `old_logps=None` is `logps`, detached.
 

@@ -76,9 +76,7 @@ class TeacherPhaseSampler:
 
     def fraction_at(self, step: int) -> float:
         """The share of teacher slots at optimizer step `step` >= 0; 0.0 from step `steps` on."""
-        if step >= self.steps:
-            return 0.0
-        return self.fraction * SCHEDULES[self.schedule](step / self.steps)
+        return self.fraction * SCHEDULES[self.schedule](step / self.steps) if step < self.steps else 0.0
 
     def slots(self, step: int, num_prompts: int, num_generations: int) -> Tensor:
         """Teacher slots of each prompt of the global batch: a LongTensor of shape (num_prompts,), on the CPU.

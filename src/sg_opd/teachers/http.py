@@ -13,14 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)
+import tenacity
 
 from .protocol import TeacherError
 
@@ -73,13 +66,13 @@ class Endpoints:
             check_url(url, "server URL")
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self.timeout = timeout
-        self.concurrency = concurrency
+        self.places = asyncio.Semaphore(concurrency)
         self.retries = retries
         self.turn = offset
         key = self._key = os.environ.get("VLLM_API_KEY")
         self.client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(None, connect=min(timeout, CONNECT_SECONDS)),
-            limits=httpx2.Limits(),  # none: `ask_all` bounds what is in flight
+            limits=httpx2.Limits(),  # none: `places` bound what is in flight
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
@@ -95,14 +88,12 @@ class Endpoints:
             TeacherServerError: no usable answer to one of them.
         """
         first, self.turn = self.turn, self.turn + len(requests)
-        places = asyncio.Semaphore(self.concurrency)
-
-        async def answer(index: int, payload: dict[str, Any], read: Callable[[Any], T]) -> T:
-            async with places:
-                return await self._answer(path, read, payload, self.urls, first + index)
 
         async def answers() -> list[T]:
-            tasks = [asyncio.create_task(answer(index, *request)) for index, request in enumerate(requests)]
+            tasks = [
+                asyncio.create_task(self._answer(path, read, payload, self.urls, turn))
+                for turn, (payload, read) in enumerate(requests, first)
+            ]
             try:
                 return await asyncio.gather(*tasks)
             finally:
@@ -137,22 +128,23 @@ class Endpoints:
         async def attempt() -> T:
             return await self._attempt(urls[next(turns) % len(urls)] + path, payload, read)
 
-        attempts = AsyncRetrying(
-            retry=retry_if_exception_type(_AttemptError),
-            stop=stop_after_attempt(self.retries + 1),
+        attempts = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_AttemptError),
+            stop=tenacity.stop_after_attempt(self.retries + 1),
             wait=_pause,
             before_sleep=_log_retry,
             reraise=True,
         )
         try:
-            return await attempts(attempt)
+            async with self.places:
+                return await attempts(attempt)
         except _AttemptError as error:
             message = f"No usable answer from the server in {self.retries + 1} attempts, the last: {error}"
             raise TeacherServerError(message) from None  # it says all that the client's three layers do
 
     async def _attempt(self, url: str, payload: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         try:
-            async with asyncio.timeout(self.timeout):  # of the whole answer; the client's own is of each wait for bytes
+            async with asyncio.timeout(self.timeout):  # the whole answer; the client's own limits each wait for bytes
                 response = await self.client.request("GET" if payload is None else "POST", url, json=payload)
         except httpx2.RequestError as error:
             raise _AttemptError(url, f"{type(error).__name__}: {error}") from error
@@ -178,35 +170,32 @@ class Endpoints:
 
 
 @functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """Runs in a daemon thread: a notebook's own thread has a loop already, and the process may end at any time."""
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """One for each process, as a fork does not keep the thread; a daemon, so that the process may end at any time."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="teacher", daemon=True).start()
     return loop
 
 
-os.register_at_fork(after_in_child=_loop.cache_clear)  # a child has the loop, but not its thread
-
-
 def _result(question: Coroutine[Any, Any, T]) -> T:
-    """What a question comes to; an interrupt of the caller ends the question too."""
-    future = asyncio.run_coroutine_threadsafe(question, _loop())
+    """What a question comes to, in a thread of its own, for a notebook's has a loop; an interrupt ends the question."""
+    future = asyncio.run_coroutine_threadsafe(question, _loop(os.getpid()))
     try:
         return future.result()
     finally:
         future.cancel()
 
 
-def _pause(state: RetryCallState) -> float:
+def _pause(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: doubling with jitter, and what the server asked for within the longest pause."""
     first, longest = BACKOFF_SECONDS
-    wait = wait_exponential(multiplier=first, max=longest) + wait_random(0, first)
+    wait = tenacity.wait_exponential(multiplier=first, max=longest) + tenacity.wait_random(0, first)
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, _AttemptError) else 0.0
     return max(wait(state), min(asked, longest))
 
 
-def _log_retry(state: RetryCallState) -> None:
+def _log_retry(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     logger.warning("Asking the server again after attempt %d: %s", state.attempt_number, error)
 

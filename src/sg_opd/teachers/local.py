@@ -148,13 +148,11 @@ class LocalTeacher:
         offload: bool = False,
         gather: bool = True,
     ) -> None:
-        from trl.distributed import DistributedBackend
         from trl.trainer.utils import add_fused_lm_head
 
         self.generation_config = GenerationConfig(do_sample=True, disable_compile=True, **sampling)
         self.forward = forward
         self.accelerator = accelerator
-        self.backend = DistributedBackend(accelerator)
         self.rows = rows
         self.gather = gather
         self.sharded = is_sharded(accelerator)
@@ -190,11 +188,8 @@ class LocalTeacher:
         return torch.cat(states)
 
     def _rows_at_once(self, batch: dict[str, Any]) -> int:
-        """Rows of one forward: `rows`, or more where each forward has to bring the blocks."""
-        if self.offload is None:
-            return self.rows
-        length = sum(batch[f"{part}_ids"].size(1) for part in ("prompt", "completion"))
-        return max(self.rows, TOKENS_AT_ONCE // length)
+        """`rows`, or more where each forward has to bring the blocks."""
+        return self.rows if self.offload is None else max(self.rows, TOKENS_AT_ONCE // sequence(batch)[0].size(1))
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `Teacher.score`, on the trainer's device."""
@@ -207,13 +202,14 @@ class LocalTeacher:
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
         """As `Teacher.propose`, from one batched generation, for which offloaded blocks all come to the device."""
+        from trl.distributed import DistributedBackend
         from trl.models import unwrap_model_for_generation
 
         config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
         with (
             self.offload.lent() if self.offload else nullcontext(),
             unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=self.gather) as model,
-            self.backend.summon_full_params(self.model, recurse=False),
+            DistributedBackend(self.accelerator).summon_full_params(self.model, recurse=False),
         ):
             completions = sample_completions(model, prompt_ids, config)
         return [completions[i : i + candidates] for i in range(0, len(completions), candidates)]

@@ -21,13 +21,6 @@ SEQUENCES_PER_REQUEST = 8  # long answers: some 100 bytes a token
 ROUNDING = 1e-3  # nats above 0 that a log-probability of a server may have
 
 
-class ServedModel(NamedTuple):
-    """The model that a server serves."""
-
-    name: str
-    context: int | None  # longest sequence of prompt and completion, in tokens
-
-
 class Scores(NamedTuple):
     """What a server says of a sequence's tokens but the first."""
 
@@ -130,8 +123,8 @@ class ServerTeacher:
         return {"model": self.model, "prompt": list(prompt_ids), **self.sampling, **ends}
 
 
-def served_model(endpoints: Endpoints, model: str | None, setting: str) -> ServedModel:
-    """What all servers serve under the id `model` (`None`: the only one each has); its context is the shortest of all.
+def served_model(endpoints: Endpoints, model: str | None, setting: str) -> tuple[str, int | None]:
+    """The model that all servers have under the id `model` (`None`: the only one each has), and their shortest context.
 
     Each is asked for its health and its models; errors call `model` by the name of the `setting`.
 
@@ -140,29 +133,30 @@ def served_model(endpoints: Endpoints, model: str | None, setting: str) -> Serve
         ValueError: a server without the model asked for, or servers with different models.
     """
     served = [_served_at(endpoints, url, model, setting) for url in endpoints.urls]
-    names = {found.name for found in served}
+    names = {name for name, _ in served}
     if len(names) > 1:
         raise ValueError(
             f"The servers hold different models ({', '.join(sorted(names))}); set `{setting}` to the id of one that "
             "all of them serve."
         )
-    return ServedModel(served[0].name, min((found.context for found in served if found.context), default=None))
+    return served[0][0], min((context for _, context in served if context), default=None)
 
 
-def _served_at(endpoints: Endpoints, url: str, model: str | None, setting: str) -> ServedModel:
+def _served_at(endpoints: Endpoints, url: str, model: str | None, setting: str) -> tuple[str, int | None]:
     endpoints.ask("/health", lambda body: None, url=url)
-
-    def read(body: Any) -> dict[str, int | None]:
-        return {found["id"]: found.get("max_model_len") for found in body["data"]}
-
-    contexts = endpoints.ask("/v1/models", read, url=url)
+    contexts = endpoints.ask("/v1/models", _read_contexts, url=url)
     names = ", ".join(map(repr, contexts))
     if model is None and len(contexts) != 1:
         raise ValueError(f"{url} serves {names}: set `{setting}` to one of them.")
     name = next(iter(contexts)) if model is None else model
     if name not in contexts:
         raise ValueError(f"`{setting}={model!r}` is not served by {url}, which has {names}.")
-    return ServedModel(name, contexts[name])
+    return name, contexts[name]
+
+
+def _read_contexts(body: Any) -> dict[str, int | None]:
+    """By id of a model that a server serves, the longest sequence it takes, in tokens."""
+    return {model["id"]: model.get("max_model_len") for model in body["data"]}
 
 
 def _choices(count: int, body: Any) -> list[dict[str, Any]]:
