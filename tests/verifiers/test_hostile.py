@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torture_answers import held, torture_answers
 
 from sg_opd import MathVerifier
-from sg_opd.evaluation.results import read_sample
-from sg_opd.verifiers import answers as answers
+from sg_opd.evaluation.figures import Sample
+from sg_opd.evaluation.results import EvaluationFolder
+from sg_opd.verifiers import answers
 from sg_opd.verifiers.answers import MAX_ANSWER, MAX_REFERENCE, quick_verdict
 
 ANSWERS = 300
@@ -133,15 +134,11 @@ def test_a_long_reference_answer_still_equals_its_own_text(verifier):
 
 
 def test_lone_surrogates_pass_to_a_worker_and_to_a_sample_line(tmp_path, verifier):
-    from sg_opd.evaluation.figures import Sample
-    from sg_opd.evaluation.results import RunFolder
-
     assert verifier(["\\boxed{x+\ud800}", "\\boxed{x+1}"], ["1+x", "1+x"]) == [0.0, 1.0]
-    sample = Sample("q", 0, 1, 3, "stop", 0.0, "\ud800", "\\boxed{\ud800}")
-    folder = RunFolder(tmp_path, {})
+    sample = Sample("q", 1, 1, 3, "stop", 0.0, "\ud800", "\\boxed{\ud800}")
+    folder = EvaluationFolder(tmp_path, {})
     folder.append([sample])
-    (line,) = (tmp_path / "samples.jsonl").read_bytes().splitlines()
-    assert read_sample(line, "here") == sample
+    assert folder.resume(1, [("q", 1)]) == [sample]
 
 
 @pytest.mark.parametrize(
