@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from sg_opd import SGOPDTrainer
 from sg_opd.evaluation.engines import Sampling, TransformersEngine
-from sg_opd.evaluation.evaluator import EvaluationCallback, Questions, derived
+from sg_opd.evaluation.evaluator import Draws, EvaluationCallback
 from sg_opd.evaluation.figures import by_question, figures_over
 
 
@@ -60,13 +60,11 @@ def test_its_figures_are_an_evaluations(make_model, tokenizer, dataset, tmp_path
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "eval_avg@4" in entry]
     assert entry["step"] == 2
-    questions, samples = Questions.of(rows, tokenizer), []
-    engine, sampling = TransformersEngine(trainer.model, tokenizer), Sampling(8, 0.8)
-    places = [(q, s) for q in range(4) for s in range(4)]
+    engine, places = TransformersEngine(trainer.model, tokenizer), [(q, s) for q in range(4) for s in range(4)]
+    draws, samples = Draws(engine, tokenizer, rows, coin_verifier, Sampling(8, 0.8), 4, 3, seed=5), []
     for start in range(0, 16, 3):
         chosen = places[start : start + 3]
-        seeds = [derived(5, 0, start)] * len(chosen)
-        samples += questions.sample(chosen, seeds, engine, sampling, coin_verifier)
+        samples += draws.batch(chosen, [(0, start)] * len(chosen))
     figures = figures_over(by_question(samples, 4))
     assert 0 < figures["avg@4"].mean < 100
     assert {name: entry[f"eval_{name}"] for name in figures} == {name: figures[name].mean for name in figures}

@@ -9,9 +9,9 @@ import torch
 from fault_proxy import FaultProxy, StandIn
 
 from sg_opd import MathVerifier
-from sg_opd.evaluation.engines import Completion, Sampling, ServerEngine, weights_checksum
+from sg_opd.evaluation.engines import Completion, Sampling, ServerEngine
 from sg_opd.evaluation.evaluator import derived, evaluate, evaluate_model
-from sg_opd.evaluation.results import EvaluationResult
+from sg_opd.evaluation.results import EvaluationResult, weights_checksum
 from sg_opd.teachers import http as endpoints
 
 
@@ -44,8 +44,8 @@ def verifier():
 
 @pytest.fixture
 def rows():
-    golds = ["5", "7", None]
-    return [{"id": f"q{i}", "prompt": "Start with 5", "solution": gold} for i, gold in enumerate(golds)]
+    solutions = ["5", "7", None]
+    return [{"id": f"q{i}", "prompt": "Start with 5", "solution": solution} for i, solution in enumerate(solutions)]
 
 
 def by_parity(prompts, completions, completion_ids, **kwargs):
@@ -57,7 +57,7 @@ def box(number):
 
 
 def test_known_completions_give_the_known_figures(tokenizer, verifier, rows):
-    """q0: 5, 5, 4 and one cut off, so c = 2 of 4; q1: a wrong majority, c = 1; q2 has no gold, so all abstain.
+    """q0: 5, 5, 4 and one cut off, so c = 2 of 4; q1: a wrong majority, c = 1; q2 has none, so all abstain.
 
     avg = (50 + 25 + 0) / 3; pass@2 = (5/6 + 1/2 + 0) / 3; maj = (1 + 0 + 0) / 3; parsed = 11 of 12.
     """
@@ -183,7 +183,7 @@ class CrashError(Exception):
 
 
 @pytest.mark.parametrize("damage", ["none", "half a line", "half a batch", "all but the end of a batch"])
-def test_a_stopped_run_goes_on_as_if_it_had_not(make_model, tokenizer, dataset, tmp_path, damage):
+def test_a_stopped_run_resumes_as_if_it_had_not(make_model, tokenizer, dataset, tmp_path, damage):
     """The verifier crashes in the third of five batches: two stay, the error is the verifier's, the rest is as ever."""
     whole = run(tmp_path / "whole", make_model, tokenizer, dataset)
     folder, calls = tmp_path / "stopped", []
@@ -235,7 +235,7 @@ def test_a_run_with_other_settings_is_refused(make_model, tokenizer, dataset, tm
 
 
 def test_other_weights_questions_and_prompts_are_refused(make_model, tokenizer, dataset, tmp_path):
-    """A checkpoint that was trained on under the same name, another gold, another instruction."""
+    """A checkpoint that was trained on under the same name, another reference answer."""
     run(tmp_path, make_model, tokenizer, dataset)
     with pytest.raises(ValueError, match="another `weights`"):
         evaluate_model(make_model(2), tokenizer, dataset, by_parity, 2, 8, seed=3, batch_size=7, output_dir=tmp_path)

@@ -1,14 +1,18 @@
-"""Estimates by hand, by brute force and by simulation; results written, read and compared."""
+"""Figures by hand, by brute force and by simulation; results written, read and compared, with their provenance."""
 
 import itertools
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from documents import ROOT
 
-from sg_opd.evaluation.figures import QuestionResult, Sample, majority, mean_interval, pass_at_k, powers_of_two
+from sg_opd.evaluation import results
+from sg_opd.evaluation.figures import QuestionResult, Sample, majority, mean_interval, pass_at_k
 from sg_opd.evaluation.results import EvaluationResult, compare
 from sg_opd.verifiers.answers import canonical_answer
 
@@ -32,10 +36,6 @@ def test_pass_at_k_counts_subsets(n):
 def test_pass_at_k_refuses_what_is_undefined(n, c, k):
     with pytest.raises(ValueError, match=f"got n={n}, c={c}, k={k}"):
         pass_at_k(n, c, k)
-
-
-def test_powers_of_two():
-    assert [powers_of_two(n) for n in (1, 2, 7, 8)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8]]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,11 @@ def test_known_samples_give_the_known_figures():
             "tokens": 12.5,
         }
     )
+    assert [name for name in QuestionResult("q", 7, *[0] * 6).figures() if "pass" in name] == [
+        "pass@1",
+        "pass@2",
+        "pass@4",
+    ]
     assert list(means)[:5] == ["avg@4", "pass@1", "pass@2", "pass@4", "maj@4"]
 
 
@@ -264,3 +269,31 @@ def test_compare_refuses_what_is_not_paired(other, words):
 def test_counts_of_a_question():
     counts = QuestionResult.of([sample("q", 0, 1.0), replace(sample("q", 1, None), finish_reason="length")])
     assert (counts.correct, counts.abstained, counts.truncated, counts.parsed, counts.tokens) == (1, 1, 1, 2, 20)
+
+
+def git(folder, *arguments):
+    run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def test_a_checkout_gives_its_commit():
+    told = results.provenance()
+    assert told["commit"] == git(ROOT, "rev-parse", "HEAD")
+    assert told["dirty"] == bool(git(ROOT, "status", "--porcelain", "-uno"))
+    assert told["python"] == sys.version.split()[0]
+    assert {"torch", "transformers", "trl", "math-verify"} <= told["versions"].keys()
+
+
+def test_a_copy_within_another_checkout_has_no_commit(tmp_path, monkeypatch):
+    """As site-packages of an environment within somebody's repository; then committed there, with a change."""
+    path = tmp_path / "provenance.py"
+    path.write_text("x = 1\n")
+    monkeypatch.setattr(results, "__file__", str(path))
+    assert results.checkout() == {"commit": None}
+    git(tmp_path, "init", "-q")
+    assert results.checkout() == {"commit": None}
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x")
+    assert results.checkout() == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    path.write_text("x = 2\n")
+    assert results.checkout()["dirty"] is True

@@ -1,4 +1,4 @@
-"""Hostile answers in short form, and properties of any answer: what equals a gold, and on what a verdict depends."""
+"""Hostile answers in short form, and properties of any answer: what it equals, and on what a verdict depends."""
 
 import itertools
 import json
@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torture_answers import held, torture_answers
 
 from sg_opd import MathVerifier
-from sg_opd.evaluation.results import read_sample
-from sg_opd.verifiers import answers as answers
-from sg_opd.verifiers.answers import MAX_ANSWER, MAX_GOLD, quick_verdict
+from sg_opd.evaluation.figures import Sample
+from sg_opd.evaluation.results import EvaluationFolder
+from sg_opd.verifiers import answers
+from sg_opd.verifiers.answers import MAX_ANSWER, MAX_REFERENCE, quick_verdict
 
 ANSWERS = 300
 # of a property: the grader's workers are slow to start, and the verifier is shared on purpose
@@ -118,34 +119,30 @@ def test_a_single_message_is_graded(verifier):
 
 
 @pytest.mark.parametrize(
-    "gold",
-    [10**5000, float("inf"), "9" * (MAX_GOLD + 1), "9" * 5000 + "/7", "1, " * 3000 + "1" * 4301],
-    ids=lambda gold: type(gold).__name__,
+    "reference",
+    [10**5000, float("inf"), "9" * (MAX_REFERENCE + 1), "9" * 5000 + "/7", "1, " * 3000 + "1" * 4301],
+    ids=lambda reference: type(reference).__name__,
 )
-def test_a_gold_too_long_or_infinite_abstains_and_is_reported(verifier, gold):
-    assert verifier([r"\boxed{fin}", r"\boxed{1/3}"], [gold, gold]) == [None, None]
-    assert verifier.unparseable([gold, "4"]) == [0]
+def test_a_reference_answer_too_long_or_infinite_abstains_and_is_reported(verifier, reference):
+    assert verifier([r"\boxed{fin}", r"\boxed{1/3}"], [reference, reference]) == [None, None]
+    assert verifier.unparseable([reference, "4"]) == [0]
 
 
-def test_a_long_gold_still_equals_its_own_text(verifier):
-    gold = "9" * 5000
-    assert verifier([rf"\boxed{{{gold}}}"], [gold]) == [1.0]
+def test_a_long_reference_answer_still_equals_its_own_text(verifier):
+    reference = "9" * 5000
+    assert verifier([rf"\boxed{{{reference}}}"], [reference]) == [1.0]
 
 
 def test_lone_surrogates_pass_to_a_worker_and_to_a_sample_line(tmp_path, verifier):
-    from sg_opd.evaluation.figures import Sample
-    from sg_opd.evaluation.results import RunFolder
-
     assert verifier(["\\boxed{x+\ud800}", "\\boxed{x+1}"], ["1+x", "1+x"]) == [0.0, 1.0]
-    sample = Sample("q", 0, 1, 3, "stop", 0.0, "\ud800", "\\boxed{\ud800}")
-    folder = RunFolder(tmp_path, {})
+    sample = Sample("q", 1, 1, 3, "stop", 0.0, "\ud800", "\\boxed{\ud800}")
+    folder = EvaluationFolder(tmp_path, {})
     folder.append([sample])
-    (line,) = (tmp_path / "samples.jsonl").read_bytes().splitlines()
-    assert read_sample(line, "here") == sample
+    assert folder.resume(1, [("q", 1)]) == [sample]
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "verdict"),
+    ("reference", "answer", "verdict"),
     [
         ("42", "42 million", 0.0),
         ("42000000", "42 million", 1.0),
@@ -164,8 +161,8 @@ def test_lone_surrogates_pass_to_a_worker_and_to_a_sample_line(tmp_path, verifie
         (r"5\text{ square meters}", "5", 1.0),
     ],
 )
-def test_what_changes_a_number_is_no_unit(verifier, gold, answer, verdict):
-    assert verifier([rf"\boxed{{{answer}}}"], [gold]) == [verdict]
+def test_what_changes_a_number_is_no_unit(verifier, reference, answer, verdict):
+    assert verifier([rf"\boxed{{{answer}}}"], [reference]) == [verdict]
 
 
 def test_an_orphan_ends_by_itself_within_its_task(tmp_path):
@@ -214,13 +211,13 @@ def test_a_time_out_delays_no_other_answer():
     """A replacement's start is waited for by nobody but its own task: 20 answers beside one that hangs."""
     verifier = MathVerifier(timeout=1.0, workers=2)
     verifier([r"\boxed{2x}", r"\boxed{3x}"], ["x+x", "x+x"])
-    completions, golds = [r"\boxed{(x+y+z)^{300}}", *[r"\boxed{2x}"] * 20], ["7x^2", *["x+x"] * 20]
-    assert verifier(completions, golds) == [None, *[1.0] * 20]
+    completions, references = [r"\boxed{(x+y+z)^{300}}", *[r"\boxed{2x}"] * 20], ["7x^2", *["x+x"] * 20]
+    assert verifier(completions, references) == [None, *[1.0] * 20]
     assert len(verifier._grader.pool) == 2  # the replacement is there already
     verifier.close()
 
 
-# every gold in every form, and every form as the answer
+# every reference in every form, and every form as the answer
 def forms_of_an_integer(n: int) -> list[str]:
     return [str(n), f"{n}.0", f"{n:,}", rf"\frac{{{2 * n}}}{{2}}", f"{3 * n}/3", f"{n:,}".replace(",", "{,}")]
 
@@ -296,24 +293,24 @@ BOXES = (
 @pytest.mark.parametrize("kind", FORMS)
 @MANY
 @given(data=st.data())
-def test_a_gold_equals_itself_in_every_form(kind, data, verifier):
+def test_a_reference_answer_equals_itself_in_every_form(kind, data, verifier):
     forms, box = data.draw(FORMS[kind]), data.draw(st.sampled_from(BOXES))
-    pairs = [(gold, box % answer) for gold in forms for answer in forms]
-    verdicts = verifier([answer for _, answer in pairs], [gold for gold, _ in pairs])
+    pairs = [(reference, box % answer) for reference in forms for answer in forms]
+    verdicts = verifier([answer for _, answer in pairs], [reference for reference, _ in pairs])
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != 1.0] == []
 
 
 @pytest.mark.parametrize("kind", FORMS)
 @MANY
 @given(data=st.data())
-def test_no_form_of_another_value_equals_a_gold(kind, data, verifier):
+def test_no_form_of_another_value_equals_a_reference_answer(kind, data, verifier):
     """Two values of one kind: their first forms are the same text, or no form of one equals a form of the other."""
     some, other = data.draw(FORMS[kind]), data.draw(FORMS[kind])
     if kind == "set" and sorted(some[0]) == sorted(other[0]):
         return
     if some[0] != other[0] and not (kind in ("pi", "root") and equal_products(kind, some[0], other[0])):
-        pairs = [(gold, answer) for gold in some for answer in other]
-        verdicts = verifier([rf"\boxed{{{answer}}}" for _, answer in pairs], [gold for gold, _ in pairs])
+        pairs = [(reference, answer) for reference in some for answer in other]
+        verdicts = verifier([rf"\boxed{{{answer}}}" for _, answer in pairs], [reference for reference, _ in pairs])
         assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != 0.0] == []
 
 
@@ -328,7 +325,7 @@ def equal_products(kind: str, a: str, b: str) -> bool:
 @MANY
 @given(data=st.data())
 def test_a_verdict_depends_on_no_other_row(data, verifier, single):
-    """The same rows in two orders, by one worker and by two: some equal their golds, some do not, some are hostile."""
+    """The same rows in two orders, by one worker and by two: some are equal, some are not, some are hostile."""
     rows = data.draw(
         st.lists(
             st.one_of(*FORMS.values()).flatmap(lambda forms: st.tuples(st.sampled_from(forms), st.sampled_from(forms))),
@@ -337,23 +334,23 @@ def test_a_verdict_depends_on_no_other_row(data, verifier, single):
         )
     )
     rows += data.draw(st.sampled_from([[], [("7x^2", "9^{9^{9^{9}}}"), ("x+1", "\ud800"), (r"\ldots", "4")]]))
-    rows += [(gold, f"{answer}+1") for gold, answer in rows]
+    rows += [(reference, f"{answer}+1") for reference, answer in rows]
     order = data.draw(st.permutations(range(len(rows))))
-    golds, completions = zip(*[(gold, rf"\boxed{{{answer}}}") for gold, answer in rows], strict=True)
-    verdicts = verifier(completions, golds)
-    shuffled = single([completions[row] for row in order], [golds[row] for row in order])
+    references, completions = zip(*[(reference, rf"\boxed{{{answer}}}") for reference, answer in rows], strict=True)
+    verdicts = verifier(completions, references)
+    shuffled = single([completions[row] for row in order], [references[row] for row in order])
     assert shuffled == [verdicts[row] for row in order]
 
 
 @MANY
-@given(gold=st.text(max_size=60), answer=st.text(max_size=60))
-def test_any_text_is_decided_quickly_or_not_at_all(gold, answer):
-    assert quick_verdict(gold, answer) in (1.0, 0.0, None)
+@given(reference=st.text(max_size=60), answer=st.text(max_size=60))
+def test_any_text_is_decided_quickly_or_not_at_all(reference, answer):
+    assert quick_verdict(reference, answer) in (1.0, 0.0, None)
 
 
 @MANY
 @given(text=st.text(st.characters(exclude_categories=()), max_size=200))
-def test_any_text_may_be_a_completion_and_a_gold(text, verifier):
+def test_any_text_may_be_a_completion_and_a_reference_answer(text, verifier):
     assert verifier([text, rf"\boxed{{{text}}}"], [text, "7x^2+q"])[1] in (0.0, None)
 
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from sg_opd import MathVerifier
+from sg_opd.verifiers import grader
 from sg_opd.verifiers.answers import extract_answer, last_box
 from sg_opd.verifiers.verdicts import checked_verdicts
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "arithmetic" / "data"
 
-# gold, what stands in the box, verdict
+# reference answer, what stands in the box, verdict
 SAME_OR_NOT = [
     # integers
     ("42", "42", 1.0),
@@ -150,7 +151,7 @@ SAME_OR_NOT = [
     (r"90^\circ", "90", 1.0),
     ("42", "$42$", 1.0),
     ("42", "42.", 1.0),
-    # text golds
+    # reference answers in words
     ("A", "A", 1.0),
     ("A", r"\text{(A)}", 1.0),
     ("A", "B", 0.0),
@@ -168,7 +169,7 @@ SAME_OR_NOT = [
     ("blue", r"\mathbf{blue}.", 1.0),
 ]
 
-# gold, completion, verdict
+# reference answer, completion, verdict
 WHOLE_COMPLETIONS = [
     ("4", r"first \boxed{3}, no: \boxed{4}", 1.0),
     ("4", r"first \boxed{4}, no: \boxed{3}", 0.0),
@@ -205,23 +206,23 @@ def verifier():
     verifier.close()
 
 
-@pytest.mark.parametrize(("gold", "answer", "verdict"), SAME_OR_NOT)
-def test_answers(verifier, gold, answer, verdict):
-    assert verifier([rf"so it is \boxed{{{answer}}}."], [gold]) == [verdict]
+@pytest.mark.parametrize(("reference", "answer", "verdict"), SAME_OR_NOT)
+def test_answers(verifier, reference, answer, verdict):
+    assert verifier([rf"so it is \boxed{{{answer}}}."], [reference]) == [verdict]
 
 
-@pytest.mark.parametrize(("gold", "completion", "verdict"), WHOLE_COMPLETIONS)
-def test_completions(verifier, gold, completion, verdict):
-    assert verifier([completion], [gold]) == [verdict]
+@pytest.mark.parametrize(("reference", "completion", "verdict"), WHOLE_COMPLETIONS)
+def test_completions(verifier, reference, completion, verdict):
+    assert verifier([completion], [reference]) == [verdict]
 
 
 def test_a_batch_is_judged_row_by_row_whatever_its_order_and_workers(verifier):
-    rows = [(rf"\boxed{{{answer}}}", gold, verdict) for gold, answer, verdict in SAME_OR_NOT]
+    rows = [(rf"\boxed{{{answer}}}", reference, verdict) for reference, answer, verdict in SAME_OR_NOT]
     for order in (rows, rows[::-1]):
-        completions, golds, verdicts = zip(*order, strict=True)
-        assert verifier(completions, golds) == list(verdicts)
+        completions, references, verdicts = zip(*order, strict=True)
+        assert verifier(completions, references) == list(verdicts)
         single = MathVerifier(workers=1)
-        assert single(completions, golds) == list(verdicts)
+        assert single(completions, references) == list(verdicts)
         single.close()
 
 
@@ -238,18 +239,18 @@ def test_other_columns_and_extras_are_ignored(verifier):
     ]
 
 
-def test_every_embedded_gold_verifies_against_itself(verifier):
+def test_every_embedded_reference_answer_verifies_against_itself(verifier):
     lines = [line for name in ("train", "test") for line in (EXAMPLES / f"{name}.jsonl").read_text().splitlines()]
-    golds = [json.loads(line)["solution"] for line in lines]
-    assert len(golds) > 4000
-    assert verifier([rf"\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
-    assert verifier.unparseable(golds) == []
+    references = [json.loads(line)["solution"] for line in lines]
+    assert len(references) > 4000
+    assert verifier([rf"\boxed{{{reference}}}" for reference in references], references) == [1.0] * len(references)
+    assert verifier.unparseable(references) == []
 
 
-def test_every_gold_of_the_table_verifies_against_itself(verifier):
-    golds = [gold for gold, _, _ in SAME_OR_NOT]
-    assert verifier([rf"\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
-    assert verifier.unparseable(golds) == []
+def test_every_reference_answer_of_the_table_verifies_against_itself(verifier):
+    references = [reference for reference, _, _ in SAME_OR_NOT]
+    assert verifier([rf"\boxed{{{reference}}}" for reference in references], references) == [1.0] * len(references)
+    assert verifier.unparseable(references) == []
 
 
 HOSTILE = {
@@ -362,7 +363,7 @@ def test_threads_may_share_a_verifier():
     verifier.close()
 
 
-def test_unparseable_golds(verifier):
+def test_unparseable_reference_answers(verifier):
     assert verifier.unparseable(["1", r"\ldots", None, "", r"\frac12", "yes", "9^{9^{9^9}}"]) == [1, 2, 3, 6]
 
 
@@ -475,7 +476,7 @@ def test_works_in_a_thread():
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "verdict"),
+    ("reference", "answer", "verdict"),
     [
         ("-1417", r"\infty^{\infty}", 0.0),
         ("7x^2+3", r"\infty^{\infty}", 0.0),
@@ -486,11 +487,9 @@ def test_works_in_a_thread():
         (r"\sqrt{4}", "2", 1.0),
     ],
 )
-def test_what_is_infinite_equals_nothing_finite(gold, answer, verdict, monkeypatch):
+def test_what_is_infinite_equals_nothing_finite(reference, answer, verdict, monkeypatch):
     """Even where sympy, as it does now and then, says so: here it says yes to everything."""
     import math_verify
 
-    from sg_opd.verifiers import grader as grader
-
     monkeypatch.setattr(math_verify, "verify", lambda *_, **__: True)
-    assert grader._judge()({"gold": gold, "answer": answer, "words": False}) == verdict
+    assert grader._judge()(grader.Task(reference, answer)) == verdict

@@ -1,12 +1,11 @@
-"""What samples completions for an evaluation: transformers, vLLM in this process, or a vLLM server."""
+"""Samples completions for an evaluation: with transformers, with vLLM in this process, or from a vLLM server."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -15,8 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..teachers.http import Endpoints
 from ..teachers.protocol import WHOLE_DISTRIBUTION, eos_set, sample_completions
 from ..teachers.server import COMPLETIONS, served_model
-
-PART = 1 << 24  # bytes summed at a time: torch widens each to 8
+from .results import files_checksum, weights_checksum
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,10 @@ class Sampling:
             if not fits:
                 raise ValueError(f"`{name}` must be {words}, got {getattr(self, name)!r}.")
 
-    def for_vllm(self, eos: frozenset[int]) -> dict[str, Any]:
-        """vLLM's names; all said, for a server fills what is left out from the checkpoint's generation config."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {**WHOLE_DISTRIBUTION, **given, "max_tokens": self.max_completion_length, "stop_token_ids": sorted(eos)}
+    def distribution(self) -> dict[str, Any]:
+        """All that shapes the distribution, by the names of transformers and vLLM, which fill in what is left out from
+        the checkpoint's own generation config."""
+        return {**WHOLE_DISTRIBUTION, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 class Completion(NamedTuple):
@@ -94,23 +92,15 @@ class TransformersEngine:
 
     def generate(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         """As `Engine.generate`; one batch, whose first seed counts."""
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_completion_length,
-            eos_token_id=sorted(self.eos),
-            pad_token_id=self.pad,
-            **self._drawing(sampling),
-        )
+        how = {"do_sample": True, **sampling.distribution()}
+        if sampling.temperature == 0:
+            how = {"do_sample": False, "repetition_penalty": WHOLE_DISTRIBUTION["repetition_penalty"]}
+        ends = {"eos_token_id": sorted(self.eos), "pad_token_id": self.pad}
+        config = GenerationConfig(max_new_tokens=sampling.max_completion_length, **ends, **how)
         with torch.random.fork_rng(), evaluating(self.model):
             torch.manual_seed(seeds[0])
             rows = sample_completions(self.model, prompt_ids, config)
         return [Completion(ids, "stop" if ids[-1] in self.eos else "length") for ids in rows]
-
-    @staticmethod
-    def _drawing(sampling: Sampling) -> dict[str, Any]:
-        if sampling.temperature == 0:
-            return {"do_sample": False, "repetition_penalty": WHOLE_DISTRIBUTION["repetition_penalty"]}
-        given = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        return {"do_sample": True, **WHOLE_DISTRIBUTION, **given}
 
 
 class VLLMEngine:
@@ -146,7 +136,7 @@ class VLLMEngine:
         """As `Engine.generate`."""
         from vllm import SamplingParams
 
-        settings = sampling.for_vllm(self.eos)
+        settings = for_vllm(sampling, self.eos)
         requests = [{"prompt_token_ids": ids} for ids in prompt_ids]
         params = [SamplingParams(seed=seed, detokenize=False, **settings) for seed in seeds]
         answers = self.llm.generate(requests, params, use_tqdm=False)
@@ -194,31 +184,31 @@ class ServerEngine:
         Raises:
             TeacherServerError: no usable answer after all retries.
         """
-        common = {"model": self.model, "return_token_ids": True, **sampling.for_vllm(self.eos)}
-        return self.endpoints.ask_all(
-            COMPLETIONS,
-            [
-                ({**common, "prompt": list(ids), "seed": seed}, self._read(sampling.max_completion_length))
-                for ids, seed in zip(prompt_ids, seeds, strict=True)
-            ],
-        )
+        common = {"model": self.model, "return_token_ids": True, **for_vllm(sampling, self.eos)}
+        read = partial(read_completion, sampling.max_completion_length)
+        asked = [{**common, "prompt": list(ids), "seed": seed} for ids, seed in zip(prompt_ids, seeds, strict=True)]
+        return self.endpoints.ask_all(COMPLETIONS, [(payload, read) for payload in asked])
 
-    @staticmethod
-    def _read(longest: int) -> Any:
-        def read(body: Any) -> Completion:
-            (choice,) = body["choices"]
-            ids, reason = choice["token_ids"], choice["finish_reason"]
-            if not 1 <= len(ids) <= longest or not all(isinstance(token, int) for token in ids):
-                raise ValueError(f"a completion that is no list of 1 to {longest} token ids")
-            if reason not in ("stop", "length"):
-                raise ValueError(f"the finish reason {reason!r}")
-            return Completion(ids, reason)
 
-        return read
+def for_vllm(sampling: Sampling, eos: frozenset[int]) -> dict[str, Any]:
+    """Sampling settings by vLLM's names."""
+    ends = {"max_tokens": sampling.max_completion_length, "stop_token_ids": sorted(eos)}
+    return {**sampling.distribution(), **ends}
+
+
+def read_completion(longest: int, body: Any) -> Completion:
+    """A server's answer as a completion of at most `longest` tokens; a `ValueError` where it is none."""
+    (choice,) = body["choices"]
+    ids, reason = choice["token_ids"], choice["finish_reason"]
+    if not 1 <= len(ids) <= longest or not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"a completion that is no list of 1 to {longest} token ids")
+    if reason not in ("stop", "length"):
+        raise ValueError(f"the finish reason {reason!r}")
+    return Completion(ids, reason)
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Any:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """The model in eval mode, and then as it was."""
     was_training = model.training
     model.eval()
@@ -226,24 +216,3 @@ def evaluating(model: PreTrainedModel) -> Any:
         yield
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def weights_checksum(model: PreTrainedModel) -> str:
-    """A checksum of all parameters: of their bytes' sums, exact on every device and in any order of summation."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        parts = parameter.detach().reshape(-1).view(torch.uint8).split(PART)
-        total = sum(int(part.sum(dtype=torch.int64)) for part in parts)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total};".encode())
-    return digest.hexdigest()[:16]
-
-
-def files_checksum(model: str) -> str | None:
-    """A checksum of a local folder's safetensors files; `None` without any."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16] if files else None

@@ -1,14 +1,13 @@
-"""Sample completions of questions, grade them, and report avg@k, pass@k and maj@k. Meets the trainer only through a
-model."""
+"""Evaluates a model: samples completions of a dataset's questions, grades them, and reports avg@k, pass@k and maj@k."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -20,10 +19,12 @@ from ..verifiers.answers import extract_answer
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
 from .engines import Engine, Sampling, TransformersEngine
 from .figures import QuestionResult, Sample, by_question, figures_over
-from .results import EvaluationResult, RunFolder, provenance
+from .results import EvaluationFolder, EvaluationResult, provenance, sha256
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 Verifier = Callable[..., list[float | None]]
-Place = tuple[int, int]  # a question's row, and the sample's number within it
 
 
 def evaluate_model(
@@ -46,12 +47,12 @@ def evaluate_model(
 
     The caller's random state and the model's training mode are left as they were.
     """
-    sampling = Sampling(max_completion_length, temperature, top_p, top_k)
-    engine = TransformersEngine(model, processing_class)
-    return evaluate(
-        engine, processing_class, dataset, verifier, sampling, num_samples, batch_size, seed, progress, output_dir,
-        chat_template_kwargs,
-    )  # fmt: skip
+    engine, sampling = (
+        TransformersEngine(model, processing_class),
+        Sampling(max_completion_length, temperature, top_p, top_k),
+    )
+    common = num_samples, batch_size, seed, progress, output_dir, chat_template_kwargs
+    return evaluate(engine, processing_class, dataset, verifier, sampling, *common)
 
 
 def evaluate(
@@ -71,7 +72,7 @@ def evaluate(
     """avg@k, pass@k and maj@k of `num_samples` completions of each question.
 
     An abstained verdict counts as not correct and is reported. With an `output_dir`, every batch is kept as soon as it
-    is graded; a run that was stopped goes on there and ends as it would have, and a finished one is not run again.
+    is graded; a run that was stopped resumes there and ends as it would have, and a finished one is not run again.
 
     Args:
         engine: samples the completions.
@@ -91,92 +92,117 @@ def evaluate(
         ValueError: an argument out of its range, a question without room for its completion, questions of one id, or an
             `output_dir` of an evaluation with other settings.
     """
-    sampling = sampling or Sampling()
-    questions = Questions.of(dataset, processing_class, chat_template_kwargs)
-    questions.check(engine, sampling, num_samples, batch_size)
-    settings = {
-        **settings,
-        **engine.describe(),
-        **asdict(sampling),
-        "num_samples": num_samples,
-        "batch_size": batch_size,
-        "seed": seed,
-        "chat_template_kwargs": chat_template_kwargs or {},
-        "verifier": getattr(verifier, "__name__", type(verifier).__name__),
-        **questions.describe(),
-    }
-    folder = None if output_dir is None else RunFolder(output_dir, settings)
-    if folder and (finished := folder.finished()):
-        return finished
-    samples = Draws(questions, engine, sampling, verifier, num_samples, batch_size, seed).all(folder, progress)
-    origin = {**provenance(), "example_prompt": processing_class.decode(questions.prompts[0])}
+    draws = Draws(
+        engine, processing_class, dataset, verifier, sampling, num_samples, batch_size, seed, chat_template_kwargs
+    )
+    settings |= draws.describe()
+    folder = None if output_dir is None else EvaluationFolder(output_dir, settings)
+    if folder and folder.result.exists():
+        return EvaluationResult.from_json(folder.result)
+    samples = draws.all(folder, progress)
+    origin = {**provenance(), "example_prompt": processing_class.decode(draws.prompts[0])}
     result = EvaluationResult.of(samples, num_samples, settings, origin)
     if folder:
         result.to_json(folder.result)
     return result
 
 
-@dataclass(frozen=True)
-class Questions:
-    """A dataset's rows with their ids and prompts as token ids."""
+class Draws:
+    """The questions of a dataset, and the graded samples that are drawn of each; arguments as in `evaluate`.
 
-    rows: list[dict[str, Any]]
-    ids: list[str]
-    prompts: list[list[int]]
-    processing_class: PreTrainedTokenizerBase
+    A question's id is its row's column `id`, else the row's number.
 
-    @classmethod
-    def of(
-        cls, dataset: Any, processing_class: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
-    ) -> Questions:
-        """Of a dataset's rows; the ids are its column `id`, else the rows' numbers.
+    Raises:
+        ValueError: a size < 1, no rows, two of one id, or a question that leaves no room for its completion.
+    """
 
-        Raises:
-            ValueError: no rows, or two of one id.
-        """
-        rows = list(dataset)
-        if not rows:
-            raise ValueError("`dataset` is empty: there is nothing to evaluate.")
-        ids = [str(row.get("id", index)) for index, row in enumerate(rows)]
-        if len(set(ids)) < len(ids):
-            twice = next(id for id in ids if ids.count(id) > 1)
-            raise ValueError(f"`dataset` has several rows with the `id` {twice!r}; results are kept by id.")
-        prompts = tokenize_prompts(processing_class, [row["prompt"] for row in rows], **(chat_template_kwargs or {}))
-        return cls(rows, ids, prompts, processing_class)
-
-    def check(self, engine: Engine, sampling: Sampling, num_samples: int, batch_size: int) -> None:
-        """Raise a `ValueError` for a size < 1, or for a question that leaves no room for its completion."""
+    def __init__(
+        self,
+        engine: Engine,
+        processing_class: PreTrainedTokenizerBase,
+        dataset: Sequence[dict[str, Any]],
+        verifier: Verifier,
+        sampling: Sampling | None,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value!r}.")
+        self.engine, self.sampling, self.verifier = engine, sampling or Sampling(), verifier
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.processing_class = processing_class
+        self.template = chat_template_kwargs or {}
+        self.rows = list(dataset)
+        if not self.rows:
+            raise ValueError("`dataset` is empty: there is nothing to evaluate.")
+        self.ids = [str(row.get("id", index)) for index, row in enumerate(self.rows)]
+        twice = next((id for id, count in Counter(self.ids).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"`dataset` has several rows with the `id` {twice!r}; results are kept by id.")
+        self.prompts = tokenize_prompts(processing_class, [row["prompt"] for row in self.rows], **self.template)
+        self._check_room()
+
+    def _check_room(self) -> None:
         longest = max(range(len(self.ids)), key=lambda q: len(self.prompts[q]))
-        needed = len(self.prompts[longest]) + sampling.max_completion_length
-        if engine.context is not None and needed > engine.context:
+        needed, context = len(self.prompts[longest]) + self.sampling.max_completion_length, self.engine.context
+        if context is not None and needed > context:
             raise ValueError(
                 f"The question {self.ids[longest]!r} needs {needed} tokens with its completion, but the model has room "
-                f"for {engine.context}: lower `max_completion_length` (now {sampling.max_completion_length})."
+                f"for {context}: lower `max_completion_length` (now {self.sampling.max_completion_length})."
             )
 
-    def describe(self) -> dict[str, str]:
-        """What the questions and their prompts are, as hashes; the ids are part of the questions."""
-        rows = [{**row, "id": id} for row, id in zip(self.rows, self.ids, strict=True)]
+    def describe(self) -> dict[str, Any]:
+        """All that decides the samples, for JSON; questions and prompts as hashes."""
         return {
-            "dataset_sha256": sha256(rows),
+            **self.engine.describe(),
+            **asdict(self.sampling),
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "chat_template_kwargs": self.template,
+            "verifier": getattr(self.verifier, "__name__", type(self.verifier).__name__),
+            "dataset_sha256": sha256([{**row, "id": id} for row, id in zip(self.rows, self.ids, strict=True)]),
             "chat_template_sha256": sha256(self.processing_class.chat_template),
             "prompts_sha256": sha256(self.prompts),
         }
 
-    def sample(
-        self, places: Sequence[Place], seeds: Sequence[int], engine: Engine, sampling: Sampling, verifier: Verifier
-    ) -> list[Sample]:
-        """A batch of completions, with the verifier's answers: it is given the columns of each one's row."""
-        completions = engine.generate([self.prompts[q] for q, _ in places], seeds, sampling)
+    def all(self, folder: EvaluationFolder | None, progress: bool) -> list[Sample]:
+        """All samples, question by question, in batches that are always the same.
+
+        With a folder those that it holds already, and the others once they are kept there.
+        """
+        places = [(q, s) for q in range(len(self.ids)) for s in range(self.num_samples)]
+        samples = folder.resume(self.batch_size, [(self.ids[q], s) for q, s in places]) if folder else []
+        with tqdm(total=len(places), initial=len(samples), desc="evaluate", unit="sample", disable=not progress) as bar:
+            for start in range(len(samples), len(places), self.batch_size):
+                chosen = places[start : start + self.batch_size]
+                number = start // self.batch_size
+                batch = self.batch(chosen, [(number,)] * len(chosen) if self.engine.seeds == "batch" else chosen)
+                if folder:
+                    folder.append(batch)
+                samples += batch
+                bar.update(len(batch))
+                bar.set_postfix(correct=f"{sum(sample.verdict == 1.0 for sample in samples) / len(samples):.1%}")
+        return samples
+
+    def batch(self, places: Sequence[tuple[int, int]], sources: Sequence[tuple[int, ...]]) -> list[Sample]:
+        """A batch of samples, graded by the verifier, which is given the columns of each one's row.
+
+        Args:
+            places: each one's question, by its row, and its number within the samples of that question.
+            sources: numbers >= 0 from which each one's seed is made, together with the evaluation's.
+        """
         rows = [self.rows[q] for q, _ in places]
+        seeds = [derived(self.seed, *numbers) for numbers in sources]
+        completions = self.engine.generate([self.prompts[q] for q, _ in places], seeds, self.sampling)
         ids = [completion.ids for completion in completions]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
         messages = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        verdicts = checked_verdicts(verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
+        verdicts = checked_verdicts(self.verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
         return [
             Sample(
                 question_id=self.ids[q],
@@ -192,42 +218,6 @@ class Questions:
         ]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The samples of one evaluation, question by question, in batches that are always the same."""
-
-    questions: Questions
-    engine: Engine
-    sampling: Sampling
-    verifier: Verifier
-    num_samples: int
-    batch_size: int
-    seed: int
-
-    def all(self, folder: RunFolder | None, progress: bool) -> list[Sample]:
-        """All samples; with a folder those that it holds already, and the others once they are kept there."""
-        ids = self.questions.ids
-        places = [(q, s) for q in range(len(ids)) for s in range(self.num_samples)]
-        samples = folder.resume(self.batch_size, [(ids[q], s) for q, s in places]) if folder else []
-        with tqdm(total=len(places), initial=len(samples), desc="evaluate", unit="sample", disable=not progress) as bar:
-            for start in range(len(samples), len(places), self.batch_size):
-                batch = self.batch(places[start : start + self.batch_size], start // self.batch_size)
-                if folder:
-                    folder.append(batch)
-                samples += batch
-                bar.update(len(batch))
-                bar.set_postfix(correct=f"{sum(sample.verdict == 1.0 for sample in samples) / len(samples):.1%}")
-        return samples
-
-    def batch(self, places: Sequence[Place], number: int) -> list[Sample]:
-        """One batch, drawn with seeds made from the evaluation's and its number, or each sample's place."""
-        if self.engine.seeds == "batch":
-            seeds = [derived(self.seed, number)] * len(places)
-        else:
-            seeds = [derived(self.seed, *place) for place in places]
-        return self.questions.sample(places, seeds, self.engine, self.sampling, self.verifier)
-
-
 def derived(*numbers: int) -> int:
     """A seed made from numbers >= 0, below 2^32, the same in every version of NumPy."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -237,19 +227,9 @@ def tokenize_prompts(
     processing_class: PreTrainedTokenizerBase, prompts: Sequence[Any], **template: Any
 ) -> list[list[int]]:
     """Token ids of prompts, each plain text or a list of messages ready for the assistant's turn."""
-    return [
-        processing_class(prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **template)[
-            "input_ids"
-        ]
-        for prompt in prompts
-    ]
-
-
-def sha256(value: Any) -> str:
-    """A hash of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    plain: Any = processing_class
+    chat: Any = partial(processing_class.apply_chat_template, add_generation_prompt=True, return_dict=True, **template)
+    return [(plain if isinstance(prompt, str) else chat)(prompt)["input_ids"] for prompt in prompts]
 
 
 class EvaluationCallback(TrainerCallback):
@@ -257,7 +237,7 @@ class EvaluationCallback(TrainerCallback):
 
     The model generates with transformers in the training processes, as rollouts without vLLM do, under DDP, ZeRO-3 and
     FSDP2 too; the questions are spread over the processes. Random states, the training mode and the trainer's own
-    metrics are left as they were, so training goes on as it would have. Every evaluation draws with the same seeds.
+    metrics are left as they were, so training continues as it would have. Every evaluation draws with the same seeds.
 
     Args:
         trainer: a `GRPOTrainer`, such as `SGOPDTrainer`.
@@ -283,7 +263,7 @@ class EvaluationCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: GRPOTrainer,
         eval_dataset: Sequence[dict[str, Any]],
         verifier: Verifier | None = None,
         num_samples: int = 8,
@@ -292,23 +272,21 @@ class EvaluationCallback(TrainerCallback):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        args = trainer.args
+        args: Any = trainer.args  # a GRPOConfig
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"`every_steps` must be >= 1, got {every_steps!r}.")
         if every_steps is None and not args.eval_steps:
             raise ValueError("Set `every_steps`, or `eval_steps` in the trainer's arguments.")
         self.trainer = trainer
-        self.verifier = verifier or getattr(trainer, "verifier", None) or MathVerifier()
-        self.num_samples = num_samples
         self.every_steps = every_steps
-        self.batch_size = batch_size or args.per_device_eval_batch_size
-        self.seed = seed
-        length = max_completion_length or args.max_completion_length
-        self.sampling = Sampling(length, args.temperature, args.top_p or 1.0, args.top_k or 0)
-        self.questions = Questions.of(eval_dataset, trainer.processing_class, args.chat_template_kwargs)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        self.questions.check(self._engine(model), self.sampling, num_samples, self.batch_size)
         self._last_step = 0
+        tokenizer: Any = trainer.processing_class
+        engine = TransformersEngine(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+        verifier = verifier or getattr(trainer, "verifier", None) or MathVerifier()
+        length = max_completion_length or args.max_completion_length
+        sampling = Sampling(length, args.temperature, args.top_p or 1.0, args.top_k or 0)
+        size, template = batch_size or args.per_device_eval_batch_size, args.chat_template_kwargs
+        self.draws = Draws(engine, tokenizer, eval_dataset, verifier, sampling, num_samples, size, seed, template)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate where it is time to."""
@@ -324,29 +302,25 @@ class EvaluationCallback(TrainerCallback):
 
     def evaluate(self) -> list[QuestionResult]:
         """The counts of every question, on every process; all of them must enter it."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        number = len(self.questions.ids)
+        trainer, accelerator, draws = self.trainer, self.trainer.accelerator, self.draws
+        args: Any = trainer.args
+        rank, world, number = accelerator.process_index, accelerator.num_processes, len(draws.ids)
         # equally many on every process, some of them twice: sharded models must be entered equally often
         mine = [i % number for i in range(rank, -(-number // world) * world, world)]
-        places = [(q, s) for q in mine for s in range(self.num_samples)]
+        places = [(q, s) for q in mine for s in range(draws.num_samples)]
         samples = []
         with (
             unwrap_model_for_generation(
                 trainer.model_wrapped,
                 accelerator,
-                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+                gather_deepspeed3_params=args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as model,
             trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
         ):
-            engine = self._engine(model)
-            for start in range(0, len(places), self.batch_size):
-                chosen = places[start : start + self.batch_size]
-                seeds = [derived(self.seed, rank, start)] * len(chosen)
-                samples += self.questions.sample(chosen, seeds, engine, self.sampling, self.verifier)
-        gathered = {question.id: question for question in gather_object(by_question(samples, self.num_samples))}
-        return [gathered[id] for id in self.questions.ids]
-
-    def _engine(self, model: Any) -> TransformersEngine:
-        return TransformersEngine(model, self.trainer.processing_class)
+            draws.engine = TransformersEngine(model, draws.processing_class)
+            for start in range(0, len(places), draws.batch_size):
+                chosen = places[start : start + draws.batch_size]
+                samples += draws.batch(chosen, [(rank, start)] * len(chosen))
+        gathered = {question.id: question for question in gather_object(by_question(samples, draws.num_samples))}
+        return [gathered[id] for id in draws.ids]

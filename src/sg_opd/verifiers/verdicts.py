@@ -1,5 +1,6 @@
-"""`MathVerifier`: a binary verdict on a mathematical answer, in TRL's reward-function form.
+"""Judges completions: `MathVerifier` for mathematics, and how any verifier is called, checked and interrupted.
 
+A verifier is a TRL reward function that returns 1 (correct), 0 (incorrect) or `None` (abstained) for each completion.
 Importing this module imports neither torch nor TRL.
 """
 
@@ -19,39 +20,30 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from .answers import MAX_GOLD, as_latex, extract_answer, for_sympy, gold_answer, is_readable, normalised, quick_verdict
-from .grader import Grader
+from .answers import MAX_REFERENCE, as_latex, as_task, extract_answer, is_readable, quick_verdict, reference_answer
+from .grader import Grader, Task
 
-# columns that a reward function is given under these names anyway
-NOT_FORWARDED = ("prompt", "completion", "completion_ids")
+logger = logging.getLogger(__name__)  # of every rank: each has its own calls
+
+NOT_FORWARDED = ("prompt", "completion", "completion_ids")  # columns that a reward function is given by name anyway
 PATIENCE_SECONDS = 1800.0  # for one call of a verifier; as long as ranks wait for each other by default
-
-
-def completion_text(completion: Any) -> str:
-    """The text to grade: a plain completion, or the content of the last message of a conversational one.
-
-    Empty where there is no text, whatever stands in its place: such a completion has no answer.
-    """
-    message = completion[-1] if isinstance(completion, Sequence) and completion else completion
-    content = message.get("content") if isinstance(message, Mapping) else completion
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+AGAIN_SECONDS = 10.0  # between two attempts to interrupt, where the first was caught by the code that blocks
+FRAMES = 4  # of the place where it blocks, in the log
 
 
 class MathVerifier:
     r"""Judges mathematical answers: 1.0 correct, 0.0 incorrect, `None` abstained.
 
     The answer is the last `\boxed{}` after the last think delimiter; none, as in a completion that is no text, is
-    incorrect. A gold that is a worked solution is read by its last box, any other as bare LaTeX. A missing or
-    unparseable gold, one of over 4,000 characters, a time-out and a crash of the grader abstain. Plain integers,
-    decimals and words are compared here, all else by math-verify in a worker, so a verdict depends neither on the order
-    of a batch nor on the number of workers. A worker has at most 1 GiB of memory, writes no file, and gets none of the
-    caller's environment but what finds Python's modules.
+    incorrect. Of a reference answer that is a worked solution the last box counts, any other is bare LaTeX. It abstains
+    where the reference answer is missing, unparseable or longer than 4,000 characters, and after a time-out or a crash
+    of the grader. Plain integers, decimals and words are compared here, all else by math-verify in a worker, so a
+    verdict depends neither on the order of a batch nor on the number of workers. A worker has at most 1 GiB of memory,
+    writes no file, and gets none of the caller's environment but what finds Python's modules.
 
     It has the form of a TRL reward function, and any TRL reward function that answers 1, 0 or `None` can stand in its
     place. Workers start at the first answer that needs one and end with this object, at `close()`, or with the process.
+    A process forked from this one starts workers of its own.
 
     Args:
         timeout: wall-clock seconds for one answer, > 0.
@@ -78,7 +70,7 @@ class MathVerifier:
 
         Args:
             completions: plain texts, or lists of messages (the last one's content is graded).
-            solution: the golds, one a completion: text, number or `None`.
+            solution: the reference answers, one a completion: text, number or `None`.
             **kwargs: other columns and TRL's extras, not read.
 
         Raises:
@@ -88,35 +80,41 @@ class MathVerifier:
         if len(completions) != len(solution):
             raise ValueError(f"{len(completions)} completions but {len(solution)} rows of `solution`; give one each.")
         verdicts: list[float | None] = [None] * len(completions)
-        tasks = []
-        for row, (completion, gold) in enumerate(zip(completions, map(gold_answer, solution), strict=True)):
-            if gold is None:
+        tasks: dict[int, Task] = {}
+        for row, (completion, reference) in enumerate(zip(completions, map(reference_answer, solution), strict=True)):
+            if reference is None:
                 continue
-            answer = extract_answer(completion_text(completion))
-            answer = as_latex(answer or "")
-            verdicts[row] = 0.0 if not answer else quick_verdict(gold, answer)
-            if verdicts[row] is None and len(gold) <= MAX_GOLD:
-                words = normalised(gold).isalpha() and len(normalised(gold)) > 2
-                pair = dict(zip(("gold", "answer"), for_sympy(gold, answer), strict=True))
-                tasks.append((row, {**pair, "words": words}))
+            answer = as_latex(extract_answer(completion_text(completion)) or "")
+            verdicts[row] = quick_verdict(reference, answer) if answer else 0.0
+            if verdicts[row] is None and len(reference) <= MAX_REFERENCE:
+                tasks[row] = as_task(reference, answer)
         for row, verdict in self._grader.run(tasks).items():
             verdicts[row] = verdict
         return verdicts
 
     def unparseable(self, solution: Sequence[Any]) -> list[int]:
-        """The rows whose gold is missing or cannot be parsed, so that every verdict on them would abstain."""
-        golds = [gold_answer(gold) for gold in solution]
-        bad = {row for row, gold in enumerate(golds) if gold is None or len(gold) > MAX_GOLD}
-        unsure = [
-            (row, {"gold": gold})
-            for row, gold in enumerate(golds)
-            if gold is not None and row not in bad and not is_readable(gold)
-        ]
-        return sorted(bad | {row for row, parsed in self._grader.run(unsure).items() if parsed != 1.0})
+        """The rows whose reference answer is missing or cannot be parsed: every verdict on them would abstain."""
+        references = dict(enumerate(map(reference_answer, solution)))
+        usable = {row: text for row, text in references.items() if text is not None and len(text) <= MAX_REFERENCE}
+        read = self._grader.run({row: Task(text) for row, text in usable.items() if not is_readable(text)})
+        return sorted((references.keys() - usable.keys()) | {row for row, value in read.items() if value != 1.0})
 
     def close(self) -> None:
         """End the workers; the next answer that needs one starts them again."""
         self._grader.close()
+
+
+def completion_text(completion: Any) -> str:
+    """The text to grade: a plain completion, or the content of the last message of a conversational one.
+
+    Empty where there is no text, whatever stands in its place: such a completion has no answer.
+    """
+    message = completion[-1] if isinstance(completion, Sequence) and completion else completion
+    content = message.get("content") if isinstance(message, Mapping) else completion
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 def as_completion(prompt: Any, text: str) -> Any:
@@ -133,7 +131,7 @@ def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Se
     """What any verifier in reward-function form answers, as 1.0, 0.0 or `None` a row; async ones are awaited.
 
     A verifier has `PATIENCE_SECONDS` for a batch, or what its attribute `time_limit` says in seconds. Running in this
-    process, it is interrupted as far as Python can be, see `sg_opd.time_limit`; what it left half done is its own. One
+    process, it is interrupted as far as Python can be, see `time_limit`; what it left half done is its own. One
     that may block within an extension for ever belongs into a process of its own, as `MathVerifier`'s grading is.
 
     Raises:
@@ -175,23 +173,14 @@ def _awaited(answer: Awaitable) -> Any:
     """The result of a coroutine, in a thread: a notebook's own event loop is running in this one."""
     future: Future = Future()
 
-    async def finish() -> Any:
-        return await answer
-
     def work() -> None:
         try:
-            future.set_result(asyncio.run(finish()))
+            future.set_result(asyncio.run(asyncio.wait_for(answer, None)))
         except BaseException as error:  # the caller's thread raises it
             future.set_exception(error)
 
     threading.Thread(target=work, name="verifier", daemon=True).start()  # a daemon holds up nobody's end
     return future.result()
-
-
-logger = logging.getLogger(__name__)  # of every rank: each has its own calls
-
-AGAIN_SECONDS = 10.0  # between two attempts to interrupt, where the first was caught by the code that blocks
-FRAMES = 4  # of the place where it blocks, in the log
 
 
 @contextmanager
