@@ -23,8 +23,8 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python examples/arithmetic/demo.py
 
-# without Chromium the tests of the gate view's page are skipped with the reason; SG_OPD_REQUIRE_CHROMIUM=1 makes that a failure
-test: install
+# lint first: it takes a minute, and names what a test would only trip over. Without Chromium the tests of the gate view's page are skipped with the reason; SG_OPD_REQUIRE_CHROMIUM=1 makes that a failure
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration" $(PARALLEL)
 
 # where vLLM cannot be installed its tests are skipped with the reason; SG_OPD_REQUIRE_VLLM=1 makes that a failure

@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +39,7 @@ from sg_opd.evaluation.evaluator import tokenize_prompts
 from sg_opd.evaluation.figures import CONFIDENCE
 from sg_opd.evaluation.results import as_table, installed, provenance, write_json
 from sg_opd.method.gate import GateSettings, decide
-from sg_opd.teachers.protocol import as_rectangle, padded, sample_completions
+from sg_opd.teachers.protocol import padded, sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
 ARITHMETIC, RESULT = ROOT / "examples" / "arithmetic", ROOT / "benchmarks" / "results" / "quantised_teacher.json"
@@ -134,9 +135,8 @@ def compared(
         each with its interval; mean and 99 % quantile of the absolute difference, and the median |delta| of all and of
         the changed tokens, in nats.
     """
-    width = max(map(len, student))
-    mask = as_rectangle([torch.ones(len(row)) for row in student], width).bool()
-    own, one, other = (as_rectangle(rows, width) for rows in (student, teacher, against))
+    mask = pad_sequence([torch.ones(len(row)) for row in student], batch_first=True).bool()
+    own, one, other = (pad_sequence(rows, batch_first=True) for rows in (student, teacher, against))
     cases = [decide(own, it, labels, mask, GateSettings(1.0, 1.0)).case for it in (one, other)]
     changed, delta, apart = (cases[0] != cases[1]) & mask, (other - own).abs() * mask, (one - other).abs()[mask]
     share, interval = ratio(changed.sum(1), mask.sum(1), seed)

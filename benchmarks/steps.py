@@ -255,7 +255,7 @@ class Step:
             clock.watch(trainer.teacher.model, lambda: "score teacher")
             if trainer.args.reference_policy == "initial":
                 clock.watch(trainer.initial_policy.frozen, lambda: "score student")
-            for owner, method in ((trainer, "_gate"), (trainer, "_decide")):
+            for owner, method in ((trainer, "_set_advantages"), (trainer, "_decide")):
                 clock.wrap(owner, method, "gate")
             for method in ("update", "compute"):
                 clock.wrap(trainer._meter, method, "gate")
@@ -271,6 +271,8 @@ class Step:
                 trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad()
+            if isinstance(trainer, SGOPDTrainer):
+                trainer._gather_metrics()
             trainer.log({})
             trainer.state.log_history.clear()
         return dict(clock.seconds)

@@ -4,7 +4,7 @@
     python examples/evaluate.py compare BASELINE/result.json OTHER/result.json
     python examples/evaluate.py compare --baseline A0/result.json A1/result.json --other B0/result.json B1/result.json
 
-The folder holds `samples.jsonl`, a line a sample, and `result.json`. A run that was stopped goes on where it stopped
+The folder holds `samples.jsonl`, a line a sample, and `result.json`. A run that was stopped resumes where it stopped
 when it is started again. `docs/evaluation.md` defines the figures; `--help` lists the options.
 """
 

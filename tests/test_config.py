@@ -1,6 +1,7 @@
 """SGOPDConfig: presets, each field's range, and the parent settings it cannot honour."""
 
 import math
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -139,3 +140,16 @@ def test_a_configuration_of_ones_own_shows_all_of_its_settings():
     assert own_fields(args)[-1] == "mine"
     assert "| `gate_dead_zone` | `0.0` |" in args.card_section("a teacher")
     assert "| `mine` | `3` |" in args.card_section("a teacher")
+
+
+def test_a_pickle_keeps_what_the_receiver_needs(tmp_path):
+    """As a spawned worker or a launcher gets it: without the address it would load the served model itself."""
+    url, loading = "http://teacher.internal:8000", {"token": "hf_s3cret"}
+    args = SGOPDConfig(
+        str(tmp_path), teacher_server_url=url, hub_token="hf_s3cret", temperature=1.0, bf16=False, use_cpu=True,
+        model_init_kwargs=loading,
+    )  # fmt: skip
+    received = pickle.loads(pickle.dumps(args))
+    assert received.teacher_server_url == [url]
+    assert (received.hub_token, received.model_init_kwargs) == ("hf_s3cret", loading)
+    assert received.__dict__.keys() == args.__dict__.keys()

@@ -18,7 +18,7 @@ from trainers import (
     plain_logits,
     sgd_step,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sg_opd import SGOPDTrainer, SignGatedLoss
 from sg_opd.method.gate import GateDecision, GateSettings, decide
@@ -376,6 +376,86 @@ def test_checkpoint_card_and_table(make_model, tokenizer, dataset, tmp_path):
         mean = (inputs["decision"]["advantage"] * mask).sum(1) / mask.sum(1)
         expected.update(zip(inputs["row"].tolist(), mean.tolist(), strict=True))
     assert table["advantage"].tolist() == pytest.approx([expected[row] for row in range(8)], abs=1e-6)
+
+
+def test_the_table_after_an_evaluation_is_of_the_rows_trained_on(make_model, tokenizer, dataset, tmp_path):
+    """One generation for four steps, an evaluation after the second: the third table has the generation's prompts, and
+    the advantages of the three micro-batches that were trained on."""
+    args = make_config(
+        tmp_path, max_steps=4, gradient_accumulation_steps=1, steps_per_generation=4, log_completions=True,
+        eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    train, held_out = dataset.select(range(8)), dataset.select(range(8, 12))
+    trainer = Recorder(
+        make_model(1), make_model(2), coin_verifier, args, train, eval_dataset=held_out, processing_class=tokenizer
+    )
+    trainer.train()
+    expected = {}
+    for inputs in trainer._buffered_inputs:
+        mask = inputs["completion_mask"]
+        mean = (inputs["decision"]["advantage"] * mask).sum(1) / mask.sum(1)
+        texts = tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+        expected.update(zip(inputs["row"].tolist(), zip(texts, mean.tolist(), strict=True), strict=True))
+    asked = {row["prompt"][0]["content"] for row in train}
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00003.parquet")
+    assert len(table) == 16
+    for row, (prompt, completion, advantage) in enumerate(table[["prompt", "completion", "advantage"]].values):
+        assert prompt[0]["content"] in asked
+        assert completion[0]["content"] == expected[row][0]
+        assert math.isnan(advantage) or advantage == pytest.approx(expected[row][1], abs=1e-6)
+    assert table["advantage"].isna().sum() == 4
+
+
+def test_logging_waits_for_no_other_rank(make_model, tokenizer, dataset, tmp_path, monkeypatch):
+    """A callback may log on one rank alone, as under GRPOTrainer: `log` enters nothing that all ranks must enter."""
+    args = make_config(tmp_path, max_steps=2, log_completions=True)
+    trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    inside = []
+
+    class Talkative(TrainerCallback):
+        def on_step_end(self, *_, **kwargs):
+            def collective(*_, **kwargs):
+                inside.append("a collective")
+
+            with monkeypatch.context() as patch:
+                for name in ("gather", "reduce", "gather_object", "broadcast"):
+                    patch.setattr(f"accelerate.Accelerator.{name}", collective, raising=False)
+                patch.setattr("sg_opd.training.metrics.gather", collective)
+                trainer.log({"note": 1.0})
+
+    trainer.add_callback(Talkative())
+    trainer.train()
+    assert inside == []
+    assert [entry["note"] for entry in trainer.state.log_history if "note" in entry] == [1.0, 1.0]
+    assert all("gate/consensus" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_callers_arguments_stay_as_they_are(make_model, tokenizer, dataset, tmp_path):
+    make_model(1).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    args = make_config(tmp_path / "out", model_init_kwargs={"dtype": "float32"})
+    before = copy.deepcopy(args.to_dict())
+    SGOPDTrainer(str(tmp_path / "student"), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    assert args.model_init_kwargs == {"dtype": "float32"}
+    assert args.to_dict() == before
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_generations_of_one_step_are_each_divided_by_their_own_tokens(
+    estimator, make_model, tokenizer, dataset, tmp_path
+):
+    """Two generations a step, as docs/method.md says: the loss of each micro-batch is its sum over twice its tokens."""
+    args = make_config(tmp_path, estimator=estimator, steps_per_generation=1, gate_interpolation=0.5)
+    student, teacher = make_model(1), make_model(2)
+    copies = copy.deepcopy(student), copy.deepcopy(teacher)
+    trainer = Recorder(student, teacher, coin_verifier, args, dataset, processing_class=tokenizer)
+    trainer.train()
+    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.5, estimator=estimator, temperature=0.8)
+    tokens = [batch["completion_mask"].sum() for batch in trainer.batches]
+    assert tokens[0] != tokens[1]
+    for batch, own, loss in zip(trainer.batches, tokens, trainer.losses, strict=True):
+        expected = expected_loss(*copies, None, batch, loss_fn, 2 * own, nll=False)
+        assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
 
 
 def test_one_generation_a_prompt(make_model, tokenizer, dataset, tmp_path):

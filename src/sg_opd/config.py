@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from transformers.hf_argparser import HfArg
 from trl import GRPOConfig
 
 from .method.gate import GateSettings
@@ -46,7 +47,7 @@ GATE_FIELDS = {
     "rule": "gate_rule",
     "reference": "reference_policy",
 }
-# what the full divergence replaces, with the value at which the parent's setting does nothing
+# what the full divergence replaces, with the value at which GRPO's setting does nothing
 UNUSED_BY_FULL = {
     "loss_type": "dapo",
     "beta": 0.0,
@@ -78,129 +79,91 @@ class SGOPDConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
-    preset: str = field(
-        default="sg-opd",
-        metadata={"help": "Variant that fills the fields left at None: 'opd', 'exopd', 'opdvr' or 'sg-opd'."},
+    preset: str = HfArg(
+        default="sg-opd", help="Variant that fills the fields left at None: 'opd', 'exopd', 'opdvr' or 'sg-opd'."
     )
-    gate_rule: str = field(
-        default="sign",
-        metadata={"help": "How the gate turns teacher preference and verdict into a factor: 'sign' (SG-OPD's)."},
+    gate_rule: str = HfArg(
+        default="sign", help="How the gate turns teacher preference and verdict into a factor: 'sign' (SG-OPD's)."
     )
-    gate_extrapolation: float | None = field(
+    gate_extrapolation: float | None = HfArg(
+        default=None, help="Reward-scaling factor of consensus tokens (teacher and verifier agree), finite, >= 0."
+    )
+    gate_interpolation: float | None = HfArg(
         default=None,
-        metadata={"help": "Reward-scaling factor of consensus tokens (teacher and verifier agree), finite, >= 0."},
+        help="Reward-scaling factor of conflict tokens (they disagree), finite, >= 0; > 0 with "
+        "reference_policy='initial'.",
     )
-    gate_interpolation: float | None = field(
-        default=None,
-        metadata={
-            "help": "Reward-scaling factor of conflict tokens (they disagree), finite, >= 0; > 0 with "
-            "reference_policy='initial'."
-        },
+    gate_dead_zone: float = HfArg(
+        default=0.0, help="Tokens whose teacher and student log-probs differ by at most this many nats are neutral."
     )
-    gate_dead_zone: float = field(
-        default=0.0,
-        metadata={"help": "Tokens whose teacher and student log-probs differ by at most this many nats are neutral."},
+    log_ratio_clip: float | None = HfArg(
+        default=None, help="Clip each log-ratio of the sampled estimator's advantage to [-c, c] nats. None: no clip."
     )
-    log_ratio_clip: float | None = field(
-        default=None,
-        metadata={"help": "Clip each log-ratio of the sampled estimator's advantage to [-c, c] nats. None: no clip."},
-    )
-    estimator: str = field(
+    estimator: str = HfArg(
         default="sampled",
-        metadata={
-            "help": "'sampled': policy gradient on the sampled token. 'full': divergence of the whole distribution at "
-            "each position, computed in chunks."
-        },
+        help="'sampled': policy gradient on the sampled token. 'full': divergence of the whole distribution at each "
+        "position, computed in chunks.",
     )
-    reference_policy: str | None = field(
+    reference_policy: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Policy the reward is measured against: 'current' (no third model) or 'initial' (the student "
-            "before training, kept frozen)."
-        },
+        help="Policy the reward is measured against: 'current' (no third model) or 'initial' (the student before "
+        "training, kept frozen).",
     )
-    teacher_phase_steps: float | None = field(
+    teacher_phase_steps: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Length of the teacher phase: a count of optimizer steps, or a share of all steps below 1. 0: off."
-        },
+        help="Length of the teacher phase: a count of optimizer steps, or a share of all steps below 1. 0: off.",
     )
-    teacher_phase_fraction: float = field(
-        default=0.25,
-        metadata={"help": "Share of each prompt's rollouts that are teacher slots at step 0, in [0, 1]."},
+    teacher_phase_fraction: float = HfArg(
+        default=0.25, help="Share of each prompt's rollouts that are teacher slots at step 0, in [0, 1]."
     )
-    teacher_phase_schedule: str = field(
-        default="linear",
-        metadata={"help": "Decay of that share over the phase: 'constant', 'linear' or 'cosine'."},
+    teacher_phase_schedule: str = HfArg(
+        default="linear", help="Decay of that share over the phase: 'constant', 'linear' or 'cosine'."
     )
-    teacher_candidates: int = field(
-        default=1,
-        metadata={"help": "Completions the teacher proposes for each slot, >= 1; the first endorsed one is taken."},
+    teacher_candidates: int = HfArg(
+        default=1, help="Completions the teacher proposes for each slot, >= 1; the first endorsed one is taken."
     )
-    teacher_rollout_loss: str = field(
-        default="gated",
-        metadata={"help": "Loss on teacher rollouts: 'gated' (as on the student's) or 'nll' (maximum likelihood)."},
+    teacher_rollout_loss: str = HfArg(
+        default="gated", help="Loss on teacher rollouts: 'gated' (as on the student's) or 'nll' (maximum likelihood)."
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Teacher to load when the trainer is given none."},
+    teacher_model_name_or_path: str | None = HfArg(default=None, help="Teacher to load when the trainer is given none.")
+    teacher_model_revision: str | None = HfArg(default=None, help="Revision (branch, tag or commit) of the teacher.")
+    teacher_model_init_kwargs: dict | str | None = HfArg(
+        default=None, help="Keyword arguments for the teacher's from_pretrained. dtype defaults to the checkpoint's."
     )
-    teacher_model_revision: str | None = field(
-        default=None,
-        metadata={"help": "Revision (branch, tag or commit) of the teacher."},
-    )
-    teacher_model_init_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for the teacher's from_pretrained. dtype defaults to the checkpoint's."},
-    )
-    teacher_offload: bool = field(
+    teacher_offload: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Keep the blocks of a teacher in this process in host memory; each comes to the device for its own "
-            "forward, and all of them while the teacher generates."
-        },
+        help="Keep the blocks of a teacher in this process in host memory; each comes to the device for its forward, "
+        "and all of them while the teacher generates.",
     )
-    teacher_server_url: list[str] | None = field(
+    teacher_server_url: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Base URL of a `vllm serve` endpoint that holds the teacher, as http://host:8000; several share "
-            "the load. `teacher_model_name_or_path` is then the id of the served model, for servers that have several."
-        },
+        help="Base URL of a `vllm serve` endpoint that holds the teacher, as http://host:8000; several share the load. "
+        "`teacher_model_name_or_path` is then the id of the served model, for servers that have several.",
     )
-    teacher_server_timeout: float = field(
-        default=240.0,
-        metadata={"help": "Seconds one request to the teacher's server may take; above the server's warm-up."},
+    teacher_server_timeout: float = HfArg(
+        default=240.0, help="Seconds one request to the teacher's server may take; above the server's warm-up."
     )
-    teacher_server_concurrency: int = field(
-        default=8,
-        metadata={"help": "Requests of one process to the teacher's server in flight at a time, >= 1."},
+    teacher_server_concurrency: int = HfArg(
+        default=8, help="Requests of one process to the teacher's server in flight at a time, >= 1."
     )
-    teacher_server_retries: int = field(
+    teacher_server_retries: int = HfArg(
         default=5,
-        metadata={
-            "help": "Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0."
-        },
+        help="Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0.",
     )
-    non_finite_log_probs: str = field(
+    non_finite_log_probs: str = HfArg(
         default="stop",
-        metadata={
-            "help": "What a NaN or infinite log-probability of a sampled token does: 'stop' ends the run, 'skip' drops "
-            "its optimizer step. Either names the rollout and the token."
-        },
+        help="What a NaN or infinite log-probability of a sampled token does: 'stop' ends the run, 'skip' drops its "
+        "optimizer step. Either names the rollout and the token.",
     )
-    log_gate_samples: int = field(
+    log_gate_samples: int = HfArg(
         default=0,
-        metadata={
-            "help": "Rollouts to keep at each logging step, each token with its case, in `gate_samples.html` and "
-            "`gate_samples.jsonl` in output_dir and in the trackers, >= 0."
-        },
+        help="Rollouts to keep at each logging step, each token with its case, in `gate_samples.html` and "
+        "`gate_samples.jsonl` in output_dir and in the trackers, >= 0.",
     )
-    enable_jit_checkpoint: bool = field(
+    enable_jit_checkpoint: bool = HfArg(
         default=True,
-        metadata={
-            "help": "SIGTERM, as a preempted node gets it, ends the run after the step in progress, with a checkpoint "
-            "and exit code 143. GRPO's default is False."
-        },
+        help="SIGTERM, as a preempted node gets it, ends the run after the step in progress, with a checkpoint and "
+        "exit code 143. GRPO's default is False.",
     )
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.checkpoints.folders import (
     PARENT_SETTINGS,
     SEAL,
+    UNFINISHED,
     fingerprint,
     flaw,
     last_whole,
@@ -34,7 +35,6 @@ from sg_opd.checkpoints.folders import (
     rotate,
     seal,
     settings_of,
-    unseal,
 )
 from sg_opd.checkpoints.stops import CheckpointError
 
@@ -206,7 +206,7 @@ def test_only_whole_checkpoints_are_counted_and_only_our_parts_deleted(train, tm
     """A part of a later checkpoint displaces no whole one; what plain transformers wrote is left alone."""
     run = tmp_path / "run"
     train(max_steps=4, save_steps=2)
-    unseal(run / "checkpoint-4")
+    (run / "checkpoint-4" / SEAL).rename(run / "checkpoint-4" / UNFINISHED)
     for step in (1, 9):
         shutil.copytree(run / "checkpoint-2", run / f"checkpoint-{step}")
         (run / f"checkpoint-{step}" / SEAL).unlink()

@@ -1,12 +1,11 @@
 """Evaluations with a real vLLM engine on the CPU, as a server and in its own process; skipped where there is none."""
 
 import json
-import subprocess
 
 import pytest
 from documents import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_server import ENVIRONMENT, VLLMServer, vllm_python
+from vllm_server import VLLMServer, run, vllm_python
 
 from sg_opd import MathVerifier
 from sg_opd.data import load_data
@@ -45,18 +44,21 @@ def agree(result, reference):
         assert abs(a.mean - b.mean) <= 4 * (a.standard_error**2 + b.standard_error**2) ** 0.5, name
 
 
-def test_a_real_server(tmp_path, tokenizer, verifier, in_process):
+@pytest.fixture
+def url(tmp_path):
+    with VLLMServer(ARITHMETIC / "student", tmp_path / "log", "--dtype", "float32") as server:
+        yield server.wait().url
+        server.wait()  # shows the log where it died in the test
+
+
+def test_a_real_server(tmp_path, tokenizer, verifier, in_process, url):
     """The same files twice with one seed, others with another, and figures of the same model in this process."""
-    server = VLLMServer(ARITHMETIC / "student", tmp_path / "log", "--dtype", "float32")
-    try:
-        engine = ServerEngine([server.wait().url], tokenizer)
-        rows = load_data(str(ARITHMETIC / "data"), "test").select(range(100))
-        results = [
-            evaluate(engine, tokenizer, rows, verifier, Sampling(48), 8, 128, seed, False, tmp_path / name)
-            for name, seed in (("first", 7), ("second", 7), ("other", 8))
-        ]
-    finally:
-        server.stop()
+    engine = ServerEngine([url], tokenizer)
+    rows = load_data(str(ARITHMETIC / "data"), "test").select(range(100))
+    results = [
+        evaluate(engine, tokenizer, rows, verifier, Sampling(48), 8, 128, seed, False, tmp_path / name)
+        for name, seed in (("first", 7), ("second", 7), ("other", 8))
+    ]
     files = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("first", "second", "other")]
     assert files[0] == files[1] != files[2]
     assert results[0].settings["model"] == "teacher"  # the name it is served under
@@ -70,10 +72,8 @@ def test_a_real_server(tmp_path, tokenizer, verifier, in_process):
 def test_the_offline_engine(tmp_path):
     """In vLLM's own environment: one seed gives one file, and a stopped run goes on to the same."""
     worker = ROOT / "tests" / "support" / "offline_worker.py"
-    run = subprocess.run(
-        [vllm_python(), worker, tmp_path], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    ended = run([vllm_python(), worker, tmp_path])
+    assert ended.returncode == 0, ended.stderr[-3000:]
     first, second, stopped = (
         (tmp_path / name / "samples.jsonl").read_bytes() for name in ("first", "second", "stopped")
     )

@@ -19,10 +19,11 @@ from launching import SUPPORT
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.evaluation.engines import ServerEngine
 from sg_opd.teachers.http import Endpoints, TeacherServerError, check_url
-from sg_opd.verifiers import grader as grader
+from sg_opd.verifiers import grader
 
-SOURCES = sorted((ROOT / "src" / "sg_opd").glob("*.py"))
+SOURCES = sorted((ROOT / "src" / "sg_opd").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+PATHS = ("examples", "examples/arithmetic", "benchmarks")
 SECRETS = {
     "HF_TOKEN": "hf_s3cret0",
     "VLLM_API_KEY": "vllm-s3cret1",
@@ -147,7 +148,7 @@ def test_a_run_listens_on_no_socket(saved):
         "rows = Dataset.from_list([{'prompt': [{'role': 'user', 'content': '1+1'}], 'solution': '2'}] * 4)\n"
         "test_security.make_trainer(Path(sys.argv[1]), rows).train()\nprint('bound', bound)\n"
     )
-    paths = [str(ROOT / name) for name in ("tests", "examples", "examples/arithmetic", "benchmarks")]
+    paths = [str(ROOT / name) for name in ("tests", "tests/project", "tests/support", *PATHS)]
     run = subprocess.run([sys.executable, "-c", code, str(saved), *paths], capture_output=True, text=True, timeout=300)
     assert "bound []" in run.stdout, run.stdout + run.stderr
 
@@ -247,7 +248,8 @@ def test_a_configuration_shows_and_saves_no_address_and_no_token(tmp_path):
         str(tmp_path), teacher_server_url=url, hub_token=token, temperature=1.0, bf16=False, use_cpu=True,
         model_init_kwargs=loading,
     )  # fmt: skip
-    for text in (repr(args), str(args), str(args.to_dict()), args.to_json_string(), repr(pickle.dumps(args))):
+    written = pickle.dumps(args.without_secrets())
+    for text in (repr(args), str(args), str(args.to_dict()), args.to_json_string(), repr(written)):
         assert "teacher.internal" not in text
         assert token not in text
     for whole in (args, copy.copy(args), copy.deepcopy(args)):
@@ -255,7 +257,7 @@ def test_a_configuration_shows_and_saves_no_address_and_no_token(tmp_path):
     assert args.to_dict()["teacher_server_url"] == "<TEACHER_SERVER_URL>"
     shown = {"token": "<TOKEN>", "dtype": "float32", "config": {"use_auth_token": "<USE_AUTH_TOKEN>"}}
     assert args.to_dict()["model_init_kwargs"] == shown
-    pickled = pickle.loads(pickle.dumps(args))
+    pickled = pickle.loads(written)
     assert (pickled.teacher_server_url, pickled.model_init_kwargs) == (None, shown)
 
 

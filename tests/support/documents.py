@@ -79,6 +79,6 @@ def docstring_blocks() -> dict[str, list[Block]]:
                     found[qualified] = some
                 visit(child, qualified)
 
-    for path in sorted((ROOT / "src" / "sg_opd").glob("*.py")):
-        visit(ast.parse(path.read_text()), f"sg_opd.{path.stem}")
+    for path in sorted((ROOT / "src" / "sg_opd").rglob("*.py")):
+        visit(ast.parse(path.read_text()), ".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
     return found

@@ -2,6 +2,12 @@
 
 import torch
 
+SIZES = {"hidden_size": 64, "intermediate_size": 128}  # the 4-bit CPU kernel packs blocks of 64
+BITS = {
+    "Linear4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
+    "Linear8bitLt": {"load_in_8bit": True},
+}
+
 PROMPTS = [[3, 4, 5], [6, 7], [8]]
 
 

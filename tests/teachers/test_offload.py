@@ -7,13 +7,12 @@ import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from peft import LoraConfig
-from scoring import COMPLETIONS, PROMPTS, Countdown
-from test_quantization import BITS, SIZES
+from scoring import BITS, COMPLETIONS, PROMPTS, SIZES, Countdown
 from trainers import MIXED, Recorder, coin_verifier, make_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sg_opd import SGOPDTrainer
-from sg_opd.teachers import protocol as teacher
+from sg_opd.teachers import local
 from sg_opd.teachers.local import BlockOffload, blocks_of, load_teacher
 from sg_opd.training.checks import check_offload
 
@@ -76,7 +75,7 @@ def test_a_run_is_the_same_bit_for_bit(estimator, lora, run, monkeypatch):
     """Scores, losses, gradient norms and weights of three steps with a teacher phase, tied and padded embeddings,
     gradient checkpointing and the initial reference, fp32 and bf16 autocast; scored by micro-batches, as without
     offload."""
-    monkeypatch.setattr(teacher, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(local, "TOKENS_AT_ONCE", 1)
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     settings = {"estimator": estimator, "gradient_checkpointing": True, "reference_policy": "initial", "bf16": lora}
     plain, offloaded = (run(offload, adapter, **settings) for offload in (False, True))
@@ -178,7 +177,7 @@ def test_a_teacher_loaded_by_name_is_offloaded(make_model, tokenizer, run, tmp_p
         asked.append(kwargs.get("device_map", "auto"))
         return load_teacher(*settings, **kwargs)
 
-    monkeypatch.setattr("sg_opd.trainer.load_teacher", loading)
+    monkeypatch.setattr("sg_opd.training.frozen.load_teacher", loading)
     folder = tmp_path / "teacher"
     make_model(2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,17 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig
-from scoring import COMPLETIONS, PROMPTS, expected_logps
+from scoring import BITS, COMPLETIONS, PROMPTS, SIZES, expected_logps
 from trainers import Recorder, coin_verifier, expected_loss, make_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sg_opd import SGOPDTrainer, SignGatedLoss
-
-SIZES = {"hidden_size": 64, "intermediate_size": 128}  # the 4-bit CPU kernel packs blocks of 64
-BITS = {
-    "Linear4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
-    "Linear8bitLt": {"load_in_8bit": True},
-}
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from trainers import Recorder, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
 from sg_opd.teachers.local import load_teacher
-from sg_opd.teachers.protocol import Teacher, TeacherError, as_lists, as_rectangle, ask
+from sg_opd.teachers.protocol import Teacher, TeacherError, as_lists, ask
 
 
-def test_rows_become_a_rectangle_and_rows_again():
-    rectangle = as_rectangle([torch.tensor([1.0, 2.0]), torch.empty(0), torch.tensor([3.0])], 3)
-    assert rectangle.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+def test_padded_rows_become_lists():
     ids = torch.tensor([[0, 5, 6], [7, 8, 0]])
     assert as_lists(ids, torch.tensor([[0, 1, 1], [1, 1, 0]])) == [[5, 6], [7, 8]]
 
@@ -76,6 +74,16 @@ def test_answers_that_cannot_be_trained_on(answer, message):
         ask(teacher, batch, None)
     if "Set `log" in message or "inf" in message:  # a clip bounds what minus infinity does
         assert ask(teacher, batch, 2.0)[0].tolist() == answer[0]
+
+
+def test_an_answer_takes_its_places_in_the_batch():
+    """Rows of two, no and one token in a batch that is three wide; where the caller skips, -9999 is minus infinity."""
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]])
+    batch = {"prompt_ids": mask, "prompt_mask": mask, "completion_ids": mask, "completion_mask": mask}
+    teacher = Countdown()
+    teacher.score = lambda prompts, completions: [torch.tensor([-1.0, -9999.0]), torch.empty(0), torch.tensor([-3.0])]
+    assert ask(teacher, batch, 2.0).tolist() == [[-1, -9999, 0], [0, 0, 0], [-3, 0, 0]]
+    assert ask(teacher, batch, None, skips=True).tolist() == [[-1, -math.inf, 0], [0, 0, 0], [-3, 0, 0]]
 
 
 def test_what_an_object_lacks_to_be_a_teacher_is_named(make_model, tokenizer, dataset, tmp_path):

@@ -3,9 +3,9 @@
 Where there is no vLLM environment these tests are skipped with the reason; CI fails on that skip.
 """
 
+import contextlib
 import json
 import logging
-import subprocess
 import sys
 
 import httpx2
@@ -15,7 +15,7 @@ from datasets import load_dataset
 from documents import ROOT
 from fault_proxy import FaultProxy, forward_to
 from transformers import AutoModelForCausalLM
-from vllm_server import ENVIRONMENT, VLLMServer, free_port, vllm_python
+from vllm_server import ENVIRONMENT, VLLMServer, free_port, run, vllm_python, vllm_serve
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.teachers import http as endpoints_module
@@ -30,19 +30,24 @@ TEACHER = str(ARITHMETIC / "teacher")
 def servers(tmp_path_factory):
     """One in fp32 and one in bf16, started together."""
     logs = tmp_path_factory.mktemp("vllm")
-    started = {
-        name: VLLMServer(ARITHMETIC / "teacher", logs / name, "--dtype", name) for name in ("float32", "bfloat16")
-    }
-    try:
-        yield {name: server.wait() for name, server in started.items()}
-    finally:
-        for server in started.values():
-            server.stop()
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(VLLMServer(ARITHMETIC / "teacher", logs / name, "--dtype", name))
+            for name in ("float32", "bfloat16")
+        }
 
 
-@pytest.fixture(scope="module")
+# a server's failure is that of the tests that ask for it: before one that finds it dead, after one in which it died
+@pytest.fixture
 def url(servers):
-    return servers["float32"].url
+    yield servers["float32"].wait().url
+    servers["float32"].wait()
+
+
+@pytest.fixture
+def bfloat16(servers):
+    yield servers["bfloat16"].wait()
+    servers["bfloat16"].wait()
 
 
 @pytest.fixture
@@ -207,22 +212,22 @@ def test_another_models_vocabulary_is_refused_at_the_start(build, url, tmp_path)
         build(url, processing_class=turned)
 
 
-def test_an_engine_in_bf16_is_warned_of_with_a_dead_zone(build, servers, caplog):
+def test_an_engine_in_bf16_is_warned_of_with_a_dead_zone(build, bfloat16, caplog):
     with caplog.at_level(logging.WARNING, logger="sg_opd"):
-        build(servers["bfloat16"].url)
+        build(bfloat16.url)
     text = caplog.text
     assert "works at a precision of about" in text
     assert 0.005 <= float(text.split("gate_dead_zone=")[1].split(",")[0]) <= 0.2
 
 
-def test_a_server_that_dies_in_the_run(build, servers, tmp_path):
+def test_a_server_that_dies_in_the_run(build, bfloat16, tmp_path):
     """The bf16 server is ended after the first step; last in this file, for it does not come back."""
-    trainer = build(servers["bfloat16"].url, teacher_server_retries=1)
+    trainer = build(bfloat16.url, teacher_server_retries=1)
     original = trainer.teacher.score
 
     def score(*ids):
         if trainer.state.global_step == 1:
-            servers["bfloat16"].stop()
+            bfloat16.stop()
         return original(*ids)
 
     trainer.teacher.score = score
@@ -236,18 +241,19 @@ def test_the_launch_script_serves_trains_and_ends_the_server(tmp_path):
         **ENVIRONMENT,
         "TEACHER": "examples/arithmetic/teacher",
         "RECIPE": "examples/configs/arithmetic.yaml",
-        "SERVE": f"{vllm_python()} -m vllm.entrypoints.openai.api_server --model",
+        "SERVE": " ".join(vllm_serve()),
         "SERVE_ARGS": "--dtype float32 --max-num-seqs 16 --enforce-eager --no-enable-prefix-caching",
         "LAUNCH": f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1",
         "PORT": str(free_port()),
         "MAX_MODEL_LEN": "256",
         "LOG": str(tmp_path / "server.log"),
+        "GRACE": "20",
     }
     options = ["--estimator", "sampled", "--max_steps", "2", "--logging_steps", "1"]
     options += ["--per_device_train_batch_size", "32", "--output_dir", str(tmp_path / "out")]
     script = ["bash", "examples/launch/teacher_server.sh", *options]
-    run = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    ended = run(script, environment, timeout=500)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "POST /v1/completions" in (tmp_path / "server.log").read_text()
     with pytest.raises(httpx2.ConnectError):
@@ -257,10 +263,8 @@ def test_the_launch_script_serves_trains_and_ends_the_server(tmp_path):
 def test_student_rollouts_from_a_colocated_engine(tmp_path):
     """Engine ratios of teacher rows are exactly 1, those of student rows are not; padding ids are never sampled."""
     worker = ROOT / "tests" / "support" / "colocate_worker.py"
-    run = subprocess.run(
-        [vllm_python(), worker, tmp_path], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    ended = run([vllm_python(), worker, tmp_path])
+    assert ended.returncode == 0, ended.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ratios"]["teacher"]
     assert set(result["ratios"]["teacher"]) == {1.0}

@@ -10,7 +10,14 @@ from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.data import check_dataset, has_images, rows_to_check
-from sg_opd.training.checks import check_arguments, check_prompts, check_set_up, check_tokenizers
+from sg_opd.training.checks import (
+    by_main_process,
+    check_arguments,
+    check_path,
+    check_prompts,
+    check_set_up,
+    check_tokenizers,
+)
 
 
 def coin(prompts, completions, **kwargs):
@@ -35,6 +42,18 @@ def build(make_model, tokenizer, dataset, tmp_path):
         return SGOPDTrainer(**kwargs)
 
     return build
+
+
+def test_a_name_on_the_hub_is_no_folder_though_its_organisation_is(tmp_path, monkeypatch, caplog):
+    """`./Qwen` is there, as after other downloads: the name is looked up on the hub, with a warning."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    with caplog.at_level(logging.WARNING, logger="sg_opd"):
+        check_path("model", "Qwen/Qwen3-1.7B")
+    assert "`model`: there is no folder 'Qwen/Qwen3-1.7B' here" in caplog.text
+    for missing in ("./Qwen/Qwen3-1.7B", str(tmp_path / "Qwen" / "Qwen3-1.7B"), "Qwen/Qwen3/1.7B"):
+        with pytest.raises(ValueError, match="`model`: there is no folder"):
+            check_path("model", missing)
 
 
 def test_arguments_that_cannot_work(build, make_model, tmp_path):
@@ -196,3 +215,14 @@ def test_a_teacher_that_is_no_causal_model(build, tokenizer):
 def test_a_dataset_smaller_than_one_generation(build, dataset):
     with pytest.raises(ValueError, match="one generation takes 8 prompts"):
         build(config={"num_generations": 1}, train_dataset=dataset.select(range(7)))
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_reads_the_reference_answers_for_all(main, monkeypatch):
+    """Each rank would start a worker a core, all for the same answers."""
+    asked = []
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", main)
+    monkeypatch.setattr("sg_opd.training.checks.broadcast_object_list", lambda found: found if main else [[1]])
+    unparseable = by_main_process(lambda answers: asked.append(answers) or [0])
+    assert unparseable(["?", "2"]) == ([0] if main else [1])
+    assert asked == ([["?", "2"]] if main else [])

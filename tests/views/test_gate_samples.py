@@ -13,8 +13,8 @@ from accelerate.utils import send_to_device
 from documents import ROOT
 from trainers import MIXED, Recorder, coin_verifier, make_config, plain_logits
 
-from sg_opd import SGOPDTrainer, load_gate_samples
-from sg_opd.views import gate_samples as gate_samples
+from sg_opd import SGOPDTrainer, SignGatedLoss, load_gate_samples
+from sg_opd.views import gate_samples
 from sg_opd.views.gate_samples import GateSamples
 from sg_opd.views.gate_view import inspect_rollout
 
@@ -40,7 +40,7 @@ def rows_of(batch):
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
 def test_what_is_kept_is_what_both_models_say(estimator, reference_policy, make_model, tokenizer, dataset, tmp_path):
     """Three of eight rows of two micro-batches: log-probs from plain forwards of unpatched copies at temperature 0.8,
-    decisions as trained on, the row's verdict and gold; the student's and the teacher's in turn."""
+    decisions as trained on, the row's verdict and reference answer; the student's and the teacher's in turn."""
     clip = {"log_ratio_clip": 1.0} if estimator == "sampled" else {}
     settings = {"estimator": estimator, "reference_policy": reference_policy, "gate_dead_zone": 0.1, **clip, **MIXED}
     copies = {"student": make_model(1), "teacher": make_model(2)}
@@ -120,7 +120,7 @@ def test_no_samples_change_nothing_and_samples_change_no_weight(make_model, toke
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-def test_a_resumed_run_goes_on_with_its_files(make_model, tokenizer, dataset, tmp_path, caplog):
+def test_a_resumed_run_continues_its_files(make_model, tokenizer, dataset, tmp_path, caplog):
     """Resumed from within a generation, with steps in the file that will be trained again and half a line after them:
     the files end as those of the run that was not interrupted."""
     settings = {
@@ -142,9 +142,8 @@ def test_a_resumed_run_goes_on_with_its_files(make_model, tokenizer, dataset, tm
     train(make_model, tokenizer, dataset, tmp_path, cls=SGOPDTrainer, resume=str(tmp_path / "checkpoint-5"), **resumed)
     assert "other settings" not in caplog.text
     assert [view.step for view in load_gate_samples(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
-    train(
-        make_model, tokenizer, dataset, tmp_path, cls=SGOPDTrainer, max_steps=1
-    )  # a new run: none of its steps is done
+    # a new run: none of its steps is done
+    train(make_model, tokenizer, dataset, tmp_path, cls=SGOPDTrainer, max_steps=1)
     assert [view.step for view in load_gate_samples(tmp_path)] == [1, 1]
     assert not list(tmp_path.glob("*.part"))
 
@@ -165,10 +164,10 @@ def test_logging_steps_epochs_and_other_processes(make_model, tokenizer, dataset
 
 
 @pytest.mark.parametrize("long", ["tokens", "prompt"])
-def test_the_page_is_bounded(long, make_model, tokenizer, dataset, tmp_path, monkeypatch):
+def test_the_page_is_bounded(long, tokenizer, tmp_path, monkeypatch):
     """The file keeps all, the page the newest steps of no more than `PAGE_SIZE` characters, and one step at least."""
-    trainer = train(make_model, tokenizer, dataset, tmp_path, max_steps=1)
-    callback, tokens = GateSamples(trainer), 500 if long == "tokens" else 1
+    callback = GateSamples(tmp_path, 1, tokenizer, SignGatedLoss(), trained=list)
+    tokens = 500 if long == "tokens" else 1
     prompt = None if long == "tokens" else "p" * 5000
     view = inspect_rollout(["a"] * tokens, [-1.0] * tokens, [-1.0] * tokens, 1.0, step=1, prompt=prompt)
     line = len(view.to_json()) + 1

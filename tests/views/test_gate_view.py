@@ -140,10 +140,18 @@ def test_the_texts_of_tokens_are_the_text(byte_tokenizer, text):
 
 
 def test_bytes_that_are_no_text_end(byte_tokenizer):
-    """300 continuation bytes: each group of four is let go, so that the time stays linear."""
+    """300 continuation bytes: each group of four is let go; at most two groups are decoded at once, in linear time."""
+    lengths = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            lengths.append(len(ids))
+            return byte_tokenizer.decode(ids, **options)
+
     (continuation,) = byte_tokenizer.convert_tokens_to_ids(["Ģ"])
-    texts = token_texts(byte_tokenizer, [continuation] * 300)
+    texts = token_texts(Counting(), [continuation] * 300)
     assert "".join(texts) == "\ufffd" * 300
+    assert max(lengths) <= 8
 
 
 @settings(max_examples=100, deadline=None)
@@ -193,7 +201,10 @@ def test_the_terminal_shows_cases_with_and_without_colours():
     styles = dict(re.findall(r"\x1b\[([\d;]+)m(one| two)\x1b", file.getvalue()))
     assert {text: codes.split(";")[0] for codes, text in styles.items()} == {"one": "4", " two": "1"}
     plain = three(prompt="Q", gold="4", step=3).plain()
-    assert plain.splitlines()[0] == "step 3 · student's rollout · correct · gold 4 · 3 tokens, mean factor 1.27"
+    assert (
+        plain.splitlines()[0]
+        == "step 3 · student's rollout · correct · reference answer 4 · 3 tokens, mean factor 1.27"
+    )
     assert "one⟦ two⟧↵" in plain
     assert " 33.3% consensus  the teacher moves the token the way the verdict wants" in plain
 
@@ -228,12 +239,12 @@ def test_text_is_text_in_a_notebooks_kernel(monkeypatch):
     assert three().headline() in three().plain()
 
 
-def test_messages_with_calls_and_a_gold_that_is_a_number():
+def test_messages_with_calls_and_a_reference_answer_that_is_a_number():
     call = [{"type": "function", "function": {"name": "add"}}]
     view = three(prompt=[{"role": "user", "content": "1+1"}, {"role": "assistant", "tool_calls": call}], gold=4)
     assert view.prompt.startswith("user: 1+1\n\nassistant: [{'type'")
     assert view.gold == "4"
-    assert "gold 4" in view.plain()
+    assert "reference answer 4" in view.plain()
 
 
 def test_a_step_of_a_foreign_file_is_a_number():
@@ -266,7 +277,8 @@ def test_the_wheel_has_the_pages_parts(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {f"sg_opd/gate_view.{kind}" for kind in ("html", "css", "js")} <= set(zipfile.ZipFile(wheel).namelist())
+    parts = {f"sg_opd/views/{name}" for name in ("gate_view.html", "gate_view.css", "gate_view.js", "plot.html")}
+    assert parts <= set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize("given", ["sampled", "text", "ids"])
@@ -363,7 +375,7 @@ def test_browser_shows_cases_numbers_and_facts(open_page):
         "✓ correct",
         "33.3 %",
         "mean factor\n1.27",
-        "gold\n4",
+        "reference answer\n4",
         "written by\nstudent",
         "factors\n1.8 / 1",
         "How many?",
@@ -403,7 +415,7 @@ def test_browser_shows_it_in_a_notebooks_frame(open_page):
 
 
 def test_browser_keyboard(open_page):
-    """Tab reaches the tokens once; arrows go on, End to the last, Shift to the next conflict, Escape closes."""
+    """Tab reaches the tokens once; arrows move on, End to the last, Shift to the next conflict, Escape closes."""
     tokens, teacher = ["one", " two", " three", " four", "\n"], [-0.4, -2.5, -0.4, -0.4, -1.0]
     page = open_page(inspect_rollout(tokens, [-1.0] * 5, teacher, 1.0).html())
     page.keyboard.press("Tab")

@@ -16,7 +16,7 @@ from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.checkpoints.folders import SEAL, seal
 from sg_opd.evaluation import EvaluationCallback
 from sg_opd.training import METRICS
-from sg_opd.views.curves import PANELS, RunLog, charts
+from sg_opd.views.curves import DEFINITIONS, PANELS, RunLog, charts
 from sg_opd.views.plot import interactive_figures, page, plot_runs, static_figure
 
 NAN = math.nan
@@ -122,6 +122,19 @@ def test_the_band_is_between_the_quantiles(run):
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
     edges = [zip(*logged(history, metric), strict=True) for metric in ("delta/p05", "delta/p95")]
     assert corners == {point for edge in edges for point in edge}
+
+
+@pytest.mark.parametrize("missing", [[], ["delta/p05"], ["delta/p05", "delta/p95"]])
+def test_a_band_has_both_edges_at_every_step(missing):
+    """The second step lacks some quantiles: the median's line is whole, and a band has two edges of one length."""
+    first = {"step": 1, "delta/p05": -1.0, "delta/p50": 0.0, "delta/p95": 1.0}
+    second = {name: value for name, value in first.items() if name not in missing} | {"step": 2}
+    (chart,) = charts([RunLog.of([first, second], "run")])
+    (curve,) = chart.curves
+    assert curve.points == ((1, 2), (0.0, 0.0))
+    expected = {0: (((1, 2), (-1.0, -1.0)), ((1, 2), (1.0, 1.0))), 1: None, 2: (((1,), (-1.0,)), ((1,), (1.0,)))}
+    assert curve.band == expected[len(missing)]
+    assert chart.legend == (curve.band is not None)
 
 
 def test_consensus_conflict_and_neutral_have_their_colours_everywhere(run):
@@ -365,14 +378,14 @@ def test_the_panels_to_pin_are_metrics_of_ours_or_plotted():
 
     text = (ROOT / "docs" / "metrics.md").read_text()
     named = set(re.findall(r"`((?:train|eval)/[\w/@]+)`", text))
-    known = {*METRICS, *(line.metric for panel in PANELS for line in panel.lines), "eval_avg@8", "eval_pass@8"}
+    known = {*DEFINITIONS, "eval_avg@8", "eval_pass@8"}
     assert len(named) > 10
     assert named <= rewrite_logs(dict.fromkeys(known, 0.0)).keys()
 
 
-def test_the_table_of_panels_names_metrics_that_exist():
-    """Each line has a definition: of this package's metrics, or its own, and never both."""
-    for panel in PANELS:
-        for line in panel.lines:
-            assert (line.metric in METRICS) != bool(line.about), line.metric
-            assert set(line.band or ()) <= METRICS.keys()
+def test_each_line_has_one_definition():
+    """Of this package's metrics or of the plots' own, which have no others; a band's edges are metrics of ours."""
+    lines = [line for lines in PANELS.values() for line in lines]
+    assert {line.metric for line in lines} - METRICS.keys() == DEFINITIONS.keys() - METRICS.keys()
+    assert METRICS.items() <= DEFINITIONS.items()
+    assert {edge for line in lines for edge in line.band} <= METRICS.keys()

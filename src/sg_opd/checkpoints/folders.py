@@ -49,18 +49,12 @@ NOT_DIGESTED = re.compile(r"token|auth|prox|secret|password|device_map|max_memor
 ROWS_COMPARED = 100  # of a dataset at most, spread evenly
 
 
-def begin(folder: Path) -> None:
-    """Mark a folder as one that is being written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / UNFINISHED).touch()
-
-
 def seal(folder: Path, settings: dict[str, Any]) -> None:
     """Mark a folder as whole: what is in it reaches the disk first, then the list of it appears at once.
 
     Args:
         folder: with every file of every rank in it.
-        settings: of the run, to be compared with those of a run that goes on from here.
+        settings: of the run, to be compared with those of a run that resumes from here.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SEAL, UNFINISHED)):
@@ -82,45 +76,33 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def unseal(folder: Path) -> None:
-    """What is in the folder is a part of a checkpoint from now on."""
-    os.replace(folder / SEAL, folder / UNFINISHED)
-
-
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; a kill while that is done leaves a part of one. As the parent, past files still in use."""
+    """Delete a checkpoint; a kill while that is done leaves a part of one. As GRPOTrainer, past files still in use."""
     if (folder / SEAL).is_file():
-        unseal(folder)
+        os.replace(folder / SEAL, folder / UNFINISHED)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> None:
-    """Make room for a new checkpoint of the same step: a whole one waits under another name, a part is deleted."""
+def begin(folder: Path) -> None:
+    """Begin a checkpoint; a whole one of the same step waits under another name, a part of one is deleted."""
     if flaw(folder) is None:
         discard(former(folder))
         os.replace(folder, former(folder))
     elif folder.is_dir():
         shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / UNFINISHED).touch()
 
 
 def former(folder: Path) -> Path:
-    """Where `set_aside` puts a whole checkpoint."""
+    """Where `begin` puts a whole checkpoint."""
     return folder.with_name(folder.name + FORMER)
 
 
 def take_back(folder: Path) -> None:
-    """Undo `set_aside`: the former checkpoint has its name again, in place of what was written of the new one."""
+    """Give the former checkpoint its name again, in place of what was written of the new one."""
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(former(folder), folder)
-
-
-def sealed(folder: Path) -> dict[str, Any] | None:
-    """What the seal says, `settings` and `files`; `None` where it cannot be read."""
-    try:
-        content = json.loads((folder / SEAL).read_text())
-    except ValueError:  # no JSON, or no text
-        return None
-    return content if isinstance(content, dict) and {"settings", "files"} <= content.keys() else None
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -134,10 +116,12 @@ def flaw(folder: Path) -> str | None:
         return "there is no such folder"
     if not (folder / SEAL).is_file():
         return f"it has no {SEAL}, which is written last, so its writing did not end"
-    content = sealed(folder)
-    if content is None:
+    try:
+        content = json.loads((folder / SEAL).read_text())
+        files, _ = content["files"].items(), content["settings"]
+    except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no text, or another content
         return f"its {SEAL} cannot be read, so it was cut off, or is no list of files"
-    for name, size in content["files"].items():
+    for name, size in files:
         path = folder / name
         if not path.is_file():
             return f"its {name} is missing"

@@ -29,7 +29,6 @@ from .folders import (
     rotate,
     run_settings,
     seal,
-    set_aside,
     settings_of,
     take_back,
 )
@@ -127,8 +126,7 @@ class ResumableTrainer(GRPOTrainer):
         if not wanted:
             return None
         folder = self._last_whole() if wanted is True else Path(wanted)
-        reason = None if wanted is True or folder is None else flaw(folder)
-        if reason is not None:
+        if wanted is not True and (reason := flaw(Path(wanted))):
             raise ValueError(
                 f"{wanted} is no whole checkpoint: {reason}. `resume_from_checkpoint=True` takes the last whole one."
             )
@@ -139,14 +137,11 @@ class ResumableTrainer(GRPOTrainer):
                 f"The ranks find different checkpoints to resume from: {named}. `output_dir` must be a folder that all "
                 "nodes share, or hold the same checkpoints on each of them."
             )
-        return self._taken_back(folder) if wanted is True and folder else folder
-
-    def _taken_back(self, found: Path) -> Path:
-        """Where the checkpoint is once one that was to be replaced has its name again."""
-        folder = found.with_name(found.name.removesuffix(FORMER))
-        if found != folder and self.args.should_save:
-            take_back(folder)
-        self.accelerator.wait_for_everyone()
+        if wanted is True and folder is not None and folder.name.endswith(FORMER):  # its replacement was never whole
+            folder = folder.with_name(folder.name.removesuffix(FORMER))
+            if self.args.should_save:
+                take_back(folder)
+            self.accelerator.wait_for_everyone()
         return folder
 
     def _last_whole(self) -> Path | None:
@@ -190,7 +185,7 @@ class ResumableTrainer(GRPOTrainer):
         }
 
     def set_run_state(self, saved: dict[str, Any]) -> None:
-        """Set this rank back to what `run_state` answered, once the parent has begun to train."""
+        """Set this rank back to what `run_state` answered, once GRPOTrainer has begun to train."""
         device = self.accelerator.device
         self._step = saved["micro_batches"]
         self._buffered_inputs = saved["buffered"] and send_to_device(saved["buffered"], device)
@@ -239,8 +234,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _write(self, folder: Path, model: nn.Module, trial: Any, run_state: dict[str, Any]) -> None:
         if self.args.should_save:
-            set_aside(folder)  # of a run that was killed here, perhaps with more processes
-            begin(folder)
+            begin(folder)  # there may be one of a run that was killed here, perhaps with more processes
         self.accelerator.wait_for_everyone()
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes before all is written
         try:

@@ -36,11 +36,11 @@ class CheckpointError(RuntimeError):
 
 
 def listening(args: TrainingArguments) -> bool:
-    """Whether signals can be handled; transformers' own handler raises where they cannot, outside the main thread."""
-    if args.enable_jit_checkpoint and threading.current_thread() is not threading.main_thread():
+    """Whether SIGTERM is handled; outside the main thread it cannot be, and transformers' own handler would raise."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if args.enable_jit_checkpoint and not in_main:
         logger.warning("SIGTERM cannot be handled outside the main thread: it ends this run without a checkpoint.")
-        return False
-    return args.enable_jit_checkpoint
+    return args.enable_jit_checkpoint and in_main
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -49,9 +49,6 @@ class StopAtStepEnd(TrainerCallback):
     transformers' callback saves in the middle of a step, each rank when it sees the signal, and lets `train` return as
     if all steps had been made. This one lets the step end, has the ranks agree, saves as at any other step, and ends
     the process with `EXIT_CODE`. The handler is in place only while training.
-
-    Args:
-        trainer: whose parent has set `enable_jit_checkpoint` up already.
     """
 
     def __init__(self, trainer: ResumableTrainer) -> None:
@@ -88,24 +85,14 @@ class StopAtStepEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop where any rank was asked to."""
-        if self.manager is None or not self._asked_anywhere(self.manager.is_checkpoint_requested):
+        if self.manager is None or not anywhere(self.manager.is_checkpoint_requested, self.accelerator):
             return
         self.stopped = control.should_save = control.should_training_stop = True
         logger.warning("SIGTERM: saving step %d, then ending with code %d.", state.global_step, EXIT_CODE)
 
-    def _asked_anywhere(self, asked: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor([float(asked)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
-
 
 class LastGoodStep:
-    """Can save the last finished optimizer step from within the next one.
-
-    Args:
-        trainer: the trainer, on every rank.
-    """
+    """Can save the last finished optimizer step from within the next one, on every rank."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
@@ -161,6 +148,14 @@ class NonFiniteError(RuntimeError):
     """A model gave a sampled token a log-probability that is NaN or infinite, on which no delta can be trained."""
 
 
+def anywhere(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether it is true on any rank; every rank enters it."""
+    if accelerator.num_processes == 1:
+        return flag
+    count = accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), reduction="sum")
+    return bool(count.item() > 0)
+
+
 class FiniteGuard(TrainerCallback):
     """Stops at log-probabilities that are NaN or infinite, or has their optimizer step skipped on every rank.
 
@@ -194,37 +189,37 @@ class FiniteGuard(TrainerCallback):
         Raises:
             NonFiniteError: at the first such token, unless the step is to be skipped.
         """
-        bad = {whose: self._bad(whose, values, mask) for whose, values in logps.items() if values is not None}
+        bad = {
+            whose: mask & (values.isnan() if self.clipped and MODELS[whose] != "student" else ~values.isfinite())
+            for whose, values in logps.items()
+            if values is not None
+        }
         if not torch.stack([*bad.values()]).any():  # the host waits for the device here, once a micro-batch
             return logps
         for whose, places in bad.items():
             values = logps[whose]
             if values is not None and places.any():
-                self._report(self._words(inputs, places, whose, values))
+                self._report(inputs, places, whose, values)
                 logps[whose] = values.masked_fill(places, 0.0)
         return logps
 
-    def _bad(self, whose: str, values: Tensor, mask: Tensor) -> Tensor:
-        bounded = MODELS[whose] != "student" and self.clipped
-        return mask & (values.isnan() if bounded else ~values.isfinite())
-
-    def _report(self, message: str) -> None:
-        if not self.skips:
-            raise NonFiniteError(f"{message} Nothing was trained on it; set non_finite_log_probs='skip' to go on.")
-        if not self.found:
-            logger.warning("%s This optimizer step is skipped.", message, main_process_only=False)
-        self.found = True
-
-    def _words(self, inputs: dict[str, Any], bad: Tensor, whose: str, values: Tensor) -> str:
+    def _report(self, inputs: dict[str, Any], bad: Tensor, whose: str, values: Tensor) -> None:
         row, place = (int(index) for index in bad.nonzero()[0])
         token = int(inputs["completion_ids"][row, place])
         prompt = self.tokenizer.decode(inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()])
-        return (
+        message = (
             f"Step {self._step}, rank {self.accelerator.process_index}: the {MODELS[whose]}'s log-probability of "
             f"token {place} ({token}, {self.tokenizer.decode([token])!r}) of the rollout in row {row} of "
             f"its micro-batch is {values[row, place].item():g}, and {int(bad.sum())} in all are no numbers. Its prompt "
             f"ends with {prompt[-80:]!r}."
         )
+        if not self.skips:
+            raise NonFiniteError(
+                f"{message} Nothing was trained on it; non_finite_log_probs='skip' leaves such steps out."
+            )
+        if not self.found:
+            logger.warning("%s This optimizer step is skipped.", message, main_process_only=False)
+        self.found = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the step, for the error's words."""
@@ -232,12 +227,9 @@ class FiniteGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop the gradients where any rank found one, so that no optimizer moves a weight."""
-        if not self.skips:
-            return
-        found = torch.tensor([float(self.found)], device=self.accelerator.device)
-        self.found = False
-        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+        if self.skips and anywhere(self.found, self.accelerator):
             kwargs["model"].zero_grad(set_to_none=True)
+        self.found = False
 
 
 def random_states() -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Both distributions are renormalised over the ids that student and target share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ REVERSE_KL = 1.0  # the kernel's beta for KL(student || target)
 class Head(NamedTuple):
     """A language-model head, `softcap * tanh(scale * (W h + b) / softcap)`, with W of shape (V, H)."""
 
-    weight: Any  # a tensor; a parameter, where ZeRO-3 shards it
+    weight: Any  # a tensor; where ZeRO-3 shards it, a parameter
     bias: Any = None
     scale: float = 1.0
     softcap: float | None = None
@@ -44,23 +45,17 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a model, with the scaling its configuration declares (Cohere, Falcon-H1, Granite, Gemma, ...)."""
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
-
-    def setting(name: str) -> float:
-        value = getattr(config, name, None)
-        return 1.0 if value is None else value
-
-    scale = setting("logit_scale") * setting("output_multiplier") * setting("lm_head_multiplier")
-    divisor = setting("logits_scaling")
+    multipliers = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in multipliers)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
     scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def sequence(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of a batch's prompts with their completions, both (B, P + T)."""
-    return (
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-    )
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    return ids, mask
 
 
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
@@ -75,13 +70,8 @@ def chunked_divergence(
 ) -> Divergence:
     """KL(student || target) at each position, and both log-probabilities of the sampled token, from one pass.
 
-    Must run inside the student wrapper's forward, where a sharded head is gathered.
-
-    Args:
-        student_hidden: (N, H_s); the gradient goes to it and to the student's head.
-        target_hidden: (N, H_t), without gradient.
-        ids: (N,), the sampled tokens, each below both vocabularies.
-        temperature: divides both models' logits, > 0.
+    Hidden states are (N, H), sampled ids (N,) and below both vocabularies; the gradient goes to the student's states
+    and head. Must run inside the student wrapper's forward, where a sharded head is gathered.
     """
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -92,20 +82,9 @@ def chunked_divergence(
     with torch.enable_grad():  # the normalisers are read off the graph, which a pass without gradient drops again
         if not (student_hidden.requires_grad or student.weight.requires_grad):
             student_hidden = student_hidden.detach().requires_grad_()
-        divergence, entropy = ChunkedDivergenceFunction.apply(
-            student_hidden,
-            student.weight,
-            student.bias,
-            target_hidden,
-            target.weight,
-            target.bias,
-            REVERSE_KL,
-            temperature,
-            student.scale,
-            student.softcap,
-            target.scale,
-            target.softcap,
-        )
+        both = student_hidden, student.weight, student.bias, target_hidden, target.weight, target.bias
+        scaling = student.scale, student.softcap, target.scale, target.softcap
+        divergence, entropy = ChunkedDivergenceFunction.apply(*both, REVERSE_KL, temperature, *scaling)
     student_log_z, target_log_z = divergence.grad_fn.saved_tensors[6:8]
     with torch.no_grad():
         student_logps = _token_logits(student_hidden, student, ids, temperature) - student_log_z
@@ -117,9 +96,8 @@ def chunked_nll(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> 
     """`-log pi(y)` of each position's token over the whole head, (N,), with gradient; inside the wrapper's forward."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+    with _gathered(head.weight, head.bias):
         logps, *_ = ChunkedLogProbFunction.apply(
             hidden, head.weight, head.bias, ids, temperature, VOCAB_CHUNK_SIZE, head.softcap, head.scale, ()
         )
@@ -127,7 +105,7 @@ def chunked_nll(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> 
 
 
 def check_linear(*heads: Head) -> None:
-    """Refuse soft-capped heads, whose logits are no linear map of the hidden state."""
+    """Refuse soft-capped heads: their logits are no linear map of the hidden state."""
     if any(head.softcap is not None for head in heads):
         raise ValueError(
             "estimator='full' with reference_policy='initial' needs plain linear heads, but this model soft-caps its "
@@ -138,25 +116,15 @@ def check_linear(*heads: Head) -> None:
 def tilted_target(
     teacher_hidden: Tensor, teacher: Head, reference_hidden: Tensor, reference: Head, factor: Tensor
 ) -> tuple[Tensor, Head]:
-    """`pi_R^(1 - lambda) * pi_T^lambda / Z` as one linear head on concatenated hidden states [G, O].
+    """`pi_R^(1 - lambda) * pi_T^lambda / Z` as one linear head on concatenated hidden states (N, H_t + H_r) [G, O].
 
-    Logits of the product are `lambda * z_T + (1 - lambda) * z_R`, which is one projection of
-    `[lambda h_T, 1 - lambda h_R]`; the biases enter as two more columns.
-
-    Args:
-        teacher_hidden: (N, H_t).
-        reference_hidden: (N, H_r).
-        factor: (N,), lambda.
-
-    Raises:
-        ValueError: a soft-capped head, which is no linear map.
+    Its logits are `lambda * z_T + (1 - lambda) * z_R` with the `factor` lambda, (N,): one projection of
+    `[lambda h_T, (1 - lambda) h_R]`, in which the biases are two more columns.
     """
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
     check_linear(teacher, reference)
     shared = min(vocabulary(teacher), vocabulary(reference))
     hidden, columns = [], []
-    with torch.no_grad(), maybe_gather_lm_head_ctx(teacher.weight, teacher.bias, reference.weight, reference.bias):
+    with torch.no_grad(), _gathered(teacher.weight, teacher.bias, reference.weight, reference.bias):
         for states, head, weight in (
             (teacher_hidden, teacher, factor * teacher.scale),
             (reference_hidden, reference, (1 - factor) * reference.scale),
@@ -184,15 +152,9 @@ def full_per_token(
 ) -> tuple[Tensor, Tensor]:
     """Loss and student entropy of each position, both (B, T), zero where not trained.
 
-    Args:
-        student_states: (B, T, H_s), with gradient.
-        teacher_states: (B, T, H_t).
-        ids: (B, T), the sampled tokens.
-        gated: (B, T), the tokens trained by the gated divergence.
-        temperature: divides all logits, > 0.
-        decide: student's and teacher's log-probabilities (B, T) -> the gate's factors (B, T).
-        reference: states (B, T, H_r) and head of the initial policy; `None` is the current one.
-        taught: (B, T), the tokens trained by maximum likelihood; `None` for none.
+    `gated` tokens are trained by the gated divergence, `taught` ones by maximum likelihood; both masks are (B, T), all
+    states (B, T, H). `decide` takes the student's and the teacher's log-probabilities of `ids` to the gate's factors,
+    all (B, T). `reference` is states and head of the initial policy; `None` is the current one.
     """
     student, teacher = unsharded(student), unsharded(teacher)
     states, targets, tokens = student_states[gated], teacher_states[gated], ids[gated]
@@ -219,8 +181,7 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def unsharded(head: Head) -> Head:
     """The head with plain tensors in place of FSDP2's DTensors; every rank must call it equally often.
 
-    Raises:
-        ValueError: a trained head that stays sharded within the forward, which would lose other ranks' gradients.
+    Refuses a trained head that stays sharded within the forward, since other ranks' gradients would be lost.
     """
     if not isinstance(head.weight, DTensor):
         return head
@@ -243,14 +204,12 @@ def _first_rows(parameter: Tensor, rows: int) -> Tensor:
 class _GatheredRows(torch.autograd.Function):
     """The first rows of a parameter that ZeRO-3 shards; its gradient arrives in the parameter's own shape.
 
-    Autograd's own slice would not do: the parameter is empty again by the time its gradient comes.
+    Autograd's own slice would not do: the parameter is empty again when its gradient comes.
     """
 
     @staticmethod
     def forward(ctx: Any, parameter: Any, rows: int) -> Tensor:
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-        with maybe_gather_lm_head_ctx(parameter):
+        with _gathered(parameter):
             ctx.shape = parameter.shape
             return parameter[:rows].clone()
 
@@ -272,12 +231,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
     """The scaled logit of one id a position, in the precision of the kernel's projection."""
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        dtype = _projection_dtype(hidden)
-        rows = head.weight[ids].to(dtype).float()
-        logits = (rows * hidden.to(dtype).float()).sum(-1)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with _gathered(head.weight, head.bias):
+        logits = (head.weight[ids].to(dtype).float() * hidden.to(dtype).float()).sum(-1)
         if head.bias is not None:
             logits = logits + head.bias[ids].float()
     logits = logits * head.scale
@@ -286,6 +243,8 @@ def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -
     return logits / temperature
 
 
-def _projection_dtype(hidden: Tensor) -> Any:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+def _gathered(*parameters: Any) -> Any:
+    """A context in which parameters that ZeRO-3 shards are whole; `None` among them is passed over."""
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)

@@ -172,11 +172,9 @@ def gate_totals(decision: GateDecision, mask: Shaped[Tensor, "B T"]) -> dict[str
 def gate_metrics(totals: dict[str, Tensor], deltas: Float[Tensor, " N"]) -> dict[str, Tensor]:
     """Shares and means from `gate_totals`, and the quantiles of `deltas` (NaN without any)."""
     tokens = totals["tokens"].clamp(min=1.0)
-    metrics = {name: total / tokens for name, total in totals.items() if name != "tokens"}
-    empty = deltas.new_full((), math.nan, dtype=torch.float32)
-    for name, q in QUANTILES.items():
-        metrics[name] = torch.quantile(deltas.float(), q) if deltas.numel() else empty
-    return metrics
+    means = {name: total / tokens for name, total in totals.items() if name != "tokens"}
+    known = deltas.float() if deltas.numel() else deltas.new_full((1,), math.nan, dtype=torch.float32)
+    return means | {name: torch.quantile(known, q) for name, q in QUANTILES.items()}
 
 
 def at_least_float32(values: Tensor) -> Tensor:

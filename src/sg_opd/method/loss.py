@@ -25,13 +25,11 @@ class LossOutput(NamedTuple):
 
 
 def policy_gradient(
-    logps: Float[Tensor, "B T"],
-    advantage: Float[Tensor, "B T"],
-    old_logps: Float[Tensor, "B T"] | None = None,
+    logps: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"] | None = None
 ) -> Float[Tensor, "B T"]:
     """`-rho_t * A_t` for each token, `rho_t = exp(log pi_S - log pi_S_old)`; `old_logps=None` is `logps`, detached.
 
-    Gradient to `logps` only. The trainer leaves clipping and engine correction of the ratio to its parent.
+    Gradient to `logps` only. In the trainer GRPOTrainer clips and corrects the ratio.
     """
     old_logps = logps.detach() if old_logps is None else old_logps
     return -torch.exp(logps - old_logps) * advantage.detach()

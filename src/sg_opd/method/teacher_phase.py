@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ Propose = Callable[[Sequence[int], int], Sequence[Sequence[Proposal]]]
 Endorse = Callable[[Sequence[int], Sequence[Proposal]], Sequence[float | None]]
 
 
+@dataclass(eq=False)
 class TeacherPhaseSampler:
     """Decides which rollouts of a batch are teacher slots, and fills them with endorsed teacher rollouts.
 
@@ -55,34 +57,26 @@ class TeacherPhaseSampler:
         ValueError: an argument out of its range, by name.
     """
 
-    def __init__(
-        self, fraction: float, steps: int, schedule: Schedule = "linear", candidates: int = 1, seed: int = 0
-    ) -> None:
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"`fraction` must be in [0, 1], got {fraction!r}.")
-        if steps != int(steps) or steps < 0:
-            raise ValueError(f"`steps` must be a whole number >= 0, got {steps!r}.")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
-        if candidates != int(candidates) or candidates < 1:
-            raise ValueError(f"`candidates` must be a whole number >= 1, got {candidates!r}.")
-        self.fraction = fraction
-        self.steps = int(steps)
-        self.schedule = schedule
-        self.candidates = int(candidates)
-        self.seed = seed
+    fraction: float
+    steps: int
+    schedule: Schedule = "linear"
+    candidates: int = 1
+    seed: int = 0
 
-    def __repr__(self) -> str:
-        return (
-            f"TeacherPhaseSampler(fraction={self.fraction}, steps={self.steps}, schedule={self.schedule!r}, "
-            f"candidates={self.candidates}, seed={self.seed})"
-        )
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.fraction <= 1.0:
+            raise ValueError(f"`fraction` must be in [0, 1], got {self.fraction!r}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}.")
+        for name, least in (("steps", 0), ("candidates", 1)):
+            value = getattr(self, name)
+            if value != int(value) or value < least:
+                raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
+            setattr(self, name, int(value))
 
     def fraction_at(self, step: int) -> float:
         """The share of teacher slots at optimizer step `step` >= 0; 0.0 from step `steps` on."""
-        if step >= self.steps:
-            return 0.0
-        return self.fraction * SCHEDULES[self.schedule](step / self.steps)
+        return self.fraction * SCHEDULES[self.schedule](step / self.steps) if step < self.steps else 0.0
 
     def slots(self, step: int, num_prompts: int, num_generations: int) -> Tensor:
         """Teacher slots of each prompt of the global batch: a LongTensor of shape (num_prompts,), on the CPU.
@@ -103,11 +97,9 @@ class TeacherPhaseSampler:
         Slots are the last of a prompt's group, by position, never by verdict: what is left of the group is then an
         unbiased sample of the student.
         """
-        slots = self.slots(step, num_prompts, num_generations).tolist()
-        first_slot = [num_generations - count for count in slots]
-        return [
-            offset for offset, row in enumerate(rows) if row % num_generations >= first_slot[row // num_generations]
-        ]
+        first_slots = (num_generations - self.slots(step, num_prompts, num_generations)).tolist()
+        places = (divmod(row, num_generations) for row in rows)
+        return [offset for offset, (prompt, place) in enumerate(places) if place >= first_slots[prompt]]
 
     def fill(self, rows: Sequence[int], propose: Propose, endorse: Endorse) -> dict[int, Proposal]:
         """The endorsed teacher rollout of each row that has one; a row without keeps the student's own rollout.
@@ -116,7 +108,7 @@ class TeacherPhaseSampler:
 
         Args:
             rows: the slots, as the caller numbers them.
-            propose: `(rows, candidates)` -> for each row its proposals, as `sg_opd.method.teacher_phase.Proposal`.
+            propose: `(rows, candidates)` -> for each row its proposals, as `sg_opd.method.Proposal`.
             endorse: `(rows, proposals)`, one row a proposal -> 1.0, 0.0 or `None` each; only 1.0 endorses.
 
         Returns:
@@ -126,7 +118,7 @@ class TeacherPhaseSampler:
 
         ```python
         from sg_opd import TeacherPhaseSampler
-        from sg_opd.teacher_phase import Proposal
+        from sg_opd.method import Proposal
 
         phase = TeacherPhaseSampler(fraction=0.5, steps=10)
         rows = phase.slot_rows(step=0, num_prompts=2, num_generations=4, rows=range(8))  # [2, 3, 6, 7]
@@ -134,15 +126,11 @@ class TeacherPhaseSampler:
         phase.fill(rows, lambda rows, n: [[answer]] * len(rows), lambda rows, proposals: [1.0] * len(rows))
         ```
         """
-        if not rows:
-            return {}
-        proposals = propose(rows, self.candidates)
+        proposals = propose(rows, self.candidates) if rows else []
         if len(proposals) != len(rows):
             raise ValueError(f"`propose` answered for {len(proposals)} rows, but {len(rows)} were asked for.")
         ended = [(row, p) for row, some in zip(rows, proposals, strict=True) for p in some if p.terminated]
-        if not ended:
-            return {}
-        verdicts = endorse([row for row, _ in ended], [proposal for _, proposal in ended])
+        verdicts = endorse([row for row, _ in ended], [proposal for _, proposal in ended]) if ended else []
         taken: dict[int, Proposal] = {}
         for (row, proposal), verdict in zip(ended, verdicts, strict=True):
             if verdict == 1.0:

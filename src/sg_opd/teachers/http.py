@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import itertools
 import logging
 import os
-import queue
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)
-from tenacity.nap import sleep_using_event
-from tenacity.stop import stop_when_event_set
+import tenacity
 
 from .protocol import TeacherError
 
@@ -74,13 +66,13 @@ class Endpoints:
             check_url(url, "server URL")
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self.timeout = timeout
-        self.concurrency = concurrency
+        self.places = asyncio.Semaphore(concurrency)
         self.retries = retries
         self.turn = offset
         key = self._key = os.environ.get("VLLM_API_KEY")
-        self.client = httpx2.Client(
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
-            limits=httpx2.Limits(max_connections=concurrency),
+        self.client = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(None, connect=min(timeout, CONNECT_SECONDS)),
+            limits=httpx2.Limits(),  # none: `places` bound what is in flight
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
@@ -89,51 +81,29 @@ class Endpoints:
         """Seconds after which one question has failed for good: the time-outs of all attempts and their pauses."""
         return (self.retries + 1) * self.timeout + self.retries * sum(BACKOFF_SECONDS)
 
-    def ask_all(self, path: str, requests: list[tuple[dict[str, Any], Callable[[Any], T]]]) -> list[T]:
+    def ask_all(self, path: str, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]]) -> list[T]:
         """Answers to requests (payload, reader), in their order; the first failure stops the others.
 
         Raises:
             TeacherServerError: no usable answer to one of them.
         """
-        stop, todo, done = threading.Event(), queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, Any, Any]]()
         first, self.turn = self.turn, self.turn + len(requests)
-        for index in range(len(requests)):
-            todo.put(index)
 
-        def work() -> None:
-            while not stop.is_set():
-                try:
-                    index = todo.get_nowait()
-                except queue.Empty:
-                    return
-                payload, read = requests[index]
-                try:
-                    done.put((index, self.ask(path, read, payload, stop=stop, first=first + index), None))
-                except BaseException as error:  # the caller's thread raises it
-                    done.put((index, None, error))
+        async def answers() -> list[T]:
+            tasks = [
+                asyncio.create_task(self._answer(path, read, payload, self.urls, turn))
+                for turn, (payload, read) in enumerate(requests, first)
+            ]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
 
-        # daemons: a request in flight must hold up neither an error nor the end of the process
-        for _ in range(min(self.concurrency, len(requests))):
-            threading.Thread(target=work, name="teacher", daemon=True).start()
-        answers: dict[int, T] = {}
-        try:
-            while len(answers) < len(requests):
-                index, answer, error = done.get()
-                if error is not None:
-                    raise error
-                answers[index] = answer
-        finally:
-            stop.set()
-        return [answers[index] for index in range(len(requests))]
+        return _result(answers())
 
     def ask(
-        self,
-        path: str,
-        read: Callable[[Any], T],
-        payload: dict[str, Any] | None = None,
-        url: str | None = None,
-        stop: threading.Event | None = None,
-        first: int = 0,
+        self, path: str, read: Callable[[Any], T], payload: dict[str, Any] | None = None, url: str | None = None
     ) -> T:
         """One answer, after as many attempts as it takes.
 
@@ -142,39 +112,44 @@ class Endpoints:
             read: JSON body (`None` for another content) -> the answer; `ValueError`, `KeyError`, `TypeError` and
                 `IndexError` mean that the body is malformed.
             payload: of a POST; `None` is a GET.
-            url: the only base URL to ask; by default all in turn, from number `first` on.
-            stop: gives up between two attempts once it is set.
+            url: the only base URL to ask; by default all in turn.
 
         Raises:
             TeacherServerError: no usable answer.
         """
-        stop = stop or threading.Event()
-        attempts = Retrying(
-            retry=retry_if_exception_type(_AttemptError),
-            stop=stop_after_attempt(self.retries + 1) | stop_when_event_set(stop),
+        return _result(self._answer(path, read, payload, [url] if url else self.urls))
+
+    async def _answer(
+        self, path: str, read: Callable[[Any], T], payload: dict[str, Any] | None, urls: Sequence[str], first: int = 0
+    ) -> T:
+        """As `ask`, of `urls` in turn from number `first` on."""
+        turns = itertools.count(first)
+
+        async def attempt() -> T:
+            return await self._attempt(urls[next(turns) % len(urls)] + path, payload, read)
+
+        attempts = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_AttemptError),
+            stop=tenacity.stop_after_attempt(self.retries + 1),
             wait=_pause,
-            sleep=sleep_using_event(stop),
             before_sleep=_log_retry,
             reraise=True,
         )
         try:
-            for attempt in attempts:
-                with attempt:
-                    if stop.is_set():  # woken from a pause: nobody waits for this any more
-                        raise TeacherServerError("another request failed first")
-                    turn = first + attempt.retry_state.attempt_number - 1
-                    return self._attempt((url or self.urls[turn % len(self.urls)]) + path, payload, read)
+            async with self.places:
+                return await attempts(attempt)
         except _AttemptError as error:
-            tries = attempts.statistics["attempt_number"]
-            message = f"No usable answer from the server in {tries} attempts, the last: {error}"
+            message = f"No usable answer from the server in {self.retries + 1} attempts, the last: {error}"
             raise TeacherServerError(message) from None  # it says all that the client's three layers do
-        raise AssertionError("unreachable: a retried request returns or raises")
 
-    def _attempt(self, url: str, payload: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+    async def _attempt(self, url: str, payload: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
         try:
-            response = self._exchange(url, payload)
+            async with asyncio.timeout(self.timeout):  # the whole answer; the client's own limits each wait for bytes
+                response = await self.client.request("GET" if payload is None else "POST", url, json=payload)
         except httpx2.RequestError as error:
             raise _AttemptError(url, f"{type(error).__name__}: {error}") from error
+        except TimeoutError as error:
+            raise _AttemptError(url, f"ReadTimeout: the answer was not complete after {self.timeout:g} s") from error
         if response.status_code in RETRIED_STATUS:
             after = response.headers.get("Retry-After", "")
             raise _AttemptError(url, f"status {self._shown(response)}", float(after) if after.isdigit() else 0.0)
@@ -187,17 +162,6 @@ class Endpoints:
         except (ValueError, KeyError, TypeError, IndexError) as error:  # what reading a malformed answer raises
             raise _AttemptError(url, f"a malformed answer ({type(error).__name__}: {error})") from error
 
-    def _exchange(self, url: str, payload: dict[str, Any] | None) -> httpx2.Response:
-        """The whole response within `timeout`; the client's own limit is only on each wait for further bytes."""
-        deadline = time.monotonic() + self.timeout
-        with self.client.stream("GET" if payload is None else "POST", url, json=payload) as response:
-            body = bytearray()
-            for part in response.iter_bytes():
-                body += part
-                if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(f"the answer was not complete after {self.timeout:g} s")
-        return httpx2.Response(response.status_code, headers=_plain(response.headers), content=bytes(body))
-
     def _shown(self, response: httpx2.Response) -> str:
         """The status and the server's own words, in one line and without the key, which some servers repeat."""
         text = response.text.replace(self._key, "<VLLM_API_KEY>") if self._key else response.text
@@ -205,34 +169,42 @@ class Endpoints:
         return f"{response.status_code}: {plain.strip()}"
 
 
-def _plain(headers: httpx2.Headers) -> dict[str, str]:
-    """The headers that still hold once a body is decoded."""
-    return {name: value for name, value in headers.items() if name in ("content-type", "retry-after")}
+@functools.cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """One for each process, as a fork does not keep the thread; a daemon, so that the process may end at any time."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="teacher", daemon=True).start()
+    return loop
 
 
-def _pause(state: RetryCallState) -> float:
+def _result(question: Coroutine[Any, Any, T]) -> T:
+    """What a question comes to, in a thread of its own, for a notebook's has a loop; an interrupt ends the question."""
+    future = asyncio.run_coroutine_threadsafe(question, _loop(os.getpid()))
+    try:
+        return future.result()
+    finally:
+        future.cancel()
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: doubling with jitter, and what the server asked for within the longest pause."""
     first, longest = BACKOFF_SECONDS
-    wait = wait_exponential(multiplier=first, max=longest) + wait_random(0, first)
+    wait = tenacity.wait_exponential(multiplier=first, max=longest) + tenacity.wait_random(0, first)
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, _AttemptError) else 0.0
     return max(wait(state), min(asked, longest))
 
 
-def _log_retry(state: RetryCallState) -> None:
+def _log_retry(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     logger.warning("Asking the server again after attempt %d: %s", state.attempt_number, error)
 
 
 def check_url(url: Any, name: str) -> None:
-    """Refuse what is no `http://host` or `https://host`, with or without a port and a path, or holds credentials.
-
-    Args:
-        url: the base URL of a server; never repeated with its credentials.
-        name: of the setting, for the error.
+    """Refuse, as the setting `name`, what is no `http://host` or `https://host`, with or without a port and a path.
 
     Raises:
-        ValueError: see above.
+        ValueError: it is none, or it holds credentials, which are not repeated.
     """
     text = url if isinstance(url, str) else ""
     if "@" in text or "?" in text or "#" in text:

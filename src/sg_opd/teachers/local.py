@@ -1,6 +1,4 @@
-"""A teacher in this process: a frozen model, loaded, placed or sharded as the student is, its blocks in host memory on
-request.
-"""
+"""A teacher in this process: a frozen model, placed or sharded as the student is; on request offloaded by blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -21,8 +18,8 @@ from .protocol import TEACHER_MEMBERS, padded, sample_completions
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
-# of one forward with offloaded blocks, at least. A weight computes 2 FLOP a token, at 100 TFLOP/s, and 2 bytes of it
-# come at 20 GB/s: these take equally long at 5,000 tokens; at six times as many, still more would gain little
+# in one forward with offloaded blocks, at least. A weight computes 2 FLOP a token, at 100 TFLOP/s, and its 2 bytes come
+# at 20 GB/s: both take equally long at 5,000 tokens, and beyond six times as many little is left to gain
 TOKENS_AT_ONCE = 32_768
 
 
@@ -151,13 +148,11 @@ class LocalTeacher:
         offload: bool = False,
         gather: bool = True,
     ) -> None:
-        from trl.distributed import DistributedBackend
         from trl.trainer.utils import add_fused_lm_head
 
         self.generation_config = GenerationConfig(do_sample=True, disable_compile=True, **sampling)
         self.forward = forward
         self.accelerator = accelerator
-        self.backend = DistributedBackend(accelerator)
         self.rows = rows
         self.gather = gather
         self.sharded = is_sharded(accelerator)
@@ -193,30 +188,28 @@ class LocalTeacher:
         return torch.cat(states)
 
     def _rows_at_once(self, batch: dict[str, Any]) -> int:
-        """Rows of one forward: `rows`, or more where each forward has to bring the blocks."""
-        if self.offload is None:
-            return self.rows
-        length = sum(batch[f"{part}_ids"].size(1) for part in ("prompt", "completion"))
-        return max(self.rows, TOKENS_AT_ONCE // length)
+        """`rows`, or more where each forward has to bring the blocks."""
+        return self.rows if self.offload is None else max(self.rows, TOKENS_AT_ONCE // sequence(batch)[0].size(1))
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `Teacher.score`, on the trainer's device."""
         pad, device = self.generation_config.pad_token_id, self.accelerator.device
-        prompts = padded(prompt_ids, pad, "left", device)
-        completions = padded([ids or [pad] for ids in completion_ids], pad, "right", device)
-        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        logps = self.score_batch(dict(zip(keys, (*prompts, *completions), strict=True)))
+        prompt = padded(prompt_ids, pad, "left", device)
+        completion = padded([ids or [pad] for ids in completion_ids], pad, "right", device)
+        batch = {"prompt_ids": prompt[0], "completion_ids": completion[0]}
+        logps = self.score_batch({**batch, "prompt_mask": prompt[1], "completion_mask": completion[1]})
         return [row[: len(ids)] for row, ids in zip(logps.float(), completion_ids, strict=True)]
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
         """As `Teacher.propose`, from one batched generation, for which offloaded blocks all come to the device."""
+        from trl.distributed import DistributedBackend
         from trl.models import unwrap_model_for_generation
 
         config = GenerationConfig(**{**self.generation_config.to_dict(), "num_return_sequences": candidates})
         with (
             self.offload.lent() if self.offload else nullcontext(),
             unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=self.gather) as model,
-            self.backend.summon_full_params(self.model, recurse=False),
+            DistributedBackend(self.accelerator).summon_full_params(self.model, recurse=False),
         ):
             completions = sample_completions(model, prompt_ids, config)
         return [completions[i : i + candidates] for i in range(0, len(completions), candidates)]
@@ -225,8 +218,7 @@ class LocalTeacher:
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The blocks of a model, in order: its outermost modules of the classes in its `_no_split_modules`.
 
-    Raises:
-        ValueError: a model that cannot be offloaded block by block: quantised, dispatched already, or without blocks.
+    Refuses a model that cannot be offloaded block by block: quantised, dispatched already, or without blocks.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -239,11 +231,10 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
             "`teacher_offload=True` places the teacher itself, but this one is dispatched or offloaded already. Load "
             "it without `device_map`, or pass it through `accelerate.hooks.remove_hook_from_submodules` first."
         )
-    classes = model._no_split_modules or ()
-    blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
+    blocks = []
     for module in model.modules():  # parents before children
-        if type(module).__name__ in classes and module not in inside:
+        if type(module).__name__ in (model._no_split_modules or ()) and module not in inside:
             blocks.append(module)
             inside.update(module.modules())
     if not blocks:
@@ -255,17 +246,11 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class BlockOffload:
-    """Sends a model's blocks to host memory, from where each comes to the device for its own forward only.
+    """Sends a frozen model's blocks to host memory, from where each comes to the device for its own forward only.
 
     The rest (embeddings, norms, head) goes to the device and stays. Parameters of a resting block are on the meta
-    device. `accelerate.hooks.remove_hook_from_submodules(model)` brings every block back to where it was.
-
-    Args:
-        model: a frozen model, changed in place.
-        device: where it computes; the host's copies are page-locked where that is a CUDA device.
-
-    Raises:
-        ValueError: as `blocks_of`.
+    device; `accelerate.hooks.remove_hook_from_submodules(model)` brings every block back to where it was. The host's
+    copies are page-locked where the device is a CUDA one.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
@@ -274,13 +259,11 @@ class BlockOffload:
         if device.type == "cpu":  # of "cpu:0", as ranks are given, accelerate's hook would make plain tensors
             device = torch.device("cpu")
         for block in self.blocks:
-            hook = AlignDevicesHook(
-                device,
-                offload=True,
-                place_submodules=True,
-                weights_map=host_weights(block, page_locked=device.type == "cuda"),
-                skip_keys=model._skip_keys_device_placement,
-            )
+            weights = {name: parameter.detach().cpu() for name, parameter in block.named_parameters()}
+            if device.type == "cuda":
+                weights = {name: weight.pin_memory() for name, weight in weights.items()}
+            skipped = model._skip_keys_device_placement
+            hook = AlignDevicesHook(device, offload=True, place_submodules=True, weights_map=weights, skip_keys=skipped)
             add_hook_to_module(block, hook)
             self.hooks.append(hook)
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # in place: ties stay ties
@@ -294,12 +277,6 @@ class BlockOffload:
                 hook.pre_forward(block)
                 hook.offload = False
             yield
-
-
-def host_weights(module: nn.Module, page_locked: bool) -> dict[str, Tensor]:
-    """By name, the parameters of a module in host memory, where they stay; those already there are not copied."""
-    weights = {name: tensor.detach().to("cpu") for name, tensor in named_module_tensors(module, False, recurse=True)}
-    return {name: tensor.pin_memory() for name, tensor in weights.items()} if page_locked else weights
 
 
 def _send_back(block: nn.Module, hook: AlignDevicesHook) -> None:

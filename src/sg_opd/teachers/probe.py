@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .server import ServerTeacher, logps_of
+from .server import ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -27,40 +27,31 @@ LOGP_TOLERANCE = 1e-3  # nats; engines in fp32 agree to 1e-5, those in bf16 to 1
 class Probe(NamedTuple):
     """How one server answers a probe sequence."""
 
-    logps: Tensor
-    """Log-probabilities of the probe's tokens but the first."""
-    tokens: list[str | None]
-    """What the server decodes those tokens to, one by one; `None` where it says nothing."""
-    repeat: float
-    """Largest difference between scoring the same probe twice, in nats."""
-    noise: float
-    """Largest difference between sampling tokens and scoring the same tokens, in nats."""
-    spacing: float
-    """Of the grid that its logits lie on, in nats, as those of a 16-bit head do; 0 for a finer one."""
-    sampled: list[int]
-    """The tokens it sampled after the probe's prompt."""
-    finished: bool
-    """Whether it ended that sample by itself."""
+    logps: Tensor  # of the probe's tokens but the first
+    tokens: list[str | None]  # what the server decodes those tokens to, one by one; `None` where it says nothing
+    repeat: float  # largest difference between scoring the same probe twice, in nats
+    noise: float  # largest difference between sampling tokens and scoring the same tokens, in nats
+    spacing: float  # of the grid that its logits lie on, in nats, as those of a 16-bit head do; 0 for a finer one
+    sampled: list[int]  # what it sampled after the probe's prompt
+    finished: bool  # whether it ended that sample by itself
 
 
 def probe(teacher: ServerTeacher, url: str, prompt_ids: list[int], others: list[int], sampled_tokens: int) -> Probe:
     """Have one URL score a prompt and other ids twice, then sample after the prompt and score what it sampled."""
     ids = [*prompt_ids, *others]
-    entries = teacher.score_at(url, ids, others=TOP_TOKENS)
-    tokens = [entry[str(token)] for token, entry in zip(ids[1:], entries, strict=True)]
-    logps, again = logps_of(ids, entries), logps_of(ids, teacher.score_at(url, ids))
+    logps, entries = teacher.score_at(url, ids, others=TOP_TOKENS)
+    again = teacher.score_at(url, ids).logps
     choice = teacher.sample_at(url, prompt_ids, sampled_tokens)
     sampled, said = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
-    continued = [*prompt_ids, *sampled]
-    scored = logps_of(continued, teacher.score_at(url, continued))[-len(sampled) :]
+    scored = teacher.score_at(url, [*prompt_ids, *sampled]).logps[-len(sampled) :]
     return Probe(
         logps,
-        [token.get("decoded_token") for token in tokens],
-        (again - logps).abs().max().item(),
-        (said - scored).abs().max().item(),
-        logit_spacing([[token["logprob"] for token in entry.values()] for entry in entries]),
-        sampled,
-        choice["finish_reason"] == "stop",
+        tokens=[entry[str(token)].get("decoded_token") for token, entry in zip(ids[1:], entries, strict=True)],
+        repeat=(again - logps).abs().max().item(),
+        noise=(said - scored).abs().max().item(),
+        spacing=logit_spacing([[token["logprob"] for token in entry.values()] for entry in entries]),
+        sampled=sampled,
+        finished=choice["finish_reason"] == "stop",
     )
 
 
@@ -81,13 +72,7 @@ def logit_spacing(positions: Sequence[Sequence[float]]) -> float:
 
 
 def first_prompt(dataset: Any, tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[list], tuple]) -> list[int]:
-    """The token ids of a dataset's first prompt; of a sum, where the prompts come from elsewhere.
-
-    Args:
-        dataset: with a column `prompt`, or none.
-        tokenizer: of the models.
-        tokenize: prompts -> token ids and more, the trainer's own.
-    """
+    """The token ids of a dataset's first `prompt`, by the trainer's `tokenize`; those of a sum where it has none."""
     first: dict[str, Any] = next(iter(dataset), {}) if dataset is not None else {}
     if "prompt" not in first:
         return tokenizer("1 + 1 = 2")["input_ids"]
@@ -102,15 +87,10 @@ def check_server(
     dead_zone: float,
     student_logps: Callable[[list[int]], Tensor] | None,
 ) -> None:
-    """Compare a teacher's server with the student on a probe: vocabulary, repeatability, precision, EOS, sameness.
+    """Compare a connected teacher with the student on a probe: vocabulary, repeatability, precision, EOS, sameness.
 
-    Args:
-        teacher: connected.
-        tokenizer: the student's.
-        prompt_ids: of a prompt as training has them.
-        eos_token_ids: that end the student's completions.
-        dead_zone: of the gate, in nats.
-        student_logps: ids -> the student's log-probabilities of all but the first; `None` skips that comparison.
+    The prompt is one of the training's, `tokenizer` and EOS ids are the student's. `student_logps` takes ids to the
+    student's log-probabilities of all but the first; `None` skips that comparison.
 
     Raises:
         TeacherServerError: no usable answer.
@@ -122,7 +102,7 @@ def check_server(
     added = sorted({*tokenizer.get_added_vocab().values(), *eos_token_ids, ids[-1]})[-part:]
     spread = sorted({*ids[:: -(-len(ids) // part)], *added})
     expected = student_logps([*prompt_ids, *spread]) if student_logps else None
-    for url in teacher.urls:
+    for url in teacher.endpoints.urls:
         answer = probe(teacher, url, prompt_ids, spread, min(part, PROBE_SAMPLED))
         check_vocabulary(url, tokenizer, [*prompt_ids, *spread][1:], answer.tokens)
         noise = max(answer.noise, answer.spacing)
@@ -148,12 +128,7 @@ def check_server(
 
 
 def check_patience(longest: float, ranks_wait: float) -> None:
-    """Warn where other ranks would give up waiting for one that asks a server until it may save a checkpoint.
-
-    Args:
-        longest: seconds after which one question has failed for good.
-        ranks_wait: `ddp_timeout`, in seconds.
-    """
+    """Warn where ranks wait for each other (`ddp_timeout`) for less than one question may take, both in seconds."""
     if ranks_wait < longest:
         logger.warning(
             "One question to the teacher's server may take %d s, but ranks wait %d s for each other and then end "

@@ -1,8 +1,4 @@
-"""What a teacher is: it scores token ids and proposes completions. Whatever has the members of `Teacher` is one.
-
-Beside the protocol: how a batch is put to a teacher and its answer checked, and the token-id helpers that all kinds of
-teachers and the evaluation share.
-"""
+"""What a teacher is, how a batch is put to it and its answer checked, and the token-id helpers that teachers share."""
 
 from __future__ import annotations
 
@@ -13,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+
+from ..method.divergence import spread
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -54,50 +52,44 @@ class Teacher(Protocol):
 
 
 def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, skips: bool = False) -> Tensor:
-    """The teacher's log-probabilities of a batch's completion tokens, (B, T), anything where masked.
+    """The teacher's log-probabilities of a batch's completion tokens, (B, T), zero where masked.
 
-    Args:
-        teacher: scores the rows.
-        batch: `prompt_ids`, `prompt_mask`, `completion_ids` and `completion_mask`, each (B, length).
-        log_ratio_clip: bounds what a token without probability does; `None` refuses it.
-        skips: whether the caller skips a step with values that are no numbers; then they are not refused here.
+    `log_ratio_clip` bounds what a token without probability does to training; `None` refuses one. With `skips` values
+    that are no numbers are not refused here, since the caller skips their step.
 
     Raises:
-        TeacherError: an answer that does not fit the batch, that is not a number, or, unless log-ratios are clipped,
-            that gives a token no probability.
+        TeacherError: an answer that does not fit the batch, or holds a value that is refused.
     """
-    prompts, completions = (as_lists(batch[f"{part}_ids"], batch[f"{part}_mask"]) for part in ("prompt", "completion"))
-    rows = teacher.score(prompts, completions)
-    if [len(row) for row in rows] != [len(ids) for ids in completions]:
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    completions = as_lists(ids, mask)
+    rows = teacher.score(as_lists(batch["prompt_ids"], batch["prompt_mask"]), completions)
+    if [len(row) for row in rows] != [len(row) for row in completions]:
         raise TeacherError(
             f"{teacher.name} scored rows of {[len(row) for row in rows]} tokens, but the batch has "
-            f"{[len(ids) for ids in completions]}"
+            f"{[len(row) for row in completions]}"
         )
+    logps = spread(torch.cat(rows).to(ids.device), mask)
+    improbable = logps <= NO_PROBABILITY
     if skips:
-        rows = [row.masked_fill(row <= NO_PROBABILITY, -math.inf) for row in rows]
-    for row, ids in zip(rows, completions, strict=True) if not skips else ():
-        for logp, token in zip(row.tolist(), ids, strict=True):
-            if math.isnan(logp) or (logp <= NO_PROBABILITY and log_ratio_clip is None):
-                raise TeacherError(
-                    f"{teacher.name} gives token {token} the log-probability {logp:g}, on which no delta can be "
-                    "trained. Set `log_ratio_clip`, which bounds it, or look at the teacher"
-                )
-    ids = batch["completion_ids"]
-    return as_rectangle(rows, ids.size(1)).to(ids.device)
+        return logps.masked_fill(improbable, -math.inf)
+    refused = logps.isnan() | (improbable if log_ratio_clip is None else False)
+    if refused.any():
+        raise TeacherError(
+            f"{teacher.name} gives token {ids[refused][0]} the log-probability {logps[refused][0]:g}, on which no "
+            "delta can be trained. Set `log_ratio_clip`, which bounds it, or look at the teacher"
+        )
+    return logps
 
 
 def proposal_sampling(args: GRPOConfig) -> dict[str, Any]:
-    """How proposals are sampled: as the student's rollouts."""
+    """Settings that sample proposals as the student's rollouts are sampled."""
     given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
     return {"temperature": args.temperature, **WHOLE_DISTRIBUTION, **given}
 
 
 @torch.no_grad()
 def sample_completions(model: Any, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
-    """Completions of token-id prompts in one batch, each up to and with its first EOS.
-
-    `config.num_return_sequences` of them a prompt, those of one prompt together.
-    """
+    """`config.num_return_sequences` completions of each prompt, in one batch, each up to and with its first EOS."""
     ids, mask = padded(prompt_ids, config.pad_token_id, "left", model.device)
     output: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [up_to_eos(sample, eos_set(config.eos_token_id)) for sample in output[:, ids.size(1) :].tolist()]
@@ -119,14 +111,6 @@ def up_to_eos(ids: Sequence[int], eos: frozenset[int]) -> list[int]:
 def as_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The token ids of each row where `mask` is set; both (B, L)."""
     return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
-
-
-def as_rectangle(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Rows of unequal length as one (B, width) tensor, zero to the right of each."""
-    filled = rows[0].new_zeros(len(rows), width)
-    for place, row in zip(filled, rows, strict=True):
-        place[: len(row)] = row
-    return filled
 
 
 def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:

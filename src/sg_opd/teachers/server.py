@@ -6,8 +6,9 @@ sampled: what the sampled estimator needs, and not enough for the full one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +18,14 @@ from .http import Endpoints, TeacherServerError
 
 COMPLETIONS = "/v1/completions"
 SEQUENCES_PER_REQUEST = 8  # long answers: some 100 bytes a token
+ROUNDING = 1e-3  # nats above 0 that a log-probability of a server may have
 
 
-class ServedModel(NamedTuple):
-    """What a server says of the model it serves."""
+class Scores(NamedTuple):
+    """What a server says of a sequence's tokens but the first."""
 
-    name: str
-    context: int | None
-    """Longest sequence of prompt and completion, in tokens."""
+    logps: Tensor  # (length - 1,), float32
+    entries: list[dict[str, Any]]  # for each, by token id, `logprob`, `decoded_token` and more
 
 
 class ServerTeacher:
@@ -45,10 +46,6 @@ class ServerTeacher:
         self.context: int | None = None
         self.sampling = sampling
         self.eos = eos
-
-    @property
-    def urls(self) -> list[str]:
-        return self.endpoints.urls
 
     @property
     def name(self) -> str:
@@ -77,17 +74,11 @@ class ServerTeacher:
                 f"A prompt with its completion needs {longest} tokens, one more included, of the {self.context} that "
                 "the teacher's server has: start it with a larger --max-model-len, or filter the dataset by length"
             )
-        rows = [i for i, ids in enumerate(completion_ids) if ids]
-        chunks = [rows[i : i + SEQUENCES_PER_REQUEST] for i in range(0, len(rows), SEQUENCES_PER_REQUEST)]
-        sequences = [[[*prompt_ids[row], *completion_ids[row]] for row in chunk] for chunk in chunks]
-        answers = self.endpoints.ask_all(
-            COMPLETIONS, [(self._scoring(chunk), _read_logps(chunk)) for chunk in sequences]
-        )
-        scored = [torch.empty(0)] * len(completion_ids)
-        for chunk, answer in zip(chunks, answers, strict=True):
-            for row, logps in zip(chunk, answer, strict=True):
-                scored[row] = logps[-len(completion_ids[row]) :]
-        return scored
+        sequences = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True) if ids]
+        chunks = [sequences[i : i + SEQUENCES_PER_REQUEST] for i in range(0, len(sequences), SEQUENCES_PER_REQUEST)]
+        requests = [(self._scoring(chunk), partial(_read_scores, chunk)) for chunk in chunks]
+        scores = chain.from_iterable(self.endpoints.ask_all(COMPLETIONS, requests))
+        return [next(scores).logps[-len(ids) :] if ids else torch.empty(0) for ids in completion_ids]
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
         """As `Teacher.propose`; a server ends a completion at the first EOS by itself.
@@ -98,25 +89,17 @@ class ServerTeacher:
             TeacherServerError: no usable answer after all retries.
         """
         seeds = torch.randint(2**31, (len(prompt_ids),)).tolist()
-        read = _read_samples(candidates, self.sampling["max_tokens"])
+        read = partial(_read_samples, candidates, self.sampling["max_tokens"])
         requests = [
             ({**self._sampling(ids), "n": candidates, "seed": seed}, read)
             for ids, seed in zip(prompt_ids, seeds, strict=True)
         ]
         return self.endpoints.ask_all(COMPLETIONS, requests)
 
-    def score_at(self, url: str, ids: list[int], others: int = 0) -> list[dict[str, Any]]:
-        """One server's entries for a sequence's tokens but the first: by token id `logprob`, `decoded_token` and more.
-
-        Of each token itself, and of the `others` most likely ones in its place.
-        """
-
-        def read(body: Any) -> list[dict[str, Any]]:
-            (entries,) = _entries(body, [ids])
-            logps_of(ids, entries)  # raises where one is missing, while the question can still be asked again
-            return entries
-
-        return self.endpoints.ask(COMPLETIONS, read, {**self._scoring([ids]), "prompt_logprobs": others}, url)
+    def score_at(self, url: str, ids: list[int], others: int = 0) -> Scores:
+        """One server's scores of a sequence, with the `others` most likely tokens in place of each."""
+        scoring = {**self._scoring([ids]), "prompt_logprobs": others}
+        return self.endpoints.ask(COMPLETIONS, partial(_read_scores, [ids]), scoring, url)[0]
 
     def sample_at(self, url: str, prompt_ids: list[int], max_tokens: int) -> dict[str, Any]:
         """One server's sampled completion as it answers it: `token_ids`, `logprobs`, `finish_reason`."""
@@ -140,80 +123,70 @@ class ServerTeacher:
         return {"model": self.model, "prompt": list(prompt_ids), **self.sampling, **ends}
 
 
-def served_model(endpoints: Endpoints, model: str | None, setting: str) -> ServedModel:
-    """What all servers serve under the id `model` (`None`: the only one each has); its context is the shortest of all.
+def served_model(endpoints: Endpoints, model: str | None, setting: str) -> tuple[str, int | None]:
+    """The model that all servers have under the id `model` (`None`: the only one each has), and their shortest context.
 
-    Args:
-        endpoints: asked one by one for their health and their models.
-        model: id of a served model.
-        setting: what the errors call `model`.
+    Each is asked for its health and its models; errors call `model` by the name of the `setting`.
 
     Raises:
         TeacherServerError: a server that does not answer.
         ValueError: a server without the model asked for, or servers with different models.
     """
     served = [_served_at(endpoints, url, model, setting) for url in endpoints.urls]
-    names = {found.name for found in served}
+    names = {name for name, _ in served}
     if len(names) > 1:
         raise ValueError(
             f"The servers hold different models ({', '.join(sorted(names))}); set `{setting}` to the id of one that "
             "all of them serve."
         )
-    return ServedModel(served[0].name, min((found.context for found in served if found.context), default=None))
+    return served[0][0], min((context for _, context in served if context), default=None)
 
 
-def _served_at(endpoints: Endpoints, url: str, model: str | None, setting: str) -> ServedModel:
+def _served_at(endpoints: Endpoints, url: str, model: str | None, setting: str) -> tuple[str, int | None]:
     endpoints.ask("/health", lambda body: None, url=url)
-
-    def read(body: Any) -> list[ServedModel]:
-        return [ServedModel(found["id"], found.get("max_model_len")) for found in body["data"]]
-
-    models = endpoints.ask("/v1/models", read, url=url)
-    names = ", ".join(repr(found.name) for found in models)
-    if model is None and len(models) == 1:
-        return models[0]
-    if model is None:
+    contexts = endpoints.ask("/v1/models", _read_contexts, url=url)
+    names = ", ".join(map(repr, contexts))
+    if model is None and len(contexts) != 1:
         raise ValueError(f"{url} serves {names}: set `{setting}` to one of them.")
-    for found in models:
-        if found.name == model:
-            return found
-    raise ValueError(f"`{setting}={model!r}` is not served by {url}, which has {names}.")
+    name = next(iter(contexts)) if model is None else model
+    if name not in contexts:
+        raise ValueError(f"`{setting}={model!r}` is not served by {url}, which has {names}.")
+    return name, contexts[name]
 
 
-def _entries(body: Any, sequences: list[list[int]]) -> list[list[dict[str, Any]]]:
-    """Of each sequence, for each token but the first, a server's entries by token id; one for every token asked for."""
+def _read_contexts(body: Any) -> dict[str, int | None]:
+    """By id of a model that a server serves, the longest sequence it takes, in tokens."""
+    return {model["id"]: model.get("max_model_len") for model in body["data"]}
+
+
+def _choices(count: int, body: Any) -> list[dict[str, Any]]:
+    """An answer's choices in order, one for each of `count` that were asked for."""
     choices = sorted(body["choices"], key=lambda choice: choice["index"])
-    if len(choices) != len(sequences):
-        raise ValueError(f"{len(choices)} answers to {len(sequences)} sequences")
-    for ids, choice in zip(sequences, choices, strict=True):
-        if len(choice["prompt_logprobs"]) != len(ids):
-            raise ValueError(f"{len(choice['prompt_logprobs'])} log-probs for {len(ids)} tokens")
-    return [choice["prompt_logprobs"][1:] for choice in choices]
+    if len(choices) != count:
+        raise ValueError(f"{len(choices)} answers instead of {count}")
+    return choices
 
 
-def _read_logps(sequences: list[list[int]]) -> Callable[[Any], list[Tensor]]:
-    """A reader of the log-probabilities of `sequences`, (length - 1,) each."""
-    return lambda body: [logps_of(ids, some) for ids, some in zip(sequences, _entries(body, sequences), strict=True)]
+def _read_scores(sequences: list[list[int]], body: Any) -> list[Scores]:
+    """What an answer holds of each sequence; one log-probability for every token asked for."""
+    scores = []
+    for ids, choice in zip(sequences, _choices(len(sequences), body), strict=True):
+        entries = choice["prompt_logprobs"][1:]
+        if len(entries) != len(ids) - 1:
+            raise ValueError(f"{len(entries) + 1} log-probs for {len(ids)} tokens")
+        logps = torch.tensor(
+            [float(entry[str(token)]["logprob"]) for token, entry in zip(ids[1:], entries, strict=True)]
+        )
+        if not (logps.isfinite() & (logps <= ROUNDING)).all():
+            raise ValueError("a log-prob that is not a finite number <= 0")
+        scores.append(Scores(logps, entries))
+    return scores
 
 
-def logps_of(ids: list[int], entries: list[dict[str, Any]]) -> Tensor:
-    """Log-probabilities of a sequence's tokens but the first, (length - 1,), from a server's entries for them."""
-    values = [float(entry[str(token)]["logprob"]) for token, entry in zip(ids[1:], entries, strict=True)]
-    if not all(math.isfinite(value) and value <= 1e-3 for value in values):  # a rounding above 0 is none of an answer's
-        raise ValueError("a log-prob that is not a finite number <= 0")
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _read_samples(count: int, longest: int) -> Callable[[Any], list[list[int]]]:
-    """A reader of `count` sampled completions of at most `longest` tokens."""
-
-    def read(body: Any) -> list[list[int]]:
-        samples = [choice["token_ids"] for choice in sorted(body["choices"], key=lambda choice: choice["index"])]
-        if len(samples) != count:
-            raise ValueError(f"{len(samples)} samples instead of {count}")
-        for ids in samples:
-            if not 1 <= len(ids) <= longest or not all(isinstance(token, int) for token in ids):
-                raise ValueError(f"a sample that is no list of 1 to {longest} token ids")
-        return samples
-
-    return read
+def _read_samples(count: int, longest: int, body: Any) -> list[list[int]]:
+    """The token ids of `count` sampled completions in an answer, each of at most `longest` tokens."""
+    samples = [choice["token_ids"] for choice in _choices(count, body)]
+    for ids in samples:
+        if not 1 <= len(ids) <= longest or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"a sample that is no list of 1 to {longest} token ids")
+    return samples

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,8 +22,20 @@ from ..teachers.server import ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
 
+T = TypeVar("T")
+
 TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
+
+
+def by_main_process(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, called by the main process alone; each process gets its answer."""
+
+    def answer(*given: Any) -> T:
+        found = [function(*given) if PartialState().is_main_process else None]
+        return broadcast_object_list(found)[0]
+
+    return answer
 
 
 def check_arguments(
@@ -173,21 +187,8 @@ def check_set_up(
     """Refuse a teacher that cannot do what the student and the estimator need."""
     if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
-    if args.estimator == "full":
-        check_full_estimator(
-            student, teacher, args.reference_policy == "initial", multimodal, router_loss, fsdp_version
-        )
-
-
-def check_full_estimator(
-    student: PreTrainedModel,
-    teacher: Teacher,
-    initial_reference: bool,
-    multimodal: bool,
-    router_loss: bool,
-    fsdp_version: int | None,
-) -> None:
-    """Refuse what estimator='full' cannot do."""
+    if args.estimator != "full":
+        return
     if not isinstance(teacher, LocalTeacher):
         raise ValueError(
             f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
@@ -202,7 +203,7 @@ def check_full_estimator(
             "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
             "set `fsdp_version: 2`, or use estimator='sampled'."
         )
-    if initial_reference:
+    if args.reference_policy == "initial":
         check_linear(head_of(student), head_of(teacher.unwrapped))
 
 
@@ -210,7 +211,7 @@ def check_models(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SGOPDConfig
 ) -> None:
     """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
-    check_causal("student", student.get_base_model() if hasattr(student, "get_base_model") else student)
+    check_causal("student", without_adapter(student))
     check_causal("teacher", teacher)
     if args.teacher_offload:
         blocks_of(teacher)  # raises
@@ -233,6 +234,11 @@ def check_models(
         logger.warning(
             "Teacher and student are the same model, by path or by weights: every delta is zero and nothing is learnt."
         )
+
+
+def without_adapter(model: Any) -> PreTrainedModel:
+    """The model that an adapter was put on, or the model itself."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def check_causal(role: str, model: PreTrainedModel) -> None:
@@ -289,7 +295,7 @@ def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     paths = [getattr(model.config, "_name_or_path", "") for model in (student, teacher)]
     if paths[0] and paths[0] == paths[1]:
         return True
-    student = student.get_base_model() if hasattr(student, "get_base_model") else student
+    student = without_adapter(student)
     ours = {
         name.replace(".base_layer", ""): value for name, value in student.state_dict().items() if "lora_" not in name
     }

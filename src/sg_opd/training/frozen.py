@@ -115,12 +115,12 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
             set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
         return None
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        if not get_config_model_id(model.config):
-            raise ValueError(
-                "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an "
-                "instance without one. Pass the path as `model`."
-            )
-        return None
+        if get_config_model_id(model.config):
+            return None
+        raise ValueError(
+            "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an instance "
+            "without one. Pass the path as `model`."
+        )
     reference = copy.deepcopy(model)
     reference.__dict__.pop("forward", None)  # the copy of a patched forward would still run the original
     return reference
@@ -151,9 +151,8 @@ class InitialPolicy:
         if is_peft_model(student()):
             return
         if captured is None:
-            captured = create_model_from_path(
-                get_config_model_id(student().config), **{"dtype": student().dtype, **loading}
-            )
+            loading.setdefault("dtype", student().dtype)
+            captured = create_model_from_path(get_config_model_id(student().config), **loading)
         add_fused_lm_head(freeze(captured), temperature=temperature)
         self.frozen = prepare_frozen(captured, accelerator)
 

@@ -38,7 +38,7 @@ METRICS = {
     "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
     "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
     "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
-    "loss/student": "mean loss of a trained token in the student's rollouts, before the parent's clip and corrections",
+    "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
     "loss/teacher": "the same in the teacher's rollouts",
 }
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
@@ -84,6 +84,11 @@ def verdict_metrics(labels: Tensor) -> dict[str, float]:
     return {name: share for name, share in rollout_metrics(totals).items() if name.startswith("verdict/")}
 
 
+def sampled(values: Tensor, count: int) -> Tensor:
+    """At most `count` of the values (N,): strided, not drawn, for a resumed run relies on the random state."""
+    return values[:: math.ceil(values.numel() / count)]
+
+
 class GateMeter:
     """Adds up what the gate did and the verifier said, on the device; `compute` reduces it over ranks."""
 
@@ -119,9 +124,7 @@ class GateMeter:
         if entropy is not None:
             totals["entropy"] = torch.where(mask, entropy, 0.0).sum()
         self.add(totals)
-        flat = decision.delta.masked_fill(~gated, math.nan).flatten()
-        # strided, not drawn: metrics must not move the random state that a resumed run relies on
-        self.deltas.append(flat[:: math.ceil(flat.numel() / SAMPLE_PER_BATCH)].float())
+        self.deltas.append(sampled(decision.delta.masked_fill(~gated, math.nan).flatten(), SAMPLE_PER_BATCH).float())
 
     def add(self, totals: dict[str, Tensor]) -> None:
         """Take in sums over some rows or tokens of this rank; no synchronisation with the device."""
@@ -146,8 +149,7 @@ class GateMeter:
         sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
         totals = dict(zip(names, sums.float(), strict=True))
         counts = dict(zip(names, sums.tolist(), strict=True))
-        deltas = torch.cat(self.deltas)
-        deltas = deltas[:: math.ceil(deltas.numel() / SAMPLE_PER_LOG)]
+        deltas = sampled(torch.cat(self.deltas), SAMPLE_PER_LOG)
         padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
         padded[: deltas.numel()] = deltas
         deltas = accelerator.gather(padded)

@@ -60,14 +60,12 @@ def teacher_slots(
 
 
 class Generated(NamedTuple):
-    """What GRPOTrainer generated for this rank's rows; its lists are changed in place."""
+    """What GRPOTrainer generated for this rank's rows; prompts and completions are text or messages."""
 
     prompts: list
-    """Text or messages."""
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completions: list
-    """Text or messages."""
     logprobs: list[list[float]] | None
     """The engine's, of the completions' tokens."""
 
@@ -229,13 +227,7 @@ def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:
 
 
 def suppress(ids: list[int], kwargs: dict[str, Any], generator: GenerationConfig | VLLMGeneration) -> None:
-    """Have the student never sample some ids.
-
-    Args:
-        ids: to be left out.
-        kwargs: GRPOTrainer's for generation by transformers.
-        generator: what generates: the config of transformers' generation, or TRL's hold of the vLLM engine.
-    """
+    """Have the student never sample some ids; `kwargs` are GRPOTrainer's for generation by transformers."""
     if not ids:
         return
     if isinstance(generator, GenerationConfig):

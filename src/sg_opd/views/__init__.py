@@ -5,9 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "gate_view": ["RolloutView", "inspect_rollout", "load_gate_samples"],
+        "gate_view": ["RolloutView", "inspect_rollout", "load_gate_samples", "render_page"],
         "gate_samples": ["GateSamples", "score_rollout"],
-        "curves": ["RunLog"],
+        "curves": ["RunLog", "Series"],
         "plot": ["interactive_figures", "page", "plot_runs", "static_figure"],
     },
 )

@@ -1,14 +1,18 @@
-"""Rollouts of a run kept to be looked at: `gate_samples.jsonl`, and a page of the newest ones beside it."""
+"""Views of the gate on rollouts of a training run, and on one row of a dataset.
+
+`GateSamples` is the callback of `log_gate_samples`: it keeps rollouts in a file, and the newest on a page.
+`score_rollout` samples a completion, or takes one, and scores it by both models.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -23,75 +27,58 @@ from ..evaluation.evaluator import tokenize_prompts
 from ..method.divergence import chunked_nll, head_of, last_hidden_state
 from ..method.loss import SignGatedLoss
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
-from .gate_view import RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples, render_page
+from .gate_view import SAMPLES_FILE, RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples
 
-FILE = "gate_samples.jsonl"
-PAGE_SIZE = 5_000_000  # characters of its lines in FILE: the page is as large, and written anew at each logging step
-HTML_TRACKERS = ("wandb", "trackio")  # whose modules have a class `Html`
+PAGE_SIZE = 5_000_000  # of the page, in characters of its lines in the file; it is written anew at each logging step
+TITLE = "Gate samples"
 
 
 class Step(NamedTuple):
     """A step on the page."""
 
     number: int
-    size: int
+    size: int  #: characters of its lines in the file
     block: Callable[[], str]
 
 
+@dataclass(eq=False, repr=False)
 class GateSamples(TrainerCallback):
-    """At each logging step, `log_gate_samples` rollouts of the micro-batches that were trained on last.
+    """Keeps `count` rollouts at each logging step, of the micro-batches that were trained on last.
 
-    The main process alone takes part, with rows of its own, the student's and the teacher's in turn. Rows that are
-    masked out whole or trained by maximum likelihood have no gate, and are passed over. They go to
+    The main process alone takes part, with rows of its own, the student's and the teacher's in turn. Rows without a
+    gate are left out: those masked out whole, and those trained by maximum likelihood. The rollouts go to
 
     - `gate_samples.jsonl` in `output_dir`, which grows; `sg_opd.load_gate_samples` reads it,
     - `gate_samples.html`, a page of the newest steps, whole at any moment,
     - the trackers in `report_to`: W&B and trackio (a page of the step), TensorBoard (text).
 
-    Args:
-        output_dir: folder of the run.
-        count: rollouts to keep at a logging step, >= 1.
-        tokenizer: turns ids into texts.
-        gate: decided.
-        trained: answers the micro-batches of the last optimizer step, oldest first, each with `gate_logps` (the
-            log-probabilities (B, T) by whose they are) and `gated` (B, T), the tokens that the gate had a say on.
-        report_to: trackers, as in the trainer's arguments.
-        callbacks: the trainer's, among them TensorBoard's.
-
     Raises:
         ValueError: a tracker that is too old to show a page.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        count: int,
-        tokenizer: PreTrainedTokenizerBase,
-        gate: SignGatedLoss,
-        trained: Callable[[], Sequence[dict[str, Any]]],
-        report_to: Sequence[str] = (),
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
-        self.path = Path(output_dir) / FILE
-        self.count = count
-        self.tokenizer = tokenizer
-        self.gate = gate
-        self.trained = trained
-        self.callbacks = callbacks
+    output_dir: str | Path  #: folder of the run
+    count: int  #: rollouts to keep at a logging step, >= 1
+    tokenizer: PreTrainedTokenizerBase  #: turns ids into texts
+    gate: SignGatedLoss  #: decided
+    #: Returns the micro-batches of the last optimizer step, oldest first, each with `gate_logps` (the log-probabilities
+    #: (B, T) by whose they are) and `gated` (B, T), the tokens whose loss is the gate's.
+    trained: Callable[[], Sequence[dict[str, Any]]]
+    report_to: Sequence[str] = ()  #: trackers, as in the trainer's arguments
+    callbacks: Sequence[TrainerCallback] = ()  #: the trainer's, among them TensorBoard's
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.output_dir) / SAMPLES_FILE
         self._steps: deque[Step] = deque()
-        self._trackers = [importlib.import_module(name) for name in HTML_TRACKERS if name in report_to]
-        old = [tracker.__name__ for tracker in self._trackers if not hasattr(tracker, "Html")]
-        if old:
-            raise ValueError(
-                f"`log_gate_samples` needs a newer {old[0]}, one that has `Html`: pip install -U {old[0]}."
-            )
+        self._trackers = [importlib.import_module(name) for name in ("wandb", "trackio") if name in self.report_to]
+        for tracker in self._trackers:
+            if not hasattr(tracker, "Html"):
+                name = tracker.__name__
+                raise ValueError(f"`log_gate_samples` needs a newer {name}, one with `Html`: pip install -U {name}.")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the steps after the one that a run begins with: it trains them again."""
-        if not state.is_world_process_zero:
-            return
+        """Drop the steps after the one that a run resumes from: it trains them again."""
         self._steps.clear()
-        if not self.path.exists():
+        if not (state.is_world_process_zero and self.path.exists()):
             return
         part = self.path.with_suffix(".part")
         with part.open("w", encoding="utf-8") as stream:
@@ -99,13 +86,13 @@ class GateSamples(TrainerCallback):
                 if number <= state.global_step:
                     self._keep(list(views), stream)
         flush(part)
-        os.replace(part, self.path)
+        part.replace(self.path)
         self._write_page()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep rollouts of the step where it will be logged."""
         done = bool(self._steps) and self._steps[-1].number == state.global_step
-        if not (control.should_log and state.is_world_process_zero) or done:
+        if done or not (control.should_log and state.is_world_process_zero):
             return
         views = self.views(state.global_step)
         if views:
@@ -119,17 +106,13 @@ class GateSamples(TrainerCallback):
 
     def views(self, step: int) -> list[RolloutView]:
         """The rollouts of this process to be kept of the step that was just trained."""
-        own: list[tuple[dict[str, Any], int]] = []
-        teachers: list[tuple[dict[str, Any], int]] = []
+        rows: tuple[list, list] = ([], [])  # the student's and the teacher's
         for inputs in self.trained():
-            if "gate_logps" not in inputs:  # decided before samples were asked for, as in a resumed run
-                continue
-            gated = inputs["gated"].any(1).tolist()
-            for row, from_teacher in enumerate(inputs["from_teacher"].tolist()):
-                if gated[row]:
-                    (teachers if from_teacher else own).append((inputs, row))
-        in_turn = [found for pair in zip_longest(own, teachers) for found in pair if found]
-        return [self._view(inputs, row, step) for inputs, row in in_turn[: self.count]]
+            if "gate_logps" in inputs:  # or decided before samples were asked for, as in a resumed run
+                for row in inputs["gated"].any(1).nonzero().flatten().tolist():
+                    rows[int(inputs["from_teacher"][row])].append((inputs, row))
+        in_turn = filter(None, chain(*zip_longest(*rows)))
+        return [self._view(inputs, row, step) for inputs, row in islice(in_turn, self.count)]
 
     def _view(self, inputs: dict[str, Any], row: int, step: int) -> RolloutView:
         kept, prompt = inputs["completion_mask"][row].bool(), inputs["prompt_mask"][row].bool()
@@ -159,18 +142,18 @@ class GateSamples(TrainerCallback):
 
     def _write_page(self) -> None:
         part = self.path.with_suffix(".html.part")
-        part.write_text(page_of_blocks([step.block() for step in self._steps], "Gate samples"), encoding="utf-8")
-        os.replace(part, self.path.with_suffix(".html"))
+        part.write_text(page_of_blocks([step.block() for step in self._steps], TITLE), encoding="utf-8")
+        part.replace(self.path.with_suffix(".html"))
 
     def _report(self, views: list[RolloutView], step: int) -> None:
         for tracker in self._trackers:
-            page = tracker.Html(render_page(views, "Gate samples"), inject=False)
+            page = tracker.Html(page_of_blocks([self._steps[-1].block()], TITLE), inject=False)
             tracker.log({"gate_samples": page, "train/global_step": step})
         for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 text = "\n".join(view.plain() for view in views)
-                # an indented block of Markdown is shown as it is
-                callback.tb_writer.add_text("gate_samples", "\n".join(f"    {line}" for line in text.split("\n")), step)
+                indented = "    " + text.replace("\n", "\n    ")  # which Markdown shows as it is
+                callback.tb_writer.add_text("gate_samples", indented, step)
 
 
 def score_rollout(
@@ -207,22 +190,17 @@ def score_rollout(
     Raises:
         ValueError: an argument out of its range, by name, or a verifier's answer that is no verdict.
     """
-    gate = SignGatedLoss() if gate is None else gate
-    temperature = gate.settings.temperature
+    temperature = (gate or SignGatedLoss()).settings.temperature
     (prompt_ids,) = tokenize_prompts(processing_class, [row["prompt"]], **(chat_template_kwargs or {}))
     if completion is None:
-        sampling = Sampling(max_completion_length, temperature)
-        (sampled,) = TransformersEngine(student, processing_class).generate([prompt_ids], [seed], sampling)
-        completion = sampled.ids
+        engine, sampling = TransformersEngine(student, processing_class), Sampling(max_completion_length, temperature)
+        completion = engine.generate([prompt_ids], [seed], sampling)[0].ids
     elif isinstance(completion, str):
-        completion = processing_class(completion, add_special_tokens=False)["input_ids"]
-    ids = list(completion)
-    judged = as_completion(row["prompt"], str(processing_class.decode(ids, skip_special_tokens=True)))
-    columns = {**columns_of([row]), "completion_ids": [ids]}
-    (verdict,) = checked_verdicts(verifier or MathVerifier(), [row["prompt"]], [judged], **columns)
-    logps = partial(token_logps, prompt_ids=prompt_ids, completion_ids=ids, temperature=temperature)
+        completion = list(processing_class(completion, add_special_tokens=False)["input_ids"])
+    verdict = judged(verifier or MathVerifier(), row, list(completion), processing_class)
+    logps = partial(token_logps, prompt=prompt_ids, completion=completion, temperature=temperature)
     return inspect_rollout(
-        ids,
+        completion,
         logps(student),
         logps(teacher),
         verdict,
@@ -230,17 +208,21 @@ def score_rollout(
         tokenizer=processing_class,
         reference_logps=None if reference is None else logps(reference),
         prompt=str(processing_class.decode(prompt_ids)),
-        gold=None if row.get("solution") is None else str(row["solution"]),
+        gold=row.get("solution"),
         source=source,
     )
 
 
+def judged(verifier: Callable, row: dict[str, Any], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """The verifier's verdict on a completion of a row."""
+    completion = as_completion(row["prompt"], str(tokenizer.decode(ids, skip_special_tokens=True)))
+    return checked_verdicts(verifier, [row["prompt"]], [completion], **columns_of([row]), completion_ids=[ids])[0]
+
+
 @torch.no_grad()
-def token_logps(
-    model: PreTrainedModel, prompt_ids: Sequence[int], completion_ids: Sequence[int], temperature: float
-) -> Tensor:
+def token_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int], temperature: float) -> Tensor:
     """Log-probabilities of a completion's tokens over the model's whole head, (T,); never whole logits."""
-    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
     with evaluating(model):
-        states = last_hidden_state(model, ids, torch.ones_like(ids), len(completion_ids))[0]
-        return -chunked_nll(states, head_of(model), ids[0, len(prompt_ids) :], temperature)
+        states = last_hidden_state(model, ids, torch.ones_like(ids), len(completion))[0]
+        return -chunked_nll(states, head_of(model), ids[0, len(prompt) :], temperature)

@@ -51,7 +51,7 @@ function facts(rollout) {
   const bar = make("div", "shares");
   bar.setAttribute("aria-hidden", "true");
   const list = [["written by", rollout.source], ["tokens", String(rollout.tokens.length)]];
-  if (rollout.gold !== null) list.unshift(["gold", isolated(rollout.gold)]);
+  if (rollout.gold !== null) list.unshift(["reference answer", isolated(rollout.gold)]);
   for (const name of ["consensus", "conflict", "neutral"]) {
     const part = make("span", name);
     part.style.flexGrow = summary[`gate/${name}`];

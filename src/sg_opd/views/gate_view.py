@@ -1,24 +1,22 @@
-"""The gate made visible: one rollout with its tokens by case and strength, as HTML and in a terminal.
+"""One rollout with the gate's decision on each token, shown in a notebook, a browser and a terminal.
 
-Whatever a model or a dataset wrote is shown, never run: the page sets it as text, and characters that would act on a
-terminal or on the order of the text (controls, bidirectional marks, lone surrogates) have visible names in their place.
+Text of a model or a dataset is shown, never run: the page sets it as text, and what acts unseen has a name (`visible`).
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import json
 import math
-import re
 import unicodedata
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from hashlib import sha256
+from html import escape
 from importlib.resources import files
 from io import StringIO
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -29,50 +27,51 @@ from torch import Tensor
 from ..method.gate import CONFLICT, CONSENSUS, NEUTRAL, GateDecision, GateSettings, decide, gate_metrics, gate_totals
 from ..method.loss import SignGatedLoss
 
+SAMPLES_FILE = "gate_samples.jsonl"
 LEVELS = (0.1, 0.5, 1.0, 2.0)  # nats of abs(delta) from which a colour is one step stronger
+VERDICTS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 CASES = {
     CONSENSUS: ("consensus", "the teacher moves the token the way the verdict wants"),
     CONFLICT: ("conflict", "the teacher moves the token against the verdict"),
     NEUTRAL: ("neutral", "no side: the verifier abstained, or abs(delta) is within the dead zone"),
 }
-VERDICTS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
-SOURCES = ("student", "teacher")
-# backgrounds by strength, all of them light: a terminal's own colours are not known
+MARKS = {CONSENSUS: "+", CONFLICT: "-", NEUTRAL: "0", None: "."}  # of the cases, for the page's script
+# styles by strength; the backgrounds are light, as a terminal's own colours are not known
 TERMINAL = {
     CONSENSUS: [f"#101418 on {tint} underline" for tint in ("#e8f1f8", "#cfe2f1", "#afd0e8", "#8abadd", "#65a5d2")],
     CONFLICT: [f"bold italic #101418 on {tint}" for tint in ("#fcefe4", "#f9dcc4", "#f5c49c", "#f0aa70", "#ea9045")],
+    NEUTRAL: [""] * 5,
+    None: ["dim"] * 5,
 }
+ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's controls, formats, surrogates, separators of lines and paragraphs
+JOINERS = "\u200c\u200d"  # formats that shape emoji and Persian, and reorder nothing
+LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 
 
 @dataclass(frozen=True, repr=False)
 class RolloutView:
     """One rollout as the gate saw it; made by `inspect_rollout`. All tuples have one entry a token.
 
-    A notebook shows it as HTML, a `rich` console as coloured text.
+    ```python
+    from sg_opd import inspect_rollout
+    view = inspect_rollout(["2 + 2", " =", " 5"], [-0.1, -0.2, -0.9], [-0.3, -0.1, -4.0], verdict=0.0, gold="4")
+    view.save("rollout.html")  # in a notebook, `view` alone shows it; in a terminal, `view.print()`
+    ```
     """
 
-    tokens: tuple[str, ...]
-    """Texts; empty where a token is only a part of a character, which a later one completes."""
+    tokens: tuple[str, ...]  #: texts; empty where a token is only a part of a character, which a later one completes
     token_ids: tuple[int, ...] | None
-    student_logps: tuple[float, ...]
-    """log pi_S in nats, before the first update on the rollout; float32, as all log-probabilities here."""
-    teacher_logps: tuple[float, ...]
-    """log pi_T in nats."""
-    reference_logps: tuple[float, ...] | None
-    """log pi_R in nats; `None` is the current policy."""
+    student_logps: tuple[float, ...]  #: log pi_S in nats, before the first update on the rollout; all logps are float32
+    teacher_logps: tuple[float, ...]  #: log pi_T in nats
+    reference_logps: tuple[float, ...] | None  #: log pi_R in nats; `None` is the current policy
+    #: Which tokens are trained on; `None` is all. With the full estimator a run keeps 0 as the others' logps.
     trained: tuple[bool, ...] | None
-    """Which tokens are trained on, as those of a tool's answer are not; `None` is all. With the full estimator a run
-    keeps log-probabilities of 0 for the others."""
-    verdict: float | None
-    """1.0 correct, 0.0 incorrect, `None` abstained."""
-    settings: GateSettings
-    """Of the gate that decided."""
+    verdict: float | None  #: 1.0 correct, 0.0 incorrect, `None` abstained
+    settings: GateSettings  #: of the gate that decided
     prompt: str | None = None
-    gold: str | None = None
-    source: str = "student"
-    """Who wrote it: "student" or "teacher"."""
-    step: int | None = None
-    """The optimizer step it was trained in."""
+    gold: str | None = None  #: the reference answer
+    source: str = "student"  #: who wrote it: "student" or "teacher"
+    step: int | None = None  #: the optimizer step it was trained in
 
     @cached_property
     def decision(self) -> GateDecision:
@@ -96,8 +95,8 @@ class RolloutView:
     @cached_property
     def cases(self) -> list[int | None]:
         """Each token's case; `None` where it is not trained."""
-        pairs = zip(self.decision.case[0].tolist(), self.mask[0].tolist(), strict=True)
-        return [case if trained else None for case, trained in pairs]
+        case, mask = self.decision.case[0].tolist(), self.mask[0].tolist()
+        return [one if trained else None for one, trained in zip(case, mask, strict=True)]
 
     @cached_property
     def levels(self) -> list[int]:
@@ -105,40 +104,37 @@ class RolloutView:
         return [sum(abs(delta) >= level for level in LEVELS) for delta in self.decision.delta[0].tolist()]
 
     def html(self) -> str:
-        """A page of its own: no request goes out of it."""
+        """A page of its own, which sends no request."""
         return render_page([self])
 
     def save(self, path: str | Path) -> None:
         """Write the page."""
         Path(path).write_text(self.html(), encoding="utf-8")
 
-    def print(self) -> None:
-        """Print it to the terminal."""
+    def print(self, **options: Any) -> None:
+        """Print it to the terminal, or as the options of `rich.console.Console` say."""
         from rich.console import Console
 
-        Console().print(self)
+        Console(**options).print(self)
 
     def plain(self, width: int = 100) -> str:
         """Text without colours, where conflict tokens stand in brackets."""
-        from rich.console import Console
-
-        console = Console(file=StringIO(), color_system=None, width=width, force_jupyter=False)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        file = StringIO()
+        self.print(file=file, color_system=None, width=width, force_jupyter=False)
+        return file.getvalue()
 
     def to_json(self) -> str:
         """One line of a `gate_samples.jsonl`; `from_json` reads it back."""
-        fields = {name: _as_json(value) if name.endswith("logps") else value for name, value in asdict(self).items()}
+        fields = {name: _json(value) if name.endswith("logps") else value for name, value in asdict(self).items()}
         return json.dumps(fields)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> RolloutView:
         """What `to_json` wrote."""
         fields = json.loads(line)
-        for name in ("tokens", "token_ids", "trained"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        for name in ("student_logps", "teacher_logps", "reference_logps"):
-            fields[name] = None if fields[name] is None else tuple(map(float, fields[name]))
+        for name, value in fields.items():
+            if isinstance(value, list):
+                fields[name] = tuple(map(float, value) if name.endswith("logps") else value)
         fields["settings"] = GateSettings(**fields["settings"])
         fields["step"] = None if fields["step"] is None else int(fields["step"])
         return cls(**fields)
@@ -148,61 +144,53 @@ class RolloutView:
 
     def _repr_html_(self) -> str:
         # a frame of its own keeps the notebook's styles out and the page's scripts in
-        height = min(720, 420 + len(self.tokens) // 3)
-        return (
-            f'<iframe sandbox="allow-scripts" title="Gate view" style="width:100%;height:{height}px;border:0" '
-            f'srcdoc="{html.escape(self.html())}"></iframe>'
-        )
+        page, height = escape(self.html()), min(720, 420 + len(self.tokens) // 3)
+        style = f"width:100%;height:{height}px;border:0"
+        return f'<iframe sandbox="allow-scripts" title="Gate view" style="{style}" srcdoc="{page}"></iframe>'
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        marked = console.color_system is None
+        def styled(text: str, case: int | None, level: int) -> tuple[str, str]:
+            if case == CONFLICT and console.color_system is None:
+                bare = text.rstrip("\n")
+                text = f"⟦{bare}⟧{text[len(bare) :]}"
+            return text, TERMINAL[case][level]
+
         yield Text(self.headline(), style="bold")
         if self.prompt is not None:
             yield Text(visible(self.prompt, newline="\n"), style="dim")
         yield Text()
-        body = Text()
-        for case, level, token in zip(self.cases, self.levels, self.tokens, strict=True):
-            shown = visible(token) or "⋯"
-            if marked and case == CONFLICT:
-                text = shown.rstrip("\n")
-                shown = f"⟦{text}⟧{shown[len(text) :]}"
-            body.append(shown, style="dim" if case is None else TERMINAL[case][level] if case else "")
-        yield body
+        yield Text.assemble(*map(styled, (visible(token) or "⋯" for token in self.tokens), self.cases, self.levels))
         yield Text()
         for case, (name, meaning) in CASES.items():
-            line = Text(f"{self.summary[f'gate/{name}']:6.1%} ")
-            line.append(f"⟦{name}⟧" if marked and case == CONFLICT else name, TERMINAL.get(case, [""] * 5)[3])
-            yield line.append(f"  {meaning}")
+            yield Text.assemble(f"{self.summary[f'gate/{name}']:6.1%} ", styled(name, case, 3), f"  {meaning}")
 
     def headline(self) -> str:
-        """Step, source, verdict, gold and the mean factor in one line."""
-        gold = () if self.gold is None else (f"gold {visible(self.gold)}",)
-        step = () if self.step is None else (f"step {self.step}",)
+        """Step, source, verdict, reference answer and the mean factor in one line."""
+        step = "" if self.step is None else f"step {self.step}"
+        gold = "" if self.gold is None else f"reference answer {visible(self.gold)}"
         size = f"{len(self.tokens)} tokens, mean factor {self.summary['gate/factor']:.2f}"
-        return " · ".join((*step, f"{self.source}'s rollout", VERDICTS[self.verdict], *gold, size))
+        return " · ".join(filter(None, (step, f"{self.source}'s rollout", VERDICTS[self.verdict], gold, size)))
 
     def page_data(self) -> dict[str, Any]:
         """What the page's script shows, as JSON values."""
         numbers = {name: getattr(self.decision, name)[0].tolist() for name in ("delta", "factor", "advantage")}
+        numbers |= {whose: getattr(self, f"{whose}_logps") for whose in ("student", "teacher", "reference")}
         if self.settings.estimator == "full":  # which scales the position's divergence by the factor alone
             del numbers["advantage"]
-        numbers |= {"student": self.student_logps, "teacher": self.teacher_logps}
-        if self.reference_logps is not None:
-            numbers["reference"] = self.reference_logps
         return {
             "verdict": VERDICTS[self.verdict],
             "source": self.source,
             "prompt": None if self.prompt is None else visible(self.prompt, newline="\n"),
             "gold": None if self.gold is None else visible(self.gold),
             "settings": asdict(self.settings),
-            "summary": {name: _rounded(value) for name, value in self.summary.items()},
+            "summary": {name: _json(value, 4) for name, value in self.summary.items()},
             "tokens": [visible(token) for token in self.tokens],
             "ids": self.token_ids,
-            "cases": "".join({CONSENSUS: "+", CONFLICT: "-", NEUTRAL: "0", None: "."}[case] for case in self.cases),
+            "cases": "".join(MARKS[case] for case in self.cases),
             "levels": "".join(map(str, self.levels)),
-            **{name: [_rounded(value) for value in values] for name, values in numbers.items()},
+            **{name: _json(values, 4) for name, values in numbers.items()},
         }
 
 
@@ -233,36 +221,29 @@ def inspect_rollout(
         reference_logps: log pi_R of each token, (T,); `None` is the current policy.
         trained: which tokens are trained on, (T,); `None` is all.
         prompt: text or messages, to be shown.
-        gold: the expected answer, to be shown.
+        gold: the reference answer, to be shown.
         source: "student" or "teacher".
         step: the optimizer step, to be shown.
 
     Raises:
         ValueError: an argument that does not fit the tokens, or is out of its range, by name.
-
-    Example:
-
-    ```python
-    from sg_opd import inspect_rollout
-
-    view = inspect_rollout(["2 + 2", " =", " 5"], [-0.1, -0.2, -0.9], [-0.3, -0.1, -4.0], verdict=0.0, gold="4")
-    view.save("rollout.html")  # in a notebook, `view` alone shows it; in a terminal, `view.print()`
-    ```
     """
     listed: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     ids = None if all(isinstance(token, str) for token in listed) else tuple(int(token) for token in listed)
     if ids is not None and tokenizer is None:
         raise ValueError("`tokens` are ids: give the `tokenizer` that turns them into text, or give their texts.")
-    given = {"student_logps": student_logps, "teacher_logps": teacher_logps, "reference_logps": reference_logps}
-    _check(verdict, source, len(listed), {**given, "trained": trained})
+    logps = {"student_logps": student_logps, "teacher_logps": teacher_logps, "reference_logps": reference_logps}
+    _check(verdict, source, len(listed), {**logps, "trained": trained})
+    if not (prompt is None or isinstance(prompt, str)):  # each message's content, or the calls of tools instead
+        prompt = "\n\n".join(f"{m['role']}: {m.get('content') or m.get('tool_calls', '')}" for m in prompt)
     return RolloutView(
         tokens=tuple(listed if ids is None else token_texts(tokenizer, ids)),
         token_ids=ids,
-        **{name: None if values is None else _float32(values) for name, values in given.items()},  # type: ignore[arg-type]
+        **{name: None if values is None else _float32(values) for name, values in logps.items()},  # type: ignore[arg-type]
         trained=None if trained is None else tuple(torch.as_tensor(trained).bool().tolist()),
         verdict=None if verdict is None else float(verdict),
         settings=GateSettings() if gate is None else gate.settings,
-        prompt=prompt if prompt is None or isinstance(prompt, str) else _conversation(prompt),
+        prompt=prompt,
         gold=None if gold is None else str(gold),
         source=source,
         step=None if step is None else int(step),
@@ -273,11 +254,23 @@ def _check(verdict: Any, source: Any, length: int, by_token: dict[str, Any]) -> 
     """Refuse, by name, what is out of its range or has not one entry a token."""
     if verdict not in VERDICTS:
         raise ValueError(f"`verdict` must be 1.0 (correct), 0.0 (incorrect) or None (abstained), got {verdict!r}.")
-    if source not in SOURCES:
+    if source not in ("student", "teacher"):
         raise ValueError(f"`source` must be 'student' or 'teacher', got {source!r}.")
     for name, values in by_token.items():
         if values is not None and (getattr(values, "ndim", 1) != 1 or len(values) != length):
             raise ValueError(f"`{name}` must have one entry for each of the {length} `tokens`.")
+
+
+def _float32(values: Sequence[float] | Tensor) -> tuple[float, ...]:
+    """As the shortest numbers that are the same in float32, which JSON keeps."""
+    return tuple(float(str(value)) for value in torch.as_tensor(values).detach().float().cpu().numpy())
+
+
+def _json(value: Any, digits: int | None = None) -> Any:
+    """A number or several, rounded where `digits` are given; JSON has no infinity and NaN, so these are texts."""
+    if isinstance(value, float | int):
+        return (value if digits is None else round(value, digits)) if math.isfinite(value) else str(value)
+    return None if value is None else [_json(number, digits) for number in value]
 
 
 def load_gate_samples(path: str | Path) -> list[RolloutView]:
@@ -286,13 +279,12 @@ def load_gate_samples(path: str | Path) -> list[RolloutView]:
     Args:
         path: its `gate_samples.jsonl`, or the folder that holds it.
     """
-    path = Path(path)
-    return list(read_gate_samples(path / "gate_samples.jsonl" if path.is_dir() else path))
+    return list(read_gate_samples(Path(path)))
 
 
 def read_gate_samples(path: Path) -> Iterator[RolloutView]:
-    """Those of `load_gate_samples` one by one; a last line without an end, which a kill cut off, is none."""
-    with path.open("rb") as lines:
+    """Those of `load_gate_samples` one by one; a last line without an end, which a kill cut off, is left out."""
+    with (path / SAMPLES_FILE if path.is_dir() else path).open("rb") as lines:
         yield from (RolloutView.from_json(line) for line in lines if line.endswith(b"\n"))
 
 
@@ -304,84 +296,41 @@ def render_page(views: Iterable[RolloutView], title: str = "Gate view") -> str:
 def page_block(views: Sequence[RolloutView]) -> str:
     """The part of a page that holds the rollouts of one step."""
     data = json.dumps([view.page_data() for view in views], separators=(",", ":"))
-    for character in "<>&":  # nothing in it can end the script element, or begin a comment
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    step = "" if views[0].step is None else html.escape(str(views[0].step))
+    data = data.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&"})  # no end of the element, no comment
+    step = "" if views[0].step is None else escape(str(views[0].step))
     return f'<script type="application/json" class="rollouts" data-step="{step}">{data}</script>'
 
 
 def page_of_blocks(blocks: Iterable[str], title: str = "Gate view") -> str:
-    """A page of `page_block`s. Its policy lets it run its own script and nothing else, and ask nobody for anything."""
+    """A page of `page_block`s. Its policy lets it run its own script and nothing else, and send no request."""
     parts = {kind: (files(__package__) / f"gate_view.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
-    hashes = {
-        f"{kind}_hash": base64.b64encode(hashlib.sha256(parts[kind].encode()).digest()).decode()
-        for kind in ("css", "js")
-    }
-    blocks = "\n".join(blocks)
-    return Template(parts.pop("html")).substitute(parts, blocks=blocks, title=html.escape(visible(title)), **hashes)
-
-
-def _conversation(messages: Sequence[dict[str, Any]]) -> str:
-    """Each message's content, or the calls of tools that it has instead."""
-    said = ((message["role"], message.get("content") or message.get("tool_calls", "")) for message in messages)
-    return "\n\n".join(f"{role}: {content}" for role, content in said)
-
-
-def _float32(values: Sequence[float] | Tensor) -> tuple[float, ...]:
-    """As the shortest numbers that are the same in float32, which JSON keeps."""
-    return tuple(float(str(value)) for value in torch.as_tensor(values).detach().float().cpu().numpy())
-
-
-def _as_json(values: Sequence[float] | None) -> list[float | str] | None:
-    return None if values is None else [value if math.isfinite(value) else str(value) for value in values]
-
-
-def _rounded(value: float) -> float | str:
-    return round(value, 4) if math.isfinite(value) else str(value)
-
-
-JOINERS = "\u200c\u200d"  # invisible, but they shape emoji and Persian, and reorder nothing
-LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
+    hashes = {f"{kind}_hash": b64encode(sha256(parts[kind].encode()).digest()).decode() for kind in ("css", "js")}
+    return Template(parts["html"]).substitute(parts, blocks="\n".join(blocks), title=escape(visible(title)), **hashes)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token: what it adds to the text before it, in time linear in the number of tokens.
 
-    A token that ends within a character has no text; the one that completes it has the character.
+    A token that ends within a character has no text; the one that completes it has the character. `DecodeStream` of
+    tokenizers would lose bytes at the end that are no text, take quadratic time over many, and need a fast tokenizer.
     """
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts: list[str] = []
-    start = read = 0  # a token is decoded together with the ones before it, as some decoders drop a first space
-
-    def decoded(begin: int, end: int) -> str:
-        return tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    known = ""
+    known, start, read = "", 0, 0  # a token is decoded with the ones before it: some decoders drop a first space
     for end in range(1, len(ids) + 1):
-        text = decoded(start, end)
-        last = end == len(ids) or end - read == LONGEST_CHARACTER
-        if text.endswith("\ufffd") and not last:
+        text = decode(ids[start:end])
+        if text.endswith("\ufffd") and end < len(ids) and end - read < LONGEST_CHARACTER:
             texts.append("")
             continue
         # bytes that are no text may be read anew, so what is known need not be the beginning of it
-        pairs = enumerate(zip(known, text, strict=False))
-        texts.append(text[next((i for i, (a, b) in pairs if a != b), min(len(known), len(text))) :])
-        start, read = read, end
-        known = decoded(start, read)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, text, strict=False)))
+        texts.append(text[same:])
+        known, start, read = decode(ids[read:end]), read, end
     return texts
 
 
 def visible(text: str, newline: str = "↵\n") -> str:
-    """`text` with a visible name for each character that acts instead of being seen.
-
-    Its code point, such as ⟨U+202E⟩: control characters, bidirectional and other format characters, separators of
-    lines, and lone surrogates.
-    """
-
-    def shown(match: re.Match[str]) -> str:
-        character = match[0]
-        if character in "\n\t":
-            return newline if character == "\n" else "⇥\t"
-        acts = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
-        return f"⟨U+{ord(character):04X}⟩" if acts else character
-
-    return re.sub(r"[^ -~]", shown, text)
+    """`text` with a code point, such as ⟨U+202E⟩, for each character that acts on a terminal or on the text's order."""
+    named = (char for char in set(text).difference(JOINERS) if unicodedata.category(char) in ACTING)
+    names = {ord(char): f"⟨U+{ord(char):04X}⟩" for char in named} | {ord("\n"): newline, ord("\t"): "⇥\t"}
+    return text.translate(names)

@@ -1,4 +1,7 @@
-"""Curves of one run or several, as a PNG and as a page that needs no network: `python -m sg_opd.views.plot out/`."""
+"""Draws the curves of one run or several, as a PNG and as a page that needs no network.
+
+The command `python -m sg_opd.views.plot out/` and `plot_runs` write both; matplotlib draws the PNG, plotly the page.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from .curves import Chart, RunLog, charts, step_range, style
+from .curves import DASHES, Chart, RunLog, charts, style
 
-MATPLOTLIB_DASHES = {"solid": "-", "dash": "--", "dot": ":"}
-SVG_DASHES = {"solid": "none", "dash": "9 5", "dot": "3 4"}
 COLUMNS = 3
 PANEL_INCHES = (4.6, 3.1)
 PANEL_PIXELS = 330
@@ -23,6 +25,12 @@ BAND_OPACITY = 0.18
 FEW_POINTS = 60  # up to here each point is seen
 # plotly's own choice of buttons has one that sends the data to its cloud
 CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
+# how plotly shows a panel's values, by its kind
+PLOTLY_AXES = {
+    "number": {"rangemode": "normal", "hoverformat": ".4g"},
+    "amount": {"rangemode": "tozero", "hoverformat": ".4g"},
+    "share": {"rangemode": "tozero", "tickformat": ".3~%", "hoverformat": ".1%"},
+}
 
 
 def static_figure(runs: Sequence[RunLog]) -> Any:
@@ -32,22 +40,17 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
         runs: one, or several to compare.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: as `charts`.
+        ModuleNotFoundError: matplotlib (for the page, plotly) is not installed.
+        ValueError: no run, two of one name, or none of their metrics is one that is plotted.
     """
     drawn = charts(runs)
-    steps = step_range(drawn)
     columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows
     figure = needed("matplotlib.figure").Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    places = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, chart in zip(places, drawn, strict=False):
-        draw(axes, chart)
-        axes.set_xlim(*steps)
-    for axes in places[len(drawn) :]:
-        axes.set_axis_off()
+    for place, chart in enumerate(drawn, 1):
+        draw(figure.add_subplot(rows, columns, place), chart)
     if len(runs) > 1:
         lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(runs), 4))
@@ -58,18 +61,18 @@ def static_figure(runs: Sequence[RunLog]) -> Any:
 
 def draw(axes: Any, chart: Chart) -> None:
     """One chart with matplotlib."""
-    for curve in chart.curves:
-        size = 3.0 if len(curve.points.steps) <= FEW_POINTS else 1.5  # never none: a point between gaps has no line
-        style = {"linestyle": MATPLOTLIB_DASHES[curve.dash], "marker": "o", "markersize": size, "linewidth": 1.5}
-        axes.plot(*curve.points, color=curve.colour, label=literal(curve.label), **style)
-        if curve.band:
-            low, high = curve.band
-            axes.fill_between(low.steps, low.values, high.values, color=curve.colour, alpha=BAND_OPACITY, linewidth=0)
-    axes.set(title=literal(chart.title), xlabel="optimizer step", ylabel=chart.axis)
-    axes.xaxis.set_major_locator(needed("matplotlib.ticker").MaxNLocator(integer=True))
-    if chart.kind == "share":
-        axes.yaxis.set_major_formatter(needed("matplotlib.ticker").PercentFormatter(1.0))
-    if chart.kind != "number":
+    ticker = needed("matplotlib.ticker")
+    for label, colour, dash, points, band in chart.curves:
+        size = 3.0 if len(points.steps) <= FEW_POINTS else 1.5  # never none: a point between gaps has no line
+        look = {"color": colour, "linestyle": DASHES[dash][0], "marker": "o", "markersize": size}
+        axes.plot(*points, label=literal(label), linewidth=1.5, **look)
+        if band:
+            axes.fill_between(*band[0], band[1].values, color=colour, alpha=BAND_OPACITY, linewidth=0)
+    axes.set(title=literal(chart.title), xlabel="optimizer step", ylabel=chart.panel.axis, xlim=chart.steps)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    if chart.panel.kind == "share":
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    if chart.panel.kind != "number":
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -84,41 +87,28 @@ def literal(text: str) -> str:
 
 
 def interactive_figures(runs: Sequence[RunLog]) -> list[Any]:
-    """Each panel as a `plotly.graph_objects.Figure`, of the same charts as `static_figure`.
+    """Each panel as a `plotly.graph_objects.Figure`, of the same charts and with the same errors as `static_figure`.
 
     Args:
         runs: one, or several to compare.
-
-    Raises:
-        ModuleNotFoundError: plotly is not installed.
-        ValueError: as `charts`.
     """
-    drawn = charts(runs)
-    steps = step_range(drawn)
-    return [interactive(chart, steps) for chart in drawn]
+    return [interactive(chart) for chart in charts(runs)]
 
 
-def interactive(chart: Chart, steps: tuple[float, float]) -> Any:
-    """One chart with plotly, over the steps of all."""
+def interactive(chart: Chart) -> Any:
+    """One chart with plotly."""
     figure = needed("plotly.graph_objects").Figure()
-    for curve in chart.curves:
-        style = {"color": curve.colour, "dash": curve.dash}
-        # the names are markup to plotly
-        name = escape(curve.label)
-        if curve.band:
-            low, high = curve.band
-            edge = {"mode": "lines", "line_width": 0, "showlegend": False, "legendgroup": name}
-            shade = f"rgba{(*(int(curve.colour[i : i + 2], 16) for i in (1, 3, 5)), BAND_OPACITY)}"
-            figure.add_scatter(x=high.steps, y=high.values, name=f"{name}, 95 %", line_color=curve.colour, **edge)
-            figure.add_scatter(
-                x=low.steps, y=low.values, name=f"{name}, 5 %", line_color=curve.colour, fill="tonexty",
-                fillcolor=shade, **edge,
-            )  # fmt: skip
-        figure.add_scatter(
-            x=curve.points.steps, y=curve.points.values, name=name, mode="lines+markers", line=style,
-            marker_size=4 if len(curve.points.steps) <= FEW_POINTS else 2, legendgroup=name,
-        )  # fmt: skip
-    share = chart.kind == "share"
+    for label, colour, dash, points, band in chart.curves:
+        name = escape(label)  # markup to plotly
+        if band:
+            (x, low), (_, high) = band
+            edge = {"x": x, "mode": "lines", "line_color": colour, "line_width": 0, "showlegend": False}
+            shade = f"rgba{(*(int(colour[i : i + 2], 16) for i in (1, 3, 5)), BAND_OPACITY)}"
+            figure.add_scatter(y=high, name=f"{name}, 95 %", legendgroup=name, **edge)
+            edge |= {"fill": "tonexty", "fillcolor": shade}
+            figure.add_scatter(y=low, name=f"{name}, 5 %", legendgroup=name, **edge)
+        look = {"mode": "lines+markers", "marker_size": 4 if len(points.steps) <= FEW_POINTS else 2, "line_dash": dash}
+        figure.add_scatter(x=points.steps, y=points.values, name=name, legendgroup=name, line_color=colour, **look)
     figure.update_layout(
         template="plotly_white",
         height=PANEL_PIXELS,
@@ -127,89 +117,39 @@ def interactive(chart: Chart, steps: tuple[float, float]) -> Any:
         margin={"l": 10, "r": 10, "t": 30, "b": 10},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
-    figure.update_xaxes(title_text="optimizer step", automargin=True, range=steps)
-    figure.update_yaxes(
-        title_text=chart.axis,
-        automargin=True,
-        rangemode="normal" if chart.kind == "number" else "tozero",
-        tickformat=".3~%" if share else None,
-        hoverformat=".1%" if share else ".4g",
-    )
+    figure.update_xaxes(title_text="optimizer step", automargin=True, range=chart.steps)
+    figure.update_yaxes(title_text=chart.panel.axis, automargin=True, **PLOTLY_AXES[chart.panel.kind])
     return figure
-
-
-# the policy has a browser refuse whatever lies outside of this file
-PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
- form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; padding: 0 1rem; max-width: 1500px; color: #222 }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1.5rem }
-section { min-width: 0 }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere }
-h2 { font-size: 1rem; margin: 0 0 .3rem }
-p { font-size: .8rem; color: #555; margin: .2rem 0 }
-#keys { margin-bottom: 1rem }
-.key { display: inline-block; margin-right: 1.5rem; font-size: .95rem; overflow-wrap: anywhere }
-.key svg { vertical-align: middle; margin-right: .4rem }
-</style>
-<script>$library</script>
-</head>
-<body>
-<h1>$title</h1>
-<div id="keys">$keys</div>
-<main>
-$sections
-</main>
-</body>
-</html>
-""")
 
 
 def page(runs: Sequence[RunLog]) -> str:
     """All panels as an HTML page with each metric's definition; plotly.js is within it, nothing is fetched.
 
     Args:
-        runs: one, or several to compare.
-
-    Raises:
-        ModuleNotFoundError: plotly is not installed.
-        ValueError: as `charts`.
+        runs: one, or several to compare; errors as `static_figure`.
     """
-    drawn = charts(runs)
-    steps = step_range(drawn)
-    sections = [section(chart, steps, place) for place, chart in enumerate(drawn)]
-    keys = [key(run.name, *style(place)) for place, run in enumerate(runs)] if len(runs) > 1 else []
-    return PAGE.substitute(
+    # its policy has a browser refuse whatever lies outside of this file
+    return Template((files(__package__) / "plot.html").read_text("utf-8")).substitute(
         title=escape(", ".join(run.name for run in runs)),
         library=needed("plotly.offline").get_plotlyjs(),
-        keys="\n".join(keys),
-        sections="\n".join(sections),
+        keys="\n".join(key(run.name, *style(place)) for place, run in enumerate(runs) if len(runs) > 1),
+        sections="\n".join(section(chart, place) for place, chart in enumerate(charts(runs))),
     )
 
 
-def section(chart: Chart, steps: tuple[float, float], place: int) -> str:
+def section(chart: Chart, place: int) -> str:
     """A chart of the page, with the definitions of its metrics."""
-    plot = interactive(chart, steps).to_html(
-        full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"panel{place}"
-    )
     by_text: dict[str, list[str]] = {}
     for metric, text in chart.about.items():
         by_text.setdefault(text, []).append(f"<code>{escape(metric)}</code>")
     about = "\n".join(f"<p>{', '.join(names)}: {escape(text)}</p>" for text, names in by_text.items())
+    plot = interactive(chart).to_html(CONFIG, full_html=False, include_plotlyjs=False, div_id=f"panel{place}")
     return f"<section>\n<h2>{escape(chart.title)}</h2>\n{plot}\n{about}\n</section>"
 
 
 def key(name: str, colour: str, dash: str) -> str:
     """A run's entry in the page's legend."""
-    line = f'<path d="M0 6H32" stroke="{colour}" stroke-width="3" stroke-dasharray="{SVG_DASHES[dash]}"/>'
+    line = f'<path d="M0 6H32" stroke="{colour}" stroke-width="3" stroke-dasharray="{DASHES[dash][1]}"/>'
     return f'<span class="key"><svg width="32" height="12" aria-hidden="true">{line}</svg>{escape(name)}</span>'
 
 
@@ -234,8 +174,7 @@ def plot_runs(
     if names is not None and len(names) != len(runs):
         raise ValueError(f"`names` has {len(names)} for {len(runs)} runs: give each run one.")
     logs = [run if isinstance(run, RunLog) else RunLog.read(run) for run in runs]
-    if names is not None:
-        logs = [replace(log, name=name) for log, name in zip(logs, names, strict=True)]
+    logs = [replace(log, name=name) for log, name in zip(logs, names, strict=True)] if names else logs
     if output is None:
         if not runs or isinstance(runs[0], RunLog):
             raise ValueError("Set `output`: a log without a folder has no place for its plots.")
@@ -251,20 +190,15 @@ def plot_runs(
 
 
 def needed(module: str) -> Any:
-    """A module of the extra `plot`.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; says what to install.
-    """
+    """A module of the extra `plot`; where it is not installed, the error says what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         library = module.partition(".")[0]
         if error.name != library:
             raise
-        raise ModuleNotFoundError(
-            f'Plots need {library}, which is not installed: pip install "sg-opd[plot]".', name=library
-        ) from None
+        message = f'Plots need {library}, which is not installed: pip install "sg-opd[plot]".'
+        raise ModuleNotFoundError(message, name=library) from None
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -273,11 +207,10 @@ def command_line() -> argparse.ArgumentParser:
         prog="python -m sg_opd.views.plot",
         description="Plot the metrics of a run, or compare several: a PNG, and a page that needs no network.",
     )
-    parser.add_argument("folders", nargs="+", metavar="folder", help="a run's output_dir, or one of its checkpoints")
-    parser.add_argument(
-        "--output", metavar="PATH", help="write PATH.png and PATH.html; default: `curves` in the first folder"
-    )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the runs, one each; default: the folders' names")
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="folder", help="a run's output_dir, or one of its checkpoints")
+    add("--output", metavar="PATH", help="write PATH.png and PATH.html; default: `curves` in the first folder")
+    add("--names", nargs="+", metavar="NAME", help="of the runs, one each; default: the folders' names")
     return parser
 
 

@@ -1,0 +1,100 @@
+"""Draws the rooms of the package and the imports between them: `python docs/rooms.py` writes docs/rooms.svg.
+
+A room is a folder or a module of src/sg_opd. An arrow goes from a room to one that it imports from; one that a longer
+way implies is left out.
+"""
+
+import ast
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER.parent / "src" / "sg_opd"
+WIDTH, BOX, LINE, GAP = 760, (150, 54), 118, 18  # of the picture, a room, a row of rooms, between two rooms
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    """The modules of the package that a module imports, from the package's root, such as `method.gate`."""
+    folders = path.relative_to(SOURCE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = folders[: len(folders) + 1 - node.level]
+            yield from (
+                ".".join([*above, name]) for name in ([node.module] if node.module else [a.name for a in node.names])
+            )
+
+
+def arrows() -> dict[str, set[str]]:
+    """By room, the rooms that it imports from."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if room != "__init__":
+            found.setdefault(room, set()).update(name.split(".")[0] for name in own_imports(path))
+    return {room: others - {room} for room, others in found.items()}
+
+
+def reached(room: str, graph: dict[str, set[str]]) -> set[str]:
+    """All rooms that a room imports from, be it by way of others."""
+    return set().union(*({other} | reached(other, graph) for other in graph[room])) if graph[room] else set()
+
+
+def height(room: str, graph: dict[str, set[str]]) -> int:
+    """The longest way down from a room."""
+    return max((1 + height(other, graph) for other in graph[room]), default=0)
+
+
+def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
+    """The middle of each room; who imports stands above what it imports."""
+    rows: dict[int, list[str]] = {}
+    for room in graph:
+        rows.setdefault(height(room, graph), []).append(room)
+    top = max(rows)
+    return {
+        room: (WIDTH / 2 + (i - (len(rooms) - 1) / 2) * (BOX[0] + GAP), BOX[1] / 2 + 10 + (top - row) * LINE)
+        for row, rooms in rows.items()
+        for i, room in enumerate(rooms)
+    }
+
+
+def size(room: str) -> str:
+    """Modules and lines, in words."""
+    paths = [p for p in SOURCE.rglob("*.py") if p.relative_to(SOURCE).parts[0].removesuffix(".py") == room]
+    modules = [path for path in paths if path.name != "__init__.py"]
+    return f"{len(modules)} module{'s' * (len(modules) > 1)}"
+
+
+def picture() -> str:
+    """The drawing, as SVG."""
+    graph = arrows()
+    middle = places(graph)
+    parts = []
+    for room, others in graph.items():
+        for other in sorted(others - set().union(*(reached(o, graph) for o in others))):
+            (x, y), (u, v) = middle[room], middle[other]
+            start, end = (x, y + BOX[1] / 2), (u, v - BOX[1] / 2 - 6)
+            bend = (end[1] - start[1]) / 2
+            curve = (
+                f"M{start[0]:g} {start[1]:g}C{x:g} {start[1] + bend:g} {u:g} {end[1] - bend:g} {end[0]:g} {end[1]:g}"
+            )
+            parts.append(f'<path d="{curve}" fill="none" stroke="#5b6770" stroke-width="1.4" marker-end="url(#tip)"/>')
+    for room, (x, y) in middle.items():
+        box = f'x="{x - BOX[0] / 2:g}" y="{y - BOX[1] / 2:g}" width="{BOX[0]}" height="{BOX[1]}" rx="6"'
+        parts.append(f'<rect {box} fill="#eef3f7" stroke="#33424e"/>')
+        name = room if (SOURCE / room).is_dir() else f"{room}.py"
+        parts.append(f'<text x="{x:g}" y="{y - 3:g}" font-weight="600">{escape(name)}</text>')
+        parts.append(f'<text x="{x:g}" y="{y + 16:g}" font-size="11" fill="#5b6770">{size(room)}</text>')
+    bottom = max(y for _, y in middle.values()) + BOX[1] / 2 + 10
+    tip = '<marker id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+    tip += '<path d="M0 0 8 4 0 8z" fill="#5b6770"/></marker>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom:g}" role="img" '
+    head += 'aria-label="The rooms of the package and what each imports from" font-family="sans-serif" '
+    head += 'font-size="15" text-anchor="middle">'
+    return "\n".join(
+        [head, f"<defs>{tip}</defs>", '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"]
+    )
+
+
+if __name__ == "__main__":
+    (FOLDER / "rooms.svg").write_text(picture())
