@@ -119,7 +119,16 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         verifier = MathVerifier() if verifier is None else verifier
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
-        check_datasets(train_dataset, eval_dataset, verifier, args, kwargs.get("environment_factory"))
+        check_datasets(
+            train_dataset,
+            eval_dataset,
+            unparseable=verifier.unparseable if isinstance(verifier, MathVerifier) else None,
+            required=kwargs.get("environment_factory") is None,
+            remove_unused_columns=args.remove_unused_columns,
+            teacher_phase=args.teacher_phase_steps > 0,
+            generation_batch_size=args.generation_batch_size,
+            num_generations=args.num_generations,
+        )
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults

@@ -104,17 +104,16 @@ def test_a_stream_is_checked_by_its_first_row(build):
         build(verifier=MathVerifier(), train_dataset=stream)
 
 
-def test_golds_that_do_not_parse(dataset, caplog, tmp_path):
-    args = SGOPDConfig(str(tmp_path), bf16=False, use_cpu=True)
-    golds = [r"\ldots", None, "4", "", "5", r"\ldots"]
-    rows = Dataset.from_list([{"prompt": "p", "solution": gold} for gold in golds])
+def test_reference_answers_that_do_not_parse(caplog):
+    solutions = [r"\ldots", None, "4", "", "5", r"\ldots"]
+    rows = Dataset.from_list([{"prompt": "p", "solution": solution} for solution in solutions])
     verifier = MathVerifier(workers=1)
     with caplog.at_level(logging.WARNING):
-        check_dataset("train_dataset", rows, verifier, args)
-    assert "4 of the 6 golds checked in `train_dataset`" in caplog.text
+        check_dataset("train_dataset", rows, verifier.unparseable)
+    assert "4 of the 6 reference answers checked in `train_dataset`" in caplog.text
     assert r"row 0: '\\ldots'; row 1: 'None'; row 3: ''." in caplog.text
     with pytest.raises(ValueError, match="abstain on every row"):
-        check_dataset("train_dataset", rows.select([0, 1]), verifier, args)
+        check_dataset("train_dataset", rows.select([0, 1]), verifier.unparseable)
     verifier.close()
 
 
