@@ -11,7 +11,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parent / "src" / "sg_opd"
-WIDTH, BOX, LINE, GAP = 820, (236, 54), 112, 18  # of the picture, a room, a row of rooms, between two rooms
+WIDTH, BOX, PITCH, LINE = 1010, (236, 54), 254, 104  # of the picture, a room, from room to room and from row to row
+# where a room stands in its row, so that few arrows cross
+COLUMNS = {
+    **{"trainer": 2.1, "views": 2.1, "training": 1.5, "config": 0.2, "evaluation": 2.7, "teachers": 1.75},
+    **{"checkpoints": 0.1, "data": 1.05, "method": 2.0, "verifiers": 3.0},
+}
 
 
 def own_imports(path: Path) -> Iterator[str]:
@@ -47,14 +52,11 @@ def height(room: str, graph: dict[str, set[str]]) -> int:
 
 def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
     """The middle of each room; who imports stands above what it imports."""
-    rows: dict[int, list[str]] = {}
-    for room in graph:
-        rows.setdefault(height(room, graph), []).append(room)
-    top = max(rows)
+    rows = {room: height(room, graph) for room in graph}
+    left = BOX[0] / 2 + 10 - min(COLUMNS.values()) * PITCH
     return {
-        room: (WIDTH / 2 + (i - (len(rooms) - 1) / 2) * (BOX[0] + GAP), BOX[1] / 2 + 10 + (top - row) * LINE)
-        for row, rooms in rows.items()
-        for i, room in enumerate(rooms)
+        room: (left + COLUMNS.get(room, 1.5) * PITCH, BOX[1] / 2 + 10 + (max(rows.values()) - row) * LINE)
+        for room, row in rows.items()
     }
 
 

@@ -28,7 +28,7 @@ from .method.teacher_phase import TeacherPhaseSampler
 from .teachers.local import LocalTeacher, loading_defaults, padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher, TeacherError, ask
-from .training.checks import check_arguments, check_context, check_set_up
+from .training.checks import by_main_process, check_arguments, check_context, check_set_up
 from .training.frozen import InitialPolicy, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
 from .training.rollouts import Generated, ProposalReader, Rollouts, suppress, teacher_slots
@@ -122,7 +122,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         check_datasets(
             train_dataset,
             eval_dataset,
-            unparseable=verifier.unparseable if isinstance(verifier, MathVerifier) else None,
+            unparseable=by_main_process(verifier.unparseable) if isinstance(verifier, MathVerifier) else None,
             required=kwargs.get("environment_factory") is None,
             remove_unused_columns=args.remove_unused_columns,
             teacher_phase=args.teacher_phase_steps > 0,
