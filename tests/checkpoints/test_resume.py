@@ -145,7 +145,7 @@ def test_the_oldest_goes_only_when_the_new_one_is_whole(train, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     train(save_total_limit=1, max_steps=2)
-    monkeypatch.setattr("sg_opd.checkpoints.resume.seal", full)
+    monkeypatch.setattr("sg_opd.checkpoints.folders.seal", full)
     with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*No space left.* GB are free"):
         train(resume=True, save_total_limit=1)
     assert last_whole(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-2"
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(train, t
 
     run = tmp_path / "run"
     train()
-    monkeypatch.setattr("sg_opd.checkpoints.resume.seal", full)
+    monkeypatch.setattr("sg_opd.checkpoints.folders.seal", full)
     with pytest.raises(CheckpointError):
         train(resume=str(run / "checkpoint-2"))
     assert last_whole(run)[0] == run / "checkpoint-4.former"
