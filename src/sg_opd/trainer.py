@@ -29,7 +29,7 @@ from .teachers.local import LocalTeacher, loading_defaults, padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher, TeacherError, ask
 from .training.checks import check_arguments, check_context, check_set_up
-from .training.frozen import InitialPolicy, build_teacher, capture
+from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
 from .training.rollouts import Generated, ProposalReader, Rollouts, suppress, teacher_slots
 from .verifiers.verdicts import MathVerifier
@@ -147,11 +147,9 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
             samples = args.output_dir, args.log_gate_samples, self._tokenizer, self.sign_gated_loss, self._trained_last
             self.add_callback(GateSamples(*samples, args.report_to, self.callback_handler.callbacks))
         student = self.accelerator.unwrap_model(self.model)
-        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self
         prompt = partial(first_prompt, self.train_dataset, self._tokenizer, self._tokenize_prompts)
-        self.teacher, self.shared_vocabulary = build_teacher(
-            teacher_model, args, *run, prompt, self.last_good_step.agreed
-        )
+        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
+        self.teacher, self.shared_vocabulary = build_teacher(teacher_model, args, Run(*run))
         padding = padding_ids(student, self.shared_vocabulary) or []
         suppress(padding, self.generation_kwargs, self.vllm_generation if self.use_vllm else self.generation_config)
         if initial:
