@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ..data import rows_to_check
 from ..method.divergence import check_linear, head_of
 from ..teachers.local import LocalTeacher, blocks_of
 from ..teachers.protocol import Teacher, eos_set
-from ..teachers.server import ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -100,56 +99,49 @@ def check_path(name: str, value: Any) -> None:
         )
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Longest sequence that a model takes, in tokens; `None` where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_prompts(
-    name: str, dataset: Any, tokenize: Callable[[list], tuple], context: int, completion: int, server: int | None = None
+    dataset: Any, tokenize: Callable[[list], tuple], contexts: Sequence[int | None], completion: int, served: bool
 ) -> None:
     """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
 
-    `tokenize` is the trainer's own, `context` the shorter one of both models in tokens, `completion` is
-    `max_completion_length`. `server` is the context of a teacher's server, which needs room for one token more and
-    would refuse a longer sequence in the middle of a run: every row that may be one is looked at.
+    `tokenize` is the trainer's own, `contexts` are the student's and the teacher's in tokens, `completion` is
+    `max_completion_length`. A teacher that is `served` needs room for one token more, and would refuse a longer
+    sequence in the middle of a run: every row that may be one is looked at.
     """
-    rows = [*rows_to_check(len(dataset))]
-    if server:
-        rows = sorted({*rows, *long_rows(dataset, server - completion - TEMPLATE_TOKENS)})
-    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])[0]]
-    too_long, longest = [rows[i] for i, length in enumerate(lengths) if length >= context], max(lengths)
+    context, server = min((size for size in contexts if size), default=None), contexts[1] if served else None
+    if not (context and isinstance(dataset, Dataset)):
+        return
+    rows = {*rows_to_check(len(dataset))}
+    if server:  # a text has at most as many tokens as bytes
+        short = server - completion - TEMPLATE_TOKENS
+        prompts = enumerate(dataset.select_columns("prompt")["prompt"])
+        rows |= {row for row, prompt in prompts if len(str(prompt).encode()) > short}
+    checked = sorted(rows)
+    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in checked])[0]]
+    too_long = [row for row, length in zip(checked, lengths, strict=True) if length >= context]
     if too_long:
         raise ValueError(
-            f"{len(too_long)} prompts in `{name}` fill the models' context of {context} tokens, first row "
+            f"{len(too_long)} prompts in `train_dataset` fill the models' context of {context} tokens, first row "
             f"{too_long[0]}. Filter the dataset by prompt length."
         )
-    needed = longest + completion + 1
-    if server and needed > server:
+    needed = max(lengths) + completion
+    if server and needed + 1 > server:
         raise ValueError(
-            f"The longest prompt in `{name}` ({longest} tokens), `max_completion_length` ({completion}) and one more "
-            f"token pass the {server} of the teacher's server: start it with --max-model-len {needed}, shorten "
-            "`max_completion_length`, or filter the dataset."
+            f"The longest prompt in `train_dataset` ({max(lengths)} tokens), `max_completion_length` ({completion}) "
+            f"and one more token pass the {server} of the teacher's server: start it with --max-model-len "
+            f"{needed + 1}, shorten `max_completion_length`, or filter the dataset."
         )
-    if longest + completion > context:
+    if needed > context:
         logger.warning(
-            "The longest prompt in `%s` (%d tokens) and `max_completion_length` (%d) pass the models' context of %d.",
-            *(name, longest, completion, context),
+            "The longest prompt in `train_dataset` (%d tokens) and `max_completion_length` (%d) pass the models' "
+            "context of %d.",
+            *(max(lengths), completion, context),
         )
-
-
-def long_rows(dataset: Dataset, tokens: int) -> list[int]:
-    """Rows whose prompts may have more than so many tokens, which is never more than their bytes."""
-    rows: list[int] = []
-    for start, batch in zip(range(0, len(dataset), 1000), dataset.select_columns("prompt").iter(1000), strict=True):
-        rows += [start + i for i, prompt in enumerate(batch["prompt"]) if len(str(prompt).encode()) > tokens]
-    return rows
-
-
-def check_context(
-    dataset: Any, tokenize: Callable[[list], tuple], student: PreTrainedModel, teacher: Teacher, completion: int
-) -> None:
-    """`check_prompts` of the training dataset against the shorter context of both models, as far as it is known."""
-    own = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    context = min((size for size in (own, teacher.context) if size), default=None)
-    if context and isinstance(dataset, Dataset):
-        server = teacher.context if isinstance(teacher, ServerTeacher) else None
-        check_prompts("train_dataset", dataset, tokenize, context, completion, server)
 
 
 def check_set_up(
