@@ -187,7 +187,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         """Same as GRPOTrainer, with verdicts for rewards; abstentions and teacher rows are NaN."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        own = {name: value.to(self.accelerator.device) for name, value in self._rollouts.tensors().items()}
+        own = self._rollouts.tensors(self.accelerator.device)
         labels, from_teacher = gather(own["verifier_labels"]), gather(own["from_teacher"])
         if self.model.training:
             self._meter.add(rollout_totals(*own.values()))
@@ -210,8 +210,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         if not self.model.training:
             return output
         device = self.accelerator.device
-        output |= {name: value.to(device) for name, value in self._rollouts.tensors().items()}
-        output |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
+        output |= self._rollouts.tensors(device) | {"row": torch.arange(len(inputs), device=device)}
+        output["gold"] = self._rollouts.reference_answers()
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
             if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block

@@ -47,9 +47,7 @@ SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
 # what a sum is divided by to give the metric of its name; no metric where that is zero
 DIVISORS = {
-    "verdict/correct": "student_rollouts",
-    "verdict/incorrect": "student_rollouts",
-    "verdict/abstained": "student_rollouts",
+    **dict.fromkeys(("verdict/correct", "verdict/incorrect", "verdict/abstained"), "student_rollouts"),
     "teacher/slot_share": "rollouts",
     "teacher/endorsed": "teacher/slot_share",
     "loss/student": "student_tokens",
@@ -132,15 +130,6 @@ class GateMeter:
         for name, value in totals.items():
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
             self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
-
-    def state(self) -> dict[str, Any]:
-        """The sums so far, for a checkpoint."""
-        return {"totals": dict(self.totals), "deltas": list(self.deltas)}
-
-    def set_state(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Set back to what `state` returned."""
-        self.totals = {name: value.to(device) for name, value in saved["totals"].items()}
-        self.deltas = [value.to(device) for value in saved["deltas"]]
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics since the last call, over all ranks; every rank must call this."""
@@ -231,9 +220,8 @@ class GateLogging(ResumableTrainer):
     ) -> None:
         """Take the metrics of a micro-batch, unless its step will be skipped."""
         mask = self._loss_mask(inputs) & (not self.finite.found)
-        self._meter.update(
-            decision, per_token, mask, inputs["from_teacher"], mask & ~self._by_likelihood(inputs), entropy
-        )
+        gated = mask & ~self._by_likelihood(inputs)
+        self._meter.update(decision, per_token, mask, inputs["from_teacher"], gated, entropy)
 
     @staticmethod
     def _loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -245,19 +233,21 @@ class GateLogging(ResumableTrainer):
         return (inputs["from_teacher"] & (self.args.teacher_rollout_loss == "nll")).unsqueeze(1)
 
     def own_state(self) -> dict[str, Any]:
-        return {"meter": self._meter.state(), "row_advantages": self._row_advantages}
+        meter = {"totals": dict(self._meter.totals), "deltas": list(self._meter.deltas)}
+        return {"meter": meter, "row_advantages": self._row_advantages}
 
     def set_own_state(self, saved: dict[str, Any]) -> None:
-        self._meter.set_state(saved["meter"], self.accelerator.device)
-        self._row_advantages = send_to_device(saved["row_advantages"], self.accelerator.device)
+        own = send_to_device({name: saved[name] for name in self.own_state()}, self.accelerator.device)
+        self._meter.totals, self._meter.deltas = own["meter"]["totals"], own["meter"]["deltas"]
+        self._row_advantages = own["row_advantages"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Same as GRPOTrainer, with the settings of the method."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "README.md"
             from huggingface_hub import ModelCard
 
+            path = Path(str(self.args.output_dir)) / "README.md"
             card = ModelCard.load(path)
             section = self.args.card_section(self.teacher.name)
             card.text = card.text.replace("### Framework versions", section + "### Framework versions")

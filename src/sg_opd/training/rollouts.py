@@ -137,9 +137,7 @@ class Rollouts:
             if generated.logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of GRPOTrainer's modes
                 generated.logprobs[row] = [math.nan] * len(proposal.token_ids)
 
-    def _judge(
-        self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable
-    ) -> list[float | None]:
+    def _judge(self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable) -> list:
         """The verdicts on completions of some rows; the verifier gets those rows' columns and TRL's extras."""
         columns = {**columns_of([self.rows[row] for row in rows]), "trainer_state": self.state, **extras}
         prompts = [prompts[row] for row in rows]
@@ -147,33 +145,33 @@ class Rollouts:
 
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
         """The reward function of GRPOTrainer: keeps the verdicts, and returns a number for each row."""
+        every, by_row = range(len(prompts)), dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
+        rows = [row for row in every if row not in self.taken]
+
+        def log_extra(column: str, values: list) -> None:
+            logged = dict(zip(rows, values, strict=True))
+            columns["log_extra"](column, [logged.get(row) for row in every])
+
         if not self.taken:
-            self.verdicts = checked_verdicts(
-                self.verifier, prompts, completions, completion_ids=completion_ids, **columns
-            )
-        else:
-            self.verdicts = [1.0] * len(prompts)  # an endorsement stands, it is not graded again
-            rows = [row for row in range(len(prompts)) if row not in self.taken]
+            graded = checked_verdicts(self.verifier, prompts, completions, completion_ids=completion_ids, **columns)
+        elif rows:
             own, ids = [completions[row] for row in rows], [completion_ids[row] for row in rows]
-
-            def log_extra(column: str, values: list) -> None:
-                by_row = dict(zip(rows, values, strict=True))
-                columns["log_extra"](column, [by_row.get(row) for row in range(len(prompts))])
-
-            extras = {"log_extra": log_extra, "log_metric": columns["log_metric"]}
-            graded = self._judge(rows, prompts, own, ids, **extras) if rows else []
-            for row, verdict in zip(rows, graded, strict=True):
-                self.verdicts[row] = verdict
+            graded = self._judge(rows, prompts, own, ids, log_extra=log_extra, log_metric=columns["log_metric"])
+        else:
+            graded = []
+        by_row |= dict(zip(rows, graded, strict=True))
+        self.verdicts = [by_row[row] for row in every]
         return [0.0 if verdict is None else verdict for verdict in self.verdicts]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """By row of this rank, (B,): `verifier_labels` (NaN: abstained), `from_teacher` and `slot` (booleans)."""
         rows = range(len(self.verdicts))
-        return {
-            "verifier_labels": torch.tensor([math.nan if verdict is None else verdict for verdict in self.verdicts]),
-            "from_teacher": torch.tensor([row in self.taken for row in rows]),
-            "slot": torch.tensor([row in self.slots for row in rows]),
+        values = {
+            "verifier_labels": [math.nan if verdict is None else verdict for verdict in self.verdicts],
+            "from_teacher": [row in self.taken for row in rows],
+            "slot": [row in self.slots for row in rows],
         }
+        return {name: torch.tensor(of_rows, device=device) for name, of_rows in values.items()}
 
     def reference_answers(self) -> list[str | None]:
         """Each row's reference answer, to be shown; `None` where the dataset has no column `solution`."""
