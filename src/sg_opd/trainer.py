@@ -128,7 +128,6 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         self.verifier = verifier
         self.sign_gated_loss = SignGatedLoss(args.gate_settings())
         self._gate_inputs: dict[str, Any] | None = None
-        self._redirect = _ForwardRedirection()
         inherited = {"model": model, "args": args, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         inherited |= {"peft_config": peft_config, "quantization_config": quantization_config}
         super().__init__(reward_funcs=lambda **columns: self._rollouts.reward(**columns), **inherited, **kwargs)
@@ -303,7 +302,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     def run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:
         """`method(unwrapped model, *args)` within the wrapper's forward, where DDP, FSDP and ZeRO-3 expect it."""
         unwrapped = self.accelerator.unwrap_model(model)
-        return self._redirect(model, unwrapped, method, unwrapped, *args)
+        return _ForwardRedirection()(model, unwrapped, method, unwrapped, *args)
 
     def _decide(self, inputs: dict[str, Any], **logps: Tensor | None) -> GateDecision:
         """The gate's decision on a micro-batch, made once and kept while its rollouts are trained on."""

@@ -8,10 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
+from typing import Any
 
 SEAL = "complete.json"  # written last, so a checkpoint without it is a part of one
 UNFINISHED = f"{SEAL}.part"  # there from the first, so a folder with it is ours, and one without it perhaps not
@@ -165,23 +162,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]
-
-
-def run_settings(args: GRPOConfig, model: Any, data: str | None, processes: int, own: dict[str, Any]) -> dict[str, Any]:
-    """The settings that alter what a run computes, as JSON has them; without tokens and addresses.
-
-    `data` is the `fingerprint` of the training data, `own` the settings of a subclass of GRPOTrainer.
-    """
-    values = args.to_dict()
-    found = {name: values[name] for name in PARENT_SETTINGS if name in values} | {
-        "model": getattr(model.config, "_name_or_path", ""),
-        "model_init_kwargs": loading(args.model_init_kwargs),
-        "quantization": digest(getattr(model.config, "quantization_config", None)),
-        "peft": digest(getattr(model, "peft_config", None)),
-        "train_dataset": data,
-        "processes": processes,
-    }
-    return json.loads(json.dumps(found | own, default=str))
 
 
 def loading(arguments: Any) -> str | None:

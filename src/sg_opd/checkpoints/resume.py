@@ -63,9 +63,17 @@ class ResumableTrainer(GRPOTrainer):
         return {}
 
     def run_settings(self) -> dict[str, Any]:
-        """The settings that alter what a run computes, as JSON has them."""
-        processes = self.accelerator.num_processes
-        return folders.run_settings(self.args, self.model, self._data, processes, self.own_settings())
+        """The settings that alter what a run computes, as JSON has them; without tokens and addresses."""
+        values, config = self.args.to_dict(), self.model.config
+        found = {name: values[name] for name in folders.PARENT_SETTINGS if name in values} | {
+            "model": getattr(config, "_name_or_path", ""),
+            "model_init_kwargs": folders.loading(self.args.model_init_kwargs),
+            "quantization": folders.digest(getattr(config, "quantization_config", None)),
+            "peft": folders.digest(getattr(self.model, "peft_config", None)),
+            "train_dataset": self._data,
+            "processes": self.accelerator.num_processes,
+        }
+        return json.loads(json.dumps(found | self.own_settings(), default=str))
 
     def written_args(self) -> Any:
         """The arguments as `training_args.bin` has them."""

@@ -99,10 +99,10 @@ def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling:
 
 
 def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
-    """What must be kept of a student before the trainer patches and trains it, if it will not get a new adapter.
+    """What must be kept of a student that gets no new adapter, before the trainer patches and trains it.
 
-    A copy of an instance; for a `PeftModel`, a frozen copy of its adapter within it, and `None`. Also `None` for a
-    path, which can be loaded again.
+    A copy of an instance. `None` for a `PeftModel`, which keeps a frozen copy of its adapter, and for a path, which can
+    be loaded again.
 
     Raises:
         ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model.
