@@ -60,7 +60,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teachers.Teacher`. Default:
             `args.teacher_model_name_or_path`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
             asks for another. With `args.teacher_server_url` it is the id of the served model, and optional.
-        verifier: judges completions in TRL's reward-function form, answering 1 (correct), 0 (incorrect) or `None`
+        verifier: judges completions in TRL's reward-function form, returning 1 (correct), 0 (incorrect) or `None`
             (abstained) each. Default: `MathVerifier()`, which needs the column `solution`.
         args: an [`SGOPDConfig`].
         train_dataset: columns `prompt` and those the verifier reads.

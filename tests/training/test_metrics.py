@@ -97,7 +97,7 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
 
 
 def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
-    """All between two logging steps; the parent's own `.item()` calls are not ours to remove."""
+    """All between two logging steps; GRPOTrainer's own `.item()` calls stay."""
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     loss_fn, meter, mask = SignGatedLoss(), GateMeter(), torch.rand(6, 5) > 0.3
     with NoSynchronisation():

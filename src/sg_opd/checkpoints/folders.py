@@ -15,7 +15,7 @@ UNFINISHED = f"{SEAL}.part"  # there from the first, so a folder with it is ours
 FORMER = ".former"  # a whole checkpoint whose step is written anew, until that is whole too
 PATTERN = re.compile(rf"checkpoint-(\d+)({re.escape(FORMER)})?")
 # GRPO's settings that alter what is computed
-PARENT_SETTINGS = (
+GRPO_SETTINGS = (
     *("seed", "data_seed", "full_determinism", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("shuffle_dataset", "ignore_data_skip", "dataloader_drop_last", "train_sampling_strategy"),
     *("gradient_accumulation_steps", "steps_per_generation", "num_iterations", "num_generations"),

@@ -65,7 +65,7 @@ class ResumableTrainer(GRPOTrainer):
     def run_settings(self) -> dict[str, Any]:
         """The settings that alter what a run computes, as JSON has them; without tokens and addresses."""
         values, config = self.args.to_dict(), self.model.config
-        found = {name: values[name] for name in folders.PARENT_SETTINGS if name in values} | {
+        found = {name: values[name] for name in folders.GRPO_SETTINGS if name in values} | {
             "model": getattr(config, "_name_or_path", ""),
             "model_init_kwargs": folders.loading(self.args.model_init_kwargs),
             "quantization": folders.digest(getattr(config, "quantization_config", None)),
