@@ -237,7 +237,7 @@ class GateLogging(ResumableTrainer):
         return {"meter": meter, "row_advantages": self._row_advantages}
 
     def set_own_state(self, saved: dict[str, Any]) -> None:
-        own = send_to_device({name: saved[name] for name in self.own_state()}, self.accelerator.device)
+        own = send_to_device({name: saved[name] for name in ("meter", "row_advantages")}, self.accelerator.device)
         self._meter.totals, self._meter.deltas = own["meter"]["totals"], own["meter"]["deltas"]
         self._row_advantages = own["row_advantages"]
 
