@@ -39,6 +39,7 @@ def check_arguments(
     if not callable(verifier):
         raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
     served, kind = args.teacher_server_url is not None, type(teacher).__name__
+    same = teacher is model and not isinstance(model, str)
     in_phase = [name for name in REFUSED_WITH_PHASE if extra.get(name) and args.teacher_phase_steps > 0]
     rewards = [name for name in ("reward_funcs", "reward_processing_classes") if extra.get(name) is not None]
     why = "the teacher proposes plain completions only. Set `teacher_phase_steps=0`."
@@ -50,9 +51,7 @@ def check_arguments(
             "`args`.": teacher is None and not served,
             f"`teacher_server_url` has the teacher already, but `teacher_model` is a {kind}; pass the id of the served "
             "model, or nothing.": served and not isinstance(teacher, str | None),
-            "`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.": teacher
-            is model
-            and not isinstance(model, str),
+            "`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.": same,
             **{f"`{name}` and a teacher phase do not go together: {why}": True for name in in_phase},
             f"`eval_strategy={strategy!r}` needs an `eval_dataset`.": strategy != "no" and eval_dataset is None,
         }
@@ -87,7 +86,7 @@ def check_offload(teacher: Any, args: SGOPDConfig) -> None:
 
 
 def check_path(name: str, value: Any) -> None:
-    """Refuse a local path that is not there, which else would be looked for on the hub."""
+    """Refuse a local path that is not there, for which the hub would be asked instead."""
     if not isinstance(value, str) or Path(value).is_dir():
         return
     if Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1:
