@@ -1,4 +1,4 @@
-"""SGOPDConfig: presets, each field's range, and the parent settings it cannot honour."""
+"""SGOPDConfig: presets, each field's range, and GRPO's settings that it cannot honour."""
 
 import math
 import pickle

@@ -28,8 +28,9 @@ from .method.teacher_phase import TeacherPhaseSampler
 from .teachers.local import LocalTeacher, loading_defaults, padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher, TeacherError, ask
-from .training.checks import by_main_process, check_arguments, check_context, check_set_up
-from .training.frozen import InitialPolicy, build_teacher, capture
+from .teachers.server import ServerTeacher
+from .training.checks import by_main_process, check_arguments, check_prompts, check_set_up, context_of
+from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
 from .training.rollouts import Generated, ProposalReader, Rollouts, suppress, teacher_slots
 from .verifiers.verdicts import MathVerifier
@@ -59,7 +60,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teachers.Teacher`. Default:
             `args.teacher_model_name_or_path`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
             asks for another. With `args.teacher_server_url` it is the id of the served model, and optional.
-        verifier: judges completions in TRL's reward-function form, answering 1 (correct), 0 (incorrect) or `None`
+        verifier: judges completions in TRL's reward-function form, returning 1 (correct), 0 (incorrect) or `None`
             (abstained) each. Default: `MathVerifier()`, which needs the column `solution`.
         args: an [`SGOPDConfig`].
         train_dataset: columns `prompt` and those the verifier reads.
@@ -132,22 +133,13 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
+        captured = capture(model, args) if args.reference_policy == "initial" and peft_config is None else None
         self.verifier = verifier
         self.sign_gated_loss = SignGatedLoss(args.gate_settings())
         self._gate_inputs: dict[str, Any] | None = None
-        self._redirect = _ForwardRedirection()
-        initial = args.reference_policy == "initial"
-        captured = capture(model, args) if initial and peft_config is None else None
-        super().__init__(
-            model=model,
-            reward_funcs=self._judge,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            **kwargs,
-        )
+        inherited = {"model": model, "args": args, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        inherited |= {"peft_config": peft_config, "quantization_config": quantization_config}
+        super().__init__(reward_funcs=lambda **columns: self._rollouts.reward(**columns), **inherited, **kwargs)
         self.reward_func_names[0] = get_callable_name(verifier)
         clipped = args.log_ratio_clip is not None
         self.finite = FiniteGuard(self._tokenizer, self.accelerator, args.non_finite_log_probs == "skip", clipped)
@@ -155,23 +147,26 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         if args.log_gate_samples:
             samples = args.output_dir, args.log_gate_samples, self._tokenizer, self.sign_gated_loss, self._trained_last
             self.add_callback(GateSamples(*samples, args.report_to, self.callback_handler.callbacks))
-        student = self.accelerator.unwrap_model(self.model)
-        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self
+        self._set_up_frozen(teacher_model, captured, quantization_config)
+
+    def _set_up_frozen(self, teacher: Any, captured: PreTrainedModel | None, quantization: Any) -> None:
+        """Set up the teacher and, where it is the reference, the initial policy; check both beside the student."""
+        args, student = self.args, self.accelerator.unwrap_model(self.model)
         prompt = partial(first_prompt, self.train_dataset, self._tokenizer, self._tokenize_prompts)
-        self.teacher, self.shared_vocabulary = build_teacher(
-            teacher_model, args, *run, prompt, self.last_good_step.agreed
-        )
+        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
+        self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
         padding = padding_ids(student, self.shared_vocabulary) or []
-        suppress(padding, self.generation_kwargs, self.vllm_generation if self.use_vllm else self.generation_config)
-        if initial:
+        suppress(padding, self.vllm_generation if self.use_vllm else self)
+        if args.reference_policy == "initial":
             loading = loading_defaults(args) | (args.model_init_kwargs or {})
-            loading |= {} if quantization_config is None else {"quantization_config": quantization_config}
-            self.initial_policy = InitialPolicy(
-                captured, lambda: self.model, self.accelerator, self.temperature, **loading
-            )
+            loading |= {} if quantization is None else {"quantization_config": quantization}
+            of_run = self.accelerator, self.temperature
+            self.initial_policy = InitialPolicy(captured, lambda: self.model, *of_run, **loading)
         check_set_up(args, student, self.teacher, self._is_vlm, self.aux_loss_enabled, self._dist.fsdp_version)
         if not self._is_vlm and self.environment_factories is None:
-            check_context(self.train_dataset, self._tokenize_prompts, student, self.teacher, args.max_completion_length)
+            contexts = context_of(student), self.teacher.context
+            served = isinstance(self.teacher, ServerTeacher)
+            check_prompts(self.train_dataset, self._tokenize_prompts, contexts, args.max_completion_length, served)
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:
@@ -189,23 +184,18 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         phase, accelerator, args = self.teacher_phase, self.accelerator, self.args
         # an optimizer step may take several generations, one after another
         earlier = self._step % args.gradient_accumulation_steps // args.steps_per_generation
-        ranks = accelerator.process_index, accelerator.num_processes
-        rows = len(self._rollouts.rows)
-        slots, anywhere = teacher_slots(phase, self.state.global_step, self.num_generations, rows, *ranks, earlier)
+        place = len(self._rollouts.rows), accelerator.process_index, accelerator.num_processes, earlier
+        slots, anywhere = teacher_slots(phase, self.state.global_step, self.num_generations, *place)
         if anywhere:
             eos, longest = frozenset(self.eos_token_ids), args.max_completion_length
             reader = ProposalReader(self.processing_class, self._tokenizer, eos, self.shared_vocabulary, longest)
             agreed = self.last_good_step.agreed
             self._rollouts.mix(phase, slots, self.teacher, reader, Generated(*generated), agreed)
 
-    def _judge(self, **columns: Any) -> list[float]:
-        """The reward function of GRPOTrainer."""
-        return self._rollouts.reward(**columns)
-
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         """Same as GRPOTrainer, with verdicts for rewards; abstentions and teacher rows are NaN."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        own = {name: value.to(self.accelerator.device) for name, value in self._rollouts.tensors().items()}
+        own = self._rollouts.tensors(self.accelerator.device)
         labels, from_teacher = gather(own["verifier_labels"]), gather(own["from_teacher"])
         if self.model.training:
             self._meter.add(rollout_totals(*own.values()))
@@ -228,24 +218,23 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         if not self.model.training:
             return output
         device = self.accelerator.device
-        output |= {name: value.to(device) for name, value in self._rollouts.tensors().items()}
-        output |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
+        output |= self._rollouts.tensors(device) | {"row": torch.arange(len(inputs), device=device)}
+        output["gold"] = self._rollouts.reference_answers()
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
             if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
                 output["teacher_states"] = self.teacher.states(output)
             return output
         with self.last_good_step.agreed(TeacherError):
-            output["teacher_per_token_logps"] = self._teacher_logps(output)
+            if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
+                logps = self.teacher.score_batch(output)
+            else:
+                logps = ask(self.teacher, output, self.args.log_ratio_clip, self.finite.skips)
+            output["teacher_per_token_logps"] = logps
         if self.args.reference_policy == "initial":  # not GRPOTrainer's reference: that one it reloads from the path
             with self.initial_policy.lend() as model:
                 output["initial_per_token_logps"] = self.completion_logps(model, output)
         return output
-
-    def _teacher_logps(self, batch: dict[str, Any]) -> Tensor:
-        if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
-            return self.teacher.score_batch(batch)
-        return ask(self.teacher, batch, self.args.log_ratio_clip, self.finite.skips)
 
     @torch.no_grad()
     def completion_logps(self, model: nn.Module, batch: dict[str, Any], rows: int | None = None) -> Tensor:
@@ -296,15 +285,13 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         """The full estimator: backbone, heads and divergence of the student within its wrapper's forward."""
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
         taught = mask & by_likelihood if self.args.teacher_rollout_loss == "nll" else None
-
-        def states(model: nn.Module) -> Tensor:
-            return self.run_within(model, last_hidden_state, *sequence(inputs), mask.size(1))
+        tokens = *sequence(inputs), mask.size(1)
 
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
             return self._decide(inputs, student=student_logps, teacher=teacher_logps).factor
 
         def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
-            own = last_hidden_state(student, *sequence(inputs), mask.size(1))
+            own = last_hidden_state(student, *tokens)
             heads = head_of(student), head_of(self.teacher.unwrapped)  # no arguments: DeepSpeed copies those
             of_batch = inputs["completion_ids"], mask & ~by_likelihood, self.temperature
             return full_per_token(own, heads[0], teacher, heads[1], *of_batch, decide, reference, taught)
@@ -315,7 +302,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
                 teacher = inputs["teacher_states"] if self.args.teacher_offload else self.teacher.states(inputs)
                 if self.args.reference_policy == "initial":
                     with self.initial_policy.lend() as policy:
-                        reference = states(policy), head_of(self.accelerator.unwrap_model(policy))
+                        states = self.run_within(policy, last_hidden_state, *tokens)
+                        reference = states, head_of(self.accelerator.unwrap_model(policy))
             losses, entropy = self.run_within(model, per_token)
         self._measure(inputs, GateDecision(**inputs["decision"]), losses, entropy)
         return losses.sum() / self._divisor(inputs)
@@ -323,7 +311,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     def run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:
         """`method(unwrapped model, *args)` within the wrapper's forward, where DDP, FSDP and ZeRO-3 expect it."""
         unwrapped = self.accelerator.unwrap_model(model)
-        return self._redirect(model, unwrapped, method, unwrapped, *args)
+        return _ForwardRedirection()(model, unwrapped, method, unwrapped, *args)
 
     def _decide(self, inputs: dict[str, Any], **logps: Tensor | None) -> GateDecision:
         """The gate's decision on a micro-batch, made once and kept while its rollouts are trained on."""

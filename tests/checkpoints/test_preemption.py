@@ -21,7 +21,7 @@ from sg_opd.checkpoints.stops import EXIT_CODE
 
 
 def test_sigterm_finishes_the_step_saves_and_ends_with_143(pair, tmp_path):
-    """Sent while the third step is scored, of a run saved at each second: it goes on from step 3."""
+    """Sent while the third step is scored, of a run saved at each second: it is resumed from step 3."""
     jobs = [
         job("whole", "whole", "fresh"),
         job("ended", "run", "fresh", kill=["scoring", 3], gently=True),

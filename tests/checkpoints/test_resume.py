@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.checkpoints.folders import (
-    PARENT_SETTINGS,
+    GRPO_SETTINGS,
     SEAL,
     UNFINISHED,
     fingerprint,
@@ -145,7 +145,7 @@ def test_the_oldest_goes_only_when_the_new_one_is_whole(train, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     train(save_total_limit=1, max_steps=2)
-    monkeypatch.setattr("sg_opd.checkpoints.resume.seal", full)
+    monkeypatch.setattr("sg_opd.checkpoints.folders.seal", full)
     with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*No space left.* GB are free"):
         train(resume=True, save_total_limit=1)
     assert last_whole(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-2"
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(train, t
 
     run = tmp_path / "run"
     train()
-    monkeypatch.setattr("sg_opd.checkpoints.resume.seal", full)
+    monkeypatch.setattr("sg_opd.checkpoints.folders.seal", full)
     with pytest.raises(CheckpointError):
         train(resume=str(run / "checkpoint-2"))
     assert last_whole(run)[0] == run / "checkpoint-4.former"
@@ -253,7 +253,7 @@ def test_an_error_of_the_device_is_not_one_of_the_disk(error, train, monkeypatch
 
 
 def test_a_rank_that_comes_first_makes_the_folder(train, tmp_path, monkeypatch):
-    """With `save_only_model` the parent has the main process alone write, perhaps later or on another node."""
+    """With `save_only_model` GRPOTrainer has the main process alone write, perhaps later or on another node."""
     folder = tmp_path / "run" / "checkpoint-1"
     monkeypatch.setattr(GRPOTrainer, "_save_checkpoint", lambda *_: shutil.rmtree(folder, ignore_errors=True))
     train(max_steps=1, save_steps=1)
@@ -382,9 +382,9 @@ def test_a_fingerprint_reads_at_most_a_hundred_rows(rows):
 
 
 def test_what_alters_a_run_is_compared(train):
-    """Each of the parent's settings that are compared exists; and none is compared that only says where and when."""
+    """Each of GRPO's settings that are compared exists; none is compared that only says where and when."""
     known = {field.name for field in fields(SGOPDConfig)}
-    assert set(PARENT_SETTINGS) <= known
+    assert set(GRPO_SETTINGS) <= known
     kept = train(max_steps=1).run_settings()
     assert {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "top_entropy_quantile"} <= kept.keys()
     assert {"off_policy_mask_threshold", "model_init_kwargs", "teacher_model_init_kwargs", "peft"} <= kept.keys()

@@ -16,7 +16,7 @@ def test_the_main_process_decides_whether_the_step_is_saved(decided, tmp_path, m
         args=SimpleNamespace(output_dir=tmp_path),
         model=None,
         run_state=lambda: {"tokens": 7},
-        write_checkpoint=lambda *given: written.append(given),
+        _save_checkpoint=lambda *given: written.append(given),
     )
     good = LastGoodStep(trainer)
     good.begin()

@@ -22,7 +22,7 @@ from datasets import load_dataset
 from distributed_worker import BACKEND, JOB, OUT, coin_verifier, configuration, prepare, whole_weights
 from transformers import TrainerCallback
 
-import sg_opd.checkpoints.resume
+import sg_opd.checkpoints.folders
 from sg_opd import SGOPDTrainer
 
 
@@ -103,7 +103,7 @@ def run(job: dict[str, Any]) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank != world - 1:  # one rank dies, not the one that seals
         reaper = Reaper(None, 0)
-    seal, rotate = sg_opd.checkpoints.resume.seal, sg_opd.checkpoints.resume.rotate
+    seal, rotate = sg_opd.checkpoints.folders.seal, sg_opd.checkpoints.folders.rotate
 
     def sealed(*args: Any) -> None:
         reaper.pass_by("unsealed")
@@ -113,7 +113,7 @@ def run(job: dict[str, Any]) -> None:
         reaper.pass_by("rotation")
         rotate(*args, **kwargs)
 
-    sg_opd.checkpoints.resume.seal, sg_opd.checkpoints.resume.rotate = sealed, rotated
+    sg_opd.checkpoints.folders.seal, sg_opd.checkpoints.folders.rotate = sealed, rotated
     folder = OUT / job["folder"]
     folder.mkdir(parents=True, exist_ok=True)
     args = configuration(folder, world, job["settings"])

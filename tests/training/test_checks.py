@@ -11,7 +11,6 @@ from trl import GRPOConfig
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.data import check_dataset, has_images, rows_to_check
 from sg_opd.training.checks import (
-    by_main_process,
     check_arguments,
     check_path,
     check_prompts,
@@ -146,9 +145,9 @@ def test_prompts_and_the_context(build, make_model, caplog):
         build(teacher_model=make_model(2, max_position_embeddings=8))
     rows = Dataset.from_list([{"prompt": [1] * 5}, {"prompt": [1] * 9}])
     with pytest.raises(ValueError, match="first row 1"):
-        check_prompts("d", rows, lambda prompts: (prompts,), 9, 4)
-    check_prompts("d", rows, lambda prompts: (prompts,), 10, 4)
-    assert "longest prompt in `d` (9 tokens) and `max_completion_length` (4)" in caplog.text
+        check_prompts(rows, lambda prompts: (prompts,), (9, None), 4, served=False)
+    check_prompts(rows, lambda prompts: (prompts,), (None, 10), 4, served=False)
+    assert "longest prompt in `train_dataset` (9 tokens) and `max_completion_length` (4)" in caplog.text
 
 
 def test_a_large_dataset_is_checked_evenly():
@@ -215,14 +214,3 @@ def test_a_teacher_that_is_no_causal_model(build, tokenizer):
 def test_a_dataset_smaller_than_one_generation(build, dataset):
     with pytest.raises(ValueError, match="one generation takes 8 prompts"):
         build(config={"num_generations": 1}, train_dataset=dataset.select(range(7)))
-
-
-@pytest.mark.parametrize("main", [True, False])
-def test_one_process_reads_the_reference_answers_for_all(main, monkeypatch):
-    """Each rank would start a worker a core, all for the same answers."""
-    asked = []
-    monkeypatch.setattr("accelerate.PartialState.is_main_process", main)
-    monkeypatch.setattr("sg_opd.training.checks.broadcast_object_list", lambda found: found if main else [[1]])
-    unparseable = by_main_process(lambda answers: asked.append(answers) or [0])
-    assert unparseable(["?", "2"]) == ([0] if main else [1])
-    assert asked == ([["?", "2"]] if main else [])

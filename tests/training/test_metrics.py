@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sg_opd import SignGatedLoss
 from sg_opd.method.loss import policy_gradient
-from sg_opd.training.metrics import METRICS, GateMeter, rollout_metrics, rollout_totals, verdict_metrics
+from sg_opd.training.metrics import METRICS, GateMeter, rollout_totals, shares, verdict_metrics
 
 NAN = math.nan
 LABELS = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0, 0.0])
@@ -46,7 +46,7 @@ def part(decision, rows):
 def test_rollout_metrics_by_hand():
     """Student rows: 2 of 5 correct, 2 incorrect, 1 abstained; 2 of 6 rows are slots, 1 of the 2 endorsed."""
     totals = {name: value.item() for name, value in rollout_totals(LABELS, FROM_TEACHER, SLOTS).items()}
-    assert rollout_metrics(totals) == pytest.approx(
+    assert shares(totals) == pytest.approx(
         {
             "verdict/correct": 2 / 5,
             "verdict/incorrect": 2 / 5,
@@ -60,9 +60,9 @@ def test_rollout_metrics_by_hand():
 def test_rollout_metrics_leave_out_what_there_is_none_of():
     everyone = torch.ones(2, dtype=torch.bool)
     taken = {name: v.item() for name, v in rollout_totals(torch.ones(2), everyone, everyone).items()}
-    assert rollout_metrics(taken) == {"teacher/slot_share": 1.0, "teacher/endorsed": 1.0}
+    assert shares(taken) == {"teacher/slot_share": 1.0, "teacher/endorsed": 1.0}
     own = {name: v.item() for name, v in rollout_totals(torch.ones(2), ~everyone, ~everyone).items()}
-    assert "teacher/endorsed" not in rollout_metrics(own)
+    assert "teacher/endorsed" not in shares(own)
 
 
 def test_verdict_metrics_of_an_evaluation():
@@ -97,7 +97,7 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
 
 
 def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
-    """All between two logging steps; the parent's own `.item()` calls are not ours to remove."""
+    """All between two logging steps; GRPOTrainer's own `.item()` calls stay."""
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     loss_fn, meter, mask = SignGatedLoss(), GateMeter(), torch.rand(6, 5) > 0.3
     with NoSynchronisation():

@@ -7,20 +7,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
-
+from typing import Any
 
 SEAL = "complete.json"  # written last, so a checkpoint without it is a part of one
 UNFINISHED = f"{SEAL}.part"  # there from the first, so a folder with it is ours, and one without it perhaps not
 FORMER = ".former"  # a whole checkpoint whose step is written anew, until that is whole too
 PATTERN = re.compile(rf"checkpoint-(\d+)({re.escape(FORMER)})?")
 # GRPO's settings that alter what is computed
-PARENT_SETTINGS = (
+GRPO_SETTINGS = (
     *("seed", "data_seed", "full_determinism", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("shuffle_dataset", "ignore_data_skip", "dataloader_drop_last", "train_sampling_strategy"),
     *("gradient_accumulation_steps", "steps_per_generation", "num_iterations", "num_generations"),
@@ -50,21 +45,20 @@ ROWS_COMPARED = 100  # of a dataset at most, spread evenly
 
 
 def seal(folder: Path, settings: dict[str, Any]) -> None:
-    """Mark a folder as whole: what is in it reaches the disk first, then the list of it appears at once.
+    """Mark a folder with every file of every rank as whole: the files reach the disk, then the list of them appears.
 
-    Args:
-        folder: with every file of every rank in it.
-        settings: of the run, to be compared with those of a run that resumes from here.
+    `settings` are the run's, to be compared with those of a run that resumes from here.
     """
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SEAL, UNFINISHED)):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SEAL, UNFINISHED))
+    for path in paths:
         flush(path)
-        files[path.relative_to(folder).as_posix()] = path.stat().st_size
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     unfinished = folder / UNFINISHED
     unfinished.write_text(json.dumps({"settings": settings, "files": files}, indent=1))
     flush(unfinished)
     os.replace(unfinished, folder / SEAL)
     flush(folder)
+    discard(former(folder))
 
 
 def flush(path: Path) -> None:
@@ -77,14 +71,14 @@ def flush(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; a kill while that is done leaves a part of one. As GRPOTrainer, past files still in use."""
+    """Delete a checkpoint, past files still in use as GRPOTrainer does. A kill meanwhile leaves no whole one."""
     if (folder / SEAL).is_file():
         os.replace(folder / SEAL, folder / UNFINISHED)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def begin(folder: Path) -> None:
-    """Begin a checkpoint; a whole one of the same step waits under another name, a part of one is deleted."""
+    """Begin a checkpoint: a whole one of the same step gets another name until `seal`, a part of one is deleted."""
     if flaw(folder) is None:
         discard(former(folder))
         os.replace(folder, former(folder))
@@ -97,12 +91,6 @@ def begin(folder: Path) -> None:
 def former(folder: Path) -> Path:
     """Where `begin` puts a whole checkpoint."""
     return folder.with_name(folder.name + FORMER)
-
-
-def take_back(folder: Path) -> None:
-    """Give the former checkpoint its name again, in place of what was written of the new one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(former(folder), folder)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -130,18 +118,17 @@ def flaw(folder: Path) -> str | None:
     return None
 
 
-def checkpoints(output_dir: Path) -> Iterator[tuple[int, bool, Path]]:
-    """Every folder that has a checkpoint's name: its step, whether it is no former one, where it is."""
-    for path in output_dir.glob("checkpoint-*"):
-        match = PATTERN.fullmatch(path.name)
-        if match and path.is_dir():
-            yield int(match[1]), match[2] is None, path
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Every folder with a checkpoint's name, by step; a former one comes before the one that replaces it."""
+    found = {path: PATTERN.fullmatch(path.name) for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    steps = {path: (int(match[1]), match[2] is None) for path, match in found.items() if match}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def last_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """The whole checkpoint of the highest step, if there is one, and of each later one why it is none."""
     skipped: dict[Path, str] = {}
-    for _, _, path in sorted(checkpoints(output_dir), reverse=True):
+    for path in reversed(checkpoints(output_dir)):
         reason = flaw(path)
         if reason is None:
             return path, skipped
@@ -150,20 +137,15 @@ def last_whole(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None, last: Path) -> None:
-    """Delete the whole checkpoints that were sealed first, and what is left of ours that were not written to an end.
+    """Delete the whole checkpoints that were sealed first beyond `limit`, and parts of ours that nothing writes to.
 
     A part counts for none, or it would displace a whole one. Folders without a mark of ours are left alone, such as
-    those of plain transformers.
-
-    Args:
-        output_dir: the run's folder, in which no checkpoint is being written.
-        limit: how many may stay, as `save_total_limit`; `None` or 0: all.
-        best: path of the best model's checkpoint, known by its name, so that the run's folder can be moved.
-        last: the checkpoint just written; it stays, as does the best one.
+    those of plain transformers. `limit` is `save_total_limit`. The checkpoint just written, `last`, stays, as does the
+    best model's, known by its name so that the run's folder can be moved.
     """
     if not limit or limit < 0:
         return
-    found = [path for _, _, path in checkpoints(output_dir)]
+    found = checkpoints(output_dir)
     for path in found:
         if (path / UNFINISHED).is_file() and not (path / SEAL).is_file():
             discard(path)
@@ -182,28 +164,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_settings(args: GRPOConfig, model: Any, data: str | None, processes: int, own: dict[str, Any]) -> dict[str, Any]:
-    """The settings that alter what a run computes, as JSON has them; without tokens and addresses.
-
-    Args:
-        args: GRPO's settings among them.
-        model: the student.
-        data: `fingerprint` of the training data.
-        processes: number of ranks.
-        own: those of a subclass of GRPOTrainer.
-    """
-    values = args.to_dict()
-    found = {name: values[name] for name in PARENT_SETTINGS if name in values} | {
-        "model": getattr(model.config, "_name_or_path", ""),
-        "model_init_kwargs": loading(args.model_init_kwargs),
-        "quantization": digest(getattr(model.config, "quantization_config", None)),
-        "peft": digest(getattr(model, "peft_config", None)),
-        "train_dataset": data,
-        "processes": processes,
-    }
-    return json.loads(json.dumps(found | own, default=str))
-
-
 def loading(arguments: Any) -> str | None:
     """The names of the arguments for loading a model and a digest of their values; without secrets and places."""
     known = {name: value for name, value in (arguments or {}).items() if not NOT_DIGESTED.search(name)}
@@ -212,24 +172,23 @@ def loading(arguments: Any) -> str | None:
 
 def digest(value: Any) -> str | None:
     """Twelve digits that are the same for equal nested values, in whatever order; `None` of nothing."""
-    if not value:
-        return None
-    return hashlib.sha256(json.dumps(value, default=as_json, sort_keys=True).encode()).hexdigest()[:12]
 
+    def as_json(value: Any) -> Any:
+        if hasattr(value, "to_dict"):  # a configuration
+            return value.to_dict()
+        return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
-def as_json(value: Any) -> Any:
-    """What JSON has no form for: a configuration as its fields, a set in an order, and else its text."""
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+    return sha(json.dumps(value, default=as_json, sort_keys=True)) if value else None
 
 
 def fingerprint(dataset: Any) -> str | None:
     """The number of rows and a digest of some of them; `None` of a stream, which has neither."""
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None
-    step = -(-len(dataset) // ROWS_COMPARED)  # rounded up
-    rows = json.dumps(
-        [dataset[row] for row in range(0, len(dataset), step)], default=lambda value: type(value).__name__
-    )
-    return f"{len(dataset)} rows, {hashlib.sha256(rows.encode()).hexdigest()[:12]}"
+    rows = range(0, len(dataset), -(-len(dataset) // ROWS_COMPARED))  # the step is rounded up
+    shown = json.dumps([dataset[row] for row in rows], default=lambda value: type(value).__name__)
+    return f"{len(dataset)} rows, {sha(shown)}"
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from .folders import (
-    BATCH_SETTINGS,
-    FORMER,
-    begin,
-    differences,
-    discard,
-    fingerprint,
-    flaw,
-    former,
-    last_whole,
-    rotate,
-    run_settings,
-    seal,
-    settings_of,
-    take_back,
-)
+from . import folders
 from .stops import CheckpointError, LastGoodStep, StopAtStepEnd, listening
 
 logger = get_logger(__name__)  # of the main process only
@@ -59,7 +47,7 @@ class ResumableTrainer(GRPOTrainer):
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # GRPOTrainer's, which sets them in `train`
         kwargs["args"].enable_jit_checkpoint = listening(kwargs["args"])
         super().__init__(*args, **kwargs)
-        self._data = fingerprint(self.train_dataset)
+        self._data = folders.fingerprint(self.train_dataset)
         self.stop = StopAtStepEnd(self)
         self.callback_handler.callbacks[:0] = [Resumption(self), self.stop]  # before those that look at the state
 
@@ -68,15 +56,24 @@ class ResumableTrainer(GRPOTrainer):
         return {}
 
     def set_own_state(self, saved: dict[str, Any]) -> None:
-        """Set back to what `own_state` answered."""
+        """Set back to what `own_state` returned."""
 
     def own_settings(self) -> dict[str, Any]:
         """The settings of a subclass that alter what a run computes."""
         return {}
 
     def run_settings(self) -> dict[str, Any]:
-        """The settings that alter what a run computes, as JSON has them."""
-        return run_settings(self.args, self.model, self._data, self.accelerator.num_processes, self.own_settings())
+        """The settings that alter what a run computes, as JSON has them; without tokens and addresses."""
+        values, config = self.args.to_dict(), self.model.config
+        found = {name: values[name] for name in folders.GRPO_SETTINGS if name in values} | {
+            "model": getattr(config, "_name_or_path", ""),
+            "model_init_kwargs": folders.loading(self.args.model_init_kwargs),
+            "quantization": folders.digest(getattr(config, "quantization_config", None)),
+            "peft": folders.digest(getattr(self.model, "peft_config", None)),
+            "train_dataset": self._data,
+            "processes": self.accelerator.num_processes,
+        }
+        return json.loads(json.dumps(found | self.own_settings(), default=str))
 
     def written_args(self) -> Any:
         """The arguments as `training_args.bin` has them."""
@@ -85,12 +82,9 @@ class ResumableTrainer(GRPOTrainer):
         return args
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Same as GRPOTrainer; `training_args.bin` has what `written_args` answers."""
-        given, self.args = self.args, self.written_args()
-        try:
+        """Same as GRPOTrainer; `training_args.bin` has what `written_args` returns."""
+        with lent(self, args=self.written_args()):
             super()._save(output_dir, state_dict)
-        finally:
-            self.args = given
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Same as GRPOTrainer; `True` takes the last whole checkpoint, and the beginning where there is none.
@@ -102,9 +96,8 @@ class ResumableTrainer(GRPOTrainer):
         self._resumed = self._whole(resume_from_checkpoint)
         self._epochs_done = 0
         if self._resumed is not None:
-            state = json.loads((self._resumed / "trainer_state.json").read_text())
-            self._epochs_done = int(state["epoch"])
-            changed = differences(settings_of(self._resumed), self.run_settings())
+            self._epochs_done = int(json.loads((self._resumed / "trainer_state.json").read_text())["epoch"])
+            changed = folders.differences(folders.settings_of(self._resumed), self.run_settings())
             if changed:
                 logger.warning(
                     "%s was written by a run with other settings: %s. This run keeps its own, and is not the one that "
@@ -122,11 +115,11 @@ class ResumableTrainer(GRPOTrainer):
             return super().train(None if self._resumed is None else str(self._resumed), *args, **kwargs)
 
     def _whole(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to resume from; a later one that is not whole is named in a warning."""
+        """The checkpoint to resume from, the same on every rank."""
         if not wanted:
             return None
         folder = self._last_whole() if wanted is True else Path(wanted)
-        if wanted is not True and (reason := flaw(Path(wanted))):
+        if wanted is not True and (reason := folders.flaw(Path(wanted))):
             raise ValueError(
                 f"{wanted} is no whole checkpoint: {reason}. `resume_from_checkpoint=True` takes the last whole one."
             )
@@ -137,16 +130,18 @@ class ResumableTrainer(GRPOTrainer):
                 f"The ranks find different checkpoints to resume from: {named}. `output_dir` must be a folder that all "
                 "nodes share, or hold the same checkpoints on each of them."
             )
-        if wanted is True and folder is not None and folder.name.endswith(FORMER):  # its replacement was never whole
-            folder = folder.with_name(folder.name.removesuffix(FORMER))
-            if self.args.should_save:
-                take_back(folder)
+        if wanted is True and folder is not None and folder.name.endswith(folders.FORMER):
+            kept, folder = folder, folder.with_name(folder.name.removesuffix(folders.FORMER))
+            if self.args.should_save:  # what was written in its place was never whole
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(kept, folder)
             self.accelerator.wait_for_everyone()
         return folder
 
     def _last_whole(self) -> Path | None:
+        """The last whole checkpoint; each later one is named in a warning."""
         output_dir = Path(str(self.args.output_dir))
-        folder, skipped = last_whole(output_dir)
+        folder, skipped = folders.last_whole(output_dir)
         for path, reason in skipped.items():
             logger.warning("%s is passed over: %s.", path, reason)
         if folder is None:
@@ -185,30 +180,28 @@ class ResumableTrainer(GRPOTrainer):
         }
 
     def set_run_state(self, saved: dict[str, Any]) -> None:
-        """Set this rank back to what `run_state` answered, once GRPOTrainer has begun to train."""
+        """Set this rank back to what `run_state` returned, once GRPOTrainer has begun to train."""
         device = self.accelerator.device
         self._step = saved["micro_batches"]
         self._buffered_inputs = saved["buffered"] and send_to_device(saved["buffered"], device)
         self._metrics["train"].clear()
         self._metrics["train"].update(saved["metrics"])
         self._tr_loss += saved["loss"].to(device)
-        # `train_loss`, like the throughput beside it, speaks of the steps of this call alone
+        # `train_loss`, like the throughput beside it, covers the steps of this call alone
         self._total_loss_scalar -= self.accelerator.gather(self._tr_loss).mean().item()
         self._globalstep_last_logged = saved["last_logged"]
         self.state.num_input_tokens_seen = saved["tokens"]
         logs: dict[str, Any] = self._logs
         for name, values in saved["completions"].items():
-            for column, some in values.items() if isinstance(values, dict) else ():
-                logs[name][column].extend(some)
-            if not isinstance(values, dict):
+            if isinstance(values, dict):
+                for column, some in values.items():
+                    logs[name][column].extend(some)
+            else:
                 logs[name].extend(values)
         self.set_own_state(saved)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.write_checkpoint(model, trial, self.run_state())
-
-    def write_checkpoint(self, model: nn.Module, trial: Any, run_state: dict[str, Any]) -> None:
-        """Write and seal a checkpoint of the last finished step; only then the oldest may go.
+    def _save_checkpoint(self, model: nn.Module, trial: Any, run_state: dict[str, Any] | None = None) -> None:
+        """Same as GRPOTrainer, with `run_state` (default: as it is now) and a seal; only then the oldest may go.
 
         Raises:
             CheckpointError: a file could not be written, by name.
@@ -216,7 +209,7 @@ class ResumableTrainer(GRPOTrainer):
         output_dir = Path(self._get_output_dir(trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         try:
-            self._write(folder, model, trial, run_state)
+            self._write(folder, model, trial, self.run_state() if run_state is None else run_state)
         except (OSError, SafetensorError, RuntimeError) as error:
             # others of these are a rank that died, or a device that is full
             if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
@@ -229,37 +222,32 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, folder)
+            folders.rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, folder)
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, model: nn.Module, trial: Any, run_state: dict[str, Any]) -> None:
         if self.args.should_save:
-            begin(folder)  # there may be one of a run that was killed here, perhaps with more processes
+            folders.begin(folder)  # there may be one of a run that was killed here, perhaps with more processes
         self.accelerator.wait_for_everyone()
-        self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # it deletes before all is written
-        try:
+        # GRPOTrainer deletes old checkpoints before all of the new one is written
+        with lent(self, _limit=self.args.save_total_limit), lent(self.args, save_total_limit=None):
             super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit, self._limit = self._limit, None
         folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where GRPOTrainer may write nothing
         torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(folder, self.run_settings())
-            discard(former(folder))
+            folders.seal(folder, self.run_settings())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Same as GRPOTrainer, which calls it too early: nothing is uploaded until the checkpoint is sealed."""
-        if flaw(Path(checkpoint_folder)) is None:
+        if folders.flaw(Path(checkpoint_folder)) is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Same as GRPOTrainer; on SIGTERM the step in progress is saved whatever the strategy."""
-        good, step = self.last_good_step, self.state.global_step
+        good, control, step = self.last_good_step, self.control, self.state.global_step
         if self.stop.stopped and good.saved == step:  # called again, as at an epoch's end
-            broken_off = not float(self.state.epoch).is_integer()
-            control = self.control
-            if broken_off:
+            if not float(self.state.epoch).is_integer():  # broken off within the epoch
                 control.should_log = control.should_evaluate = control.should_save = False
             elif control.should_log or control.should_evaluate:
                 good.saved = None  # what comes of these belongs in the checkpoint
@@ -270,13 +258,9 @@ class ResumableTrainer(GRPOTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Same as GRPOTrainer; a run that SIGTERM ended will be resumed: all checkpoints and the model stay."""
-        kept = self.args.save_total_limit, self.args.load_best_model_at_end
-        if self.stop.stopped:
-            self.args.save_total_limit, self.args.load_best_model_at_end = None, False
-        try:
+        kept = {"save_total_limit": None, "load_best_model_at_end": False} if self.stop.stopped else {}
+        with lent(self.args, **kept):
             return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit, self.args.load_best_model_at_end = kept
 
 
 class Resumption(TrainerCallback):
@@ -291,8 +275,8 @@ class Resumption(TrainerCallback):
         if folder is None:
             return
         control.should_training_stop = state.global_step >= state.max_steps
-        then, now = settings_of(folder), self.trainer.run_settings()
-        if any(then.get(name) != now[name] for name in BATCH_SETTINGS):
+        then, now = folders.settings_of(folder), self.trainer.run_settings()
+        if any(then.get(name) != now[name] for name in folders.BATCH_SETTINGS):
             logger.warning("Batches are not what they were: metrics begin anew, and so do rollouts.")
             return
         path = folder / f"run_state_{args.process_index}.pt"
@@ -303,8 +287,19 @@ class Resumption(TrainerCallback):
         self.trainer.last_good_step.begin()
 
 
+@contextmanager
+def lent(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes of `owner` have these values within the context."""
+    kept = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(kept)
+
+
 def as_plain(value: Any) -> Any:
-    """Nested containers in plain values; what is neither a number nor text, as in columns of a table, as text."""
+    """Nested containers in plain values; what is neither a number nor text becomes text."""
     if isinstance(value, dict):
         return {name: as_plain(part) for name, part in value.items() if name != "images"}
     if not isinstance(value, (str, bytes)) and hasattr(value, "__iter__"):

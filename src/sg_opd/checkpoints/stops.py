@@ -1,5 +1,5 @@
 """What ends a run or a step early: SIGTERM, an error that one rank meets within a step, and log-probabilities that are
-no numbers. Whatever was trained before is kept.
+no numbers. What was trained before is kept.
 """
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ from __future__ import annotations
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,17 @@ logger = get_logger(__name__)  # of the main process only
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell has it for a process that SIGTERM ended
 # by whose log-probabilities are checked; "updated" is the student after updates on the rollout
 MODELS = {"student": "student", "teacher": "teacher", "initial": "initial policy", "updated": "student"}
+# of the random generators whose states a checkpoint keeps: how to get a state, and how to set it
+GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+    (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all),  # of no device without CUDA
+)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, as on a full disk; what is there of it is never taken for a whole one."""
+    """A checkpoint could not be written, as on a full disk. What is there of it is no whole one, and is passed over."""
 
 
 def listening(args: TrainingArguments) -> bool:
@@ -55,8 +63,7 @@ class StopAtStepEnd(TrainerCallback):
         self.accelerator = trainer.accelerator
         self.args = trainer.args
         self.manager: CheckpointManager | None = None
-        self.stopped = False
-        """Whether this run ends because SIGTERM asked for it."""
+        self.stopped = False  #: whether this run ends because SIGTERM asked for it
         if trainer.args.enable_jit_checkpoint:
             callback: Any = trainer.pop_callback(JITCheckpointCallback)
             given = callback.jit_manager
@@ -65,11 +72,7 @@ class StopAtStepEnd(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """SIGTERM asks for the end of the run after the step in progress, within this context.
-
-        Raises:
-            SystemExit: with `EXIT_CODE`, when the run ended so.
-        """
+        """Within this context SIGTERM ends the run after the step in progress; leaving it then ends the process."""
         self.stopped = False
         if self.manager is None or not listening(self.args):
             yield
@@ -96,10 +99,9 @@ class LastGoodStep:
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
-        self.saved: int | None = None
-        """The last step with a checkpoint."""
+        self.saved: int | None = None  #: the last step with a checkpoint
         self._step: int | None = None
-        self._states: tuple[Any, ...] = ()
+        self._states: list[Any] = []
         self._run_state: dict[str, Any] = {}
 
     def begin(self) -> None:
@@ -108,7 +110,8 @@ class LastGoodStep:
         if self._step is None:  # what a run begins with is its first step, or has the checkpoint it resumed from
             self.saved = step
         if self._step != step:
-            self._step, self._states, self._run_state = step, random_states(), self.trainer.run_state()
+            self._step, self._run_state = step, self.trainer.run_state()
+            self._states = [get() for get, _ in GENERATORS]
 
     @contextmanager
     def agreed(self, error: type[RuntimeError]) -> Iterator[None]:
@@ -127,7 +130,7 @@ class LastGoodStep:
             raise error(f"{failures[0]}. {self.save()}") from None  # it repeats its words
 
     def save(self) -> str:
-        """Save a checkpoint of the last finished step unless it has one; answers where it is, in words."""
+        """Save a checkpoint of the last finished step unless it has one; returns where it is, in words."""
         trainer, step = self.trainer, self.trainer.state.global_step
         if step == 0:
             return "No step was finished, so there is nothing to save."
@@ -135,9 +138,10 @@ class LastGoodStep:
         # the main process decides: ranks may see different folders, and all must enter the writing or none
         (needed,) = broadcast_object_list([self.saved != step or not folder.is_dir()])
         if needed:
-            set_random_states(self._states)
+            for (_, set_back), state in zip(GENERATORS, self._states, strict=True):
+                set_back(state)
             trainer.state.num_input_tokens_seen = self._run_state["tokens"]
-            trainer.write_checkpoint(trainer.model, None, self._run_state)
+            trainer._save_checkpoint(trainer.model, None, self._run_state)
         return (
             f"The last good step is {step}, saved in {folder}; resume from it with `resume_from_checkpoint` once the "
             "cause is mended."
@@ -156,35 +160,23 @@ def anywhere(flag: bool, accelerator: Accelerator) -> bool:
     return bool(count.item() > 0)
 
 
+@dataclass(eq=False, repr=False)
 class FiniteGuard(TrainerCallback):
-    """Stops at log-probabilities that are NaN or infinite, or has their optimizer step skipped on every rank.
+    """Stops at log-probabilities that are NaN or infinite, or has their optimizer step skipped on every rank."""
 
-    Args:
-        tokenizer: names the tokens.
-        accelerator: tells the other ranks.
-        skips: whether such a step is skipped instead of ending the run (`non_finite_log_probs="skip"`).
-        clipped: whether `log_ratio_clip` bounds an infinite one of the teacher or the reference, which is then let
-            through.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, skips: bool, clipped: bool
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.accelerator = accelerator
-        self.skips = skips
-        self.clipped = clipped
-        self.found = False
-        """Whether this rank met one in the step in progress, which will be skipped."""
-        self._step = 0
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    skips: bool  #: whether such a step is skipped instead of ending the run (`non_finite_log_probs="skip"`)
+    clipped: (
+        bool  #: whether `log_ratio_clip` bounds the teacher's and the reference's infinite ones, which may then pass
+    )
+    found: bool = False  #: whether this rank met one in the step in progress, which will be skipped
+    _step: int = 0
 
     def checked(self, inputs: dict[str, Any], mask: Tensor, **logps: Tensor | None) -> dict[str, Any]:
         """The log-probabilities (B, T) as given, or with zeros for what is no number where the step is to be skipped.
 
-        Args:
-            inputs: the micro-batch, for its tokens and prompts.
-            mask: (B, T), the trained tokens.
-            **logps: by whose they are, see `MODELS`.
+        `inputs` are the micro-batch, `mask` (B, T) its trained tokens; the names of `logps` are keys of `MODELS`.
 
         Raises:
             NonFiniteError: at the first such token, unless the step is to be skipped.
@@ -230,19 +222,3 @@ class FiniteGuard(TrainerCallback):
         if self.skips and anywhere(self.found, self.accelerator):
             kwargs["model"].zero_grad(set_to_none=True)
         self.found = False
-
-
-def random_states() -> tuple[Any, ...]:
-    """States of the generators that a checkpoint keeps: Python's, NumPy's, torch's on the CPU and on CUDA devices."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_states(states: tuple[Any, ...]) -> None:
-    """Set the generators back to what `random_states` answered."""
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,64 +16,53 @@ from ..data import rows_to_check
 from ..method.divergence import check_linear, head_of
 from ..teachers.local import LocalTeacher, blocks_of
 from ..teachers.protocol import Teacher, eos_set
-from ..teachers.server import ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
-
-T = TypeVar("T")
 
 TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
 
 
-def by_main_process(function: Callable[..., T]) -> Callable[..., T]:
-    """`function`, called by the main process alone; each process gets its answer."""
-
-    def answer(*given: Any) -> T:
-        found = [function(*given) if PartialState().is_main_process else None]
-        return broadcast_object_list(found)[0]
-
-    return answer
+def refuse(cases: dict[str, Any]) -> None:
+    """Raise the first error, given by its words, whose condition holds."""
+    for words, holds in cases.items():
+        if holds:
+            raise ValueError(words)
 
 
 def check_arguments(
     teacher: Any, model: Any, verifier: Any, args: Any, eval_dataset: Any, extra: dict[str, Any]
 ) -> None:
     """Refuse trainer arguments that cannot work together, naming each."""
-    for name in ("reward_funcs", "reward_processing_classes"):
-        if extra.get(name) is not None:
-            raise ValueError(f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.")
     if not isinstance(args, SGOPDConfig):
         raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
-    if teacher is None and args.teacher_server_url is None:
-        raise ValueError(
-            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in `args`."
-        )
-    if args.teacher_server_url is not None and not isinstance(teacher, str | None):
-        raise ValueError(
-            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {type(teacher).__name__}; pass "
-            "the id of the served model, or nothing."
-        )
-    check_path("model", model)
-    if args.teacher_server_url is None:
-        check_path("teacher_model", teacher)
-    if teacher is model and not isinstance(model, str):
-        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
-    if args.teacher_offload:
-        check_offload(teacher, args)
     if not callable(verifier):
         raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
-    if args.teacher_phase_steps > 0:
-        for name in REFUSED_WITH_PHASE:
-            if extra.get(name):
-                raise ValueError(
-                    f"`{name}` and a teacher phase do not go together: the teacher proposes plain completions only. "
-                    "Set `teacher_phase_steps=0`."
-                )
-    if args.eval_strategy != "no" and eval_dataset is None:
-        strategy = IntervalStrategy(args.eval_strategy).value
-        raise ValueError(f"`eval_strategy={strategy!r}` needs an `eval_dataset`.")
-    if args.use_vllm and args.vllm_importance_sampling_correction and truncated_sampling(args):
+    served, kind = args.teacher_server_url is not None, type(teacher).__name__
+    same = teacher is model and not isinstance(model, str)
+    in_phase = [name for name in REFUSED_WITH_PHASE if extra.get(name) and args.teacher_phase_steps > 0]
+    rewards = [name for name in ("reward_funcs", "reward_processing_classes") if extra.get(name) is not None]
+    why = "the teacher proposes plain completions only. Set `teacher_phase_steps=0`."
+    strategy = IntervalStrategy(args.eval_strategy).value
+    refuse(
+        {
+            **{f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.": True for name in rewards},
+            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in "
+            "`args`.": teacher is None and not served,
+            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {kind}; pass the id of the served "
+            "model, or nothing.": served and not isinstance(teacher, str | None),
+            "`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.": same,
+            **{f"`{name}` and a teacher phase do not go together: {why}": True for name in in_phase},
+            f"`eval_strategy={strategy!r}` needs an `eval_dataset`.": strategy != "no" and eval_dataset is None,
+        }
+    )
+    check_path("model", model)
+    if not served:
+        check_path("teacher_model", teacher)
+    if args.teacher_offload:
+        check_offload(teacher, args)
+    truncated = args.top_p < 1 or args.top_k > 0 or args.min_p
+    if args.use_vllm and args.vllm_importance_sampling_correction and truncated:
         logger.warning(
             "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
             "use top_p=1, top_k=0, min_p=None for an exact correction."
@@ -99,7 +86,7 @@ def check_offload(teacher: Any, args: SGOPDConfig) -> None:
 
 
 def check_path(name: str, value: Any) -> None:
-    """Refuse a local path that is not there, which would be looked for on the hub and answered with a riddle."""
+    """Refuse a local path that is not there, for which the hub would be asked instead."""
     if not isinstance(value, str) or Path(value).is_dir():
         return
     if Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1:
@@ -111,69 +98,49 @@ def check_path(name: str, value: Any) -> None:
         )
 
 
-def truncated_sampling(args: SGOPDConfig) -> bool:
-    """Whether rollouts come from a cut-off distribution instead of the student's own."""
-    return args.top_p < 1 or args.top_k > 0 or bool(args.min_p)
+def context_of(model: PreTrainedModel) -> int | None:
+    """Longest sequence that a model takes, in tokens; `None` where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_prompts(
-    name: str,
-    dataset: Any,
-    tokenize: Callable[[list], tuple],
-    context: int,
-    completion: int,
-    server_context: int | None = None,
+    dataset: Any, tokenize: Callable[[list], tuple], contexts: Sequence[int | None], completion: int, served: bool
 ) -> None:
     """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
 
-    Args:
-        tokenize: prompts -> token ids and more, the trainer's own.
-        context: the shorter context of both models, in tokens.
-        completion: `max_completion_length`.
-        server_context: of a teacher's server, which refuses a longer sequence and needs room for a token more.
+    `tokenize` is the trainer's own, `contexts` are the student's and the teacher's in tokens, `completion` is
+    `max_completion_length`. A teacher that is `served` needs room for one token more, and would refuse a longer
+    sequence in the middle of a run: every row that may be one is looked at.
     """
-    rows = [*rows_to_check(len(dataset))]
-    if server_context:  # which refuses a longer one in the middle of a run: every row that may be one
-        rows = sorted({*rows, *long_rows(dataset, server_context - completion - TEMPLATE_TOKENS)})
-    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in rows])[0]]
-    too_long = [rows[i] for i, length in enumerate(lengths) if length >= context]
+    context, server = min((size for size in contexts if size), default=None), contexts[1] if served else None
+    if not (context and isinstance(dataset, Dataset)):
+        return
+    rows = {*rows_to_check(len(dataset))}
+    if server:  # a text has at most as many tokens as bytes
+        short = server - completion - TEMPLATE_TOKENS
+        prompts = enumerate(dataset.select_columns("prompt")["prompt"])
+        rows |= {row for row, prompt in prompts if len(str(prompt).encode()) > short}
+    checked = sorted(rows)
+    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in checked])[0]]
+    too_long = [row for row, length in zip(checked, lengths, strict=True) if length >= context]
     if too_long:
         raise ValueError(
-            f"{len(too_long)} prompts in `{name}` fill the models' context of {context} tokens, first row "
+            f"{len(too_long)} prompts in `train_dataset` fill the models' context of {context} tokens, first row "
             f"{too_long[0]}. Filter the dataset by prompt length."
         )
-    needed = max(lengths) + completion + 1
-    if server_context and needed > server_context:
+    needed = max(lengths) + completion
+    if server and needed + 1 > server:
         raise ValueError(
-            f"The longest prompt in `{name}` ({max(lengths)} tokens), `max_completion_length` ({completion}) and one "
-            f"more token pass the {server_context} of the teacher's server: start it with --max-model-len {needed}, "
-            "shorten `max_completion_length`, or filter the dataset."
+            f"The longest prompt in `train_dataset` ({max(lengths)} tokens), `max_completion_length` ({completion}) "
+            f"and one more token pass the {server} of the teacher's server: start it with --max-model-len "
+            f"{needed + 1}, shorten `max_completion_length`, or filter the dataset."
         )
-    if max(lengths) + completion > context:
+    if needed > context:
         logger.warning(
-            "The longest prompt in `%s` (%d tokens) and `max_completion_length` (%d) pass the models' context of %d.",
-            *(name, max(lengths), completion, context),
+            "The longest prompt in `train_dataset` (%d tokens) and `max_completion_length` (%d) pass the models' "
+            "context of %d.",
+            *(max(lengths), completion, context),
         )
-
-
-def long_rows(dataset: Dataset, tokens: int) -> list[int]:
-    """Rows whose prompts may have more than so many tokens, which is never more than their bytes."""
-    rows: list[int] = []
-    for start, batch in zip(range(0, len(dataset), 1000), dataset.select_columns("prompt").iter(1000), strict=True):
-        rows += [start + i for i, prompt in enumerate(batch["prompt"]) if len(str(prompt).encode()) > tokens]
-    return rows
-
-
-def check_context(
-    dataset: Any, tokenize: Callable[[list], tuple], student: PreTrainedModel, teacher: Teacher, completion: int
-) -> None:
-    """`check_prompts` of the training dataset against the shorter context of both models, as far as it is known."""
-    own = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    context = min((size for size in (own, teacher.context) if size), default=None)
-    if context and isinstance(dataset, Dataset):
-        # a server refuses what is longer than its context, in the middle of a run
-        strict = teacher.context if isinstance(teacher, ServerTeacher) else None
-        check_prompts("train_dataset", dataset, tokenize, context, completion, strict)
 
 
 def check_set_up(
@@ -185,25 +152,21 @@ def check_set_up(
     fsdp_version: int | None,
 ) -> None:
     """Refuse a teacher that cannot do what the student and the estimator need."""
-    if multimodal and not isinstance(teacher, LocalTeacher):
-        raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
+    local, kind = isinstance(teacher, LocalTeacher), type(teacher).__name__
+    in_process = "a model in this process as teacher"
+    refuse({f"A multimodal student needs {in_process}: others take token ids only.": multimodal and not local})
     if args.estimator != "full":
         return
-    if not isinstance(teacher, LocalTeacher):
-        raise ValueError(
-            f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
-            "estimator='sampled'."
-        )
-    if multimodal:
-        raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
-    if router_loss:
-        raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
-    if fsdp_version == 1:
-        raise ValueError(
+    refuse(
+        {
+            f"estimator='full' needs {in_process}, not a {kind}; use estimator='sampled'.": not local,
+            "estimator='full' is for text models; use estimator='sampled' with this processor.": multimodal,
+            "estimator='full' has no router loss: set `router_aux_loss_coef=0`.": router_loss,
             "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
-            "set `fsdp_version: 2`, or use estimator='sampled'."
-        )
-    if args.reference_policy == "initial":
+            "set `fsdp_version: 2`, or use estimator='sampled'.": fsdp_version == 1,
+        }
+    )
+    if isinstance(teacher, LocalTeacher) and args.reference_policy == "initial":
         check_linear(head_of(student), head_of(teacher.unwrapped))
 
 
@@ -215,13 +178,13 @@ def check_models(
     check_causal("teacher", teacher)
     if args.teacher_offload:
         blocks_of(teacher)  # raises
-    teacher_tokenizer = tokenizer_of(teacher, args)
+    teacher_tokenizer, size = tokenizer_of(teacher, args), teacher.config.get_text_config().vocab_size
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
-    elif len(tokenizer) > teacher.config.get_text_config().vocab_size:
+    elif len(tokenizer) > size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} ids but the teacher's vocabulary only "
-            f"{teacher.config.get_text_config().vocab_size}: they cannot share a tokenizer."
+            f"The tokenizer has {len(tokenizer)} ids but the teacher's vocabulary only {size}: they cannot share a "
+            "tokenizer."
         )
     ends = [eos_set(model.generation_config.eos_token_id) for model in (student, teacher)]
     if ends[0] != ends[1]:
@@ -246,28 +209,24 @@ def check_causal(role: str, model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise ValueError(f"The {role} ({name}) has no language-model head; pass a causal LM.")
-    if model.config.is_encoder_decoder or not model.can_generate():
-        kind = "an encoder-decoder" if model.config.is_encoder_decoder else "no model that generates"
-        raise ValueError(f"The {role} ({name}) is {kind}; pass a causal LM.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"The {role} ({name}) is an encoder-decoder; pass a causal LM.")
+    if not model.can_generate():
+        raise ValueError(f"The {role} ({name}) is no model that generates; pass a causal LM.")
 
 
 def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside the teacher; `None`, with a warning, where there is none to compare with."""
     path = getattr(teacher.config, "_name_or_path", "")
-    if not path:
-        logger.warning(
-            "The teacher has no path to load its tokenizer from; only the sizes of vocabularies are compared."
-        )
-        return None
+    code = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    missing = "The teacher has no path to load its tokenizer from"
     try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-        )
+        if path:
+            return AutoTokenizer.from_pretrained(path, **code)
     except (OSError, ValueError) as error:  # what transformers raises where it finds no tokenizer
-        logger.warning(
-            "No tokenizer at the teacher's %r (%s); only the sizes of vocabularies are compared.", path, error
-        )
-        return None
+        missing = f"No tokenizer at the teacher's {path!r} ({error})"
+    logger.warning("%s; only the sizes of vocabularies are compared.", missing)
+    return None
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -288,10 +247,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both models come from one path or have equal parameters; sharded ones are not compared by these.
-
-    Of a student with an adapter, the model without it.
-    """
+    """Whether both models come from one path or, not sharded, have equal parameters; the student without an adapter."""
     paths = [getattr(model.config, "_name_or_path", "") for model in (student, teacher)]
     if paths[0] and paths[0] == paths[1]:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,69 +39,70 @@ from .checks import check_models
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
 
 
-def build_teacher(
-    given: Any,
-    args: SGOPDConfig,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_token_ids: Sequence[int],
-    accelerator: Accelerator,
-    forward: Forward,
-    prompt_ids: Callable[[], list[int]],
-    agreed: Callable[[type[TeacherError]], AbstractContextManager],
-) -> tuple[Any, int]:
+@dataclass(frozen=True)
+class Run:
+    """What a run lends to its teacher."""
+
+    student: PreTrainedModel  #: unwrapped
+    tokenizer: PreTrainedTokenizerBase  #: of both models
+    eos_token_ids: Sequence[int]  #: that end the student's completions
+    accelerator: Accelerator
+    forward: Forward  #: runs frozen models
+    prompt_ids: Callable[[], list[int]]  #: returns a prompt to try a server with
+    agreed: Callable[
+        [type[TeacherError]], AbstractContextManager
+    ]  #: its context raises a teacher's error on every rank
+
+
+def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     """The teacher ready to be asked, and how many ids it shares with the student.
 
-    Args:
-        given: a path, a hub id, a model, a `Teacher`, or the id of the model that a server serves.
-        args: the trainer's.
-        student: unwrapped.
-        tokenizer: of both.
-        eos_token_ids: that end the student's completions.
-        accelerator: the trainer's.
-        forward: runs frozen models.
-        prompt_ids: answers a prompt to try a server with.
-        agreed: makes a context that raises a teacher's error on every rank.
+    `given` is a path, a hub id, a model, a `Teacher`, or the id of the model that a server serves.
 
     Raises:
         ValueError, TypeError, OSError: a teacher that cannot be had or does not fit the student.
         TeacherServerError: no usable answer of a server.
     """
-    known, sampling = max(tokenizer.get_vocab().values()) + 1, proposal_sampling(args)
+    known, sampling = max(run.tokenizer.get_vocab().values()) + 1, proposal_sampling(args)
     if isinstance(given, Teacher):
         return given, known
     if args.teacher_server_url:
-        limits = args.teacher_server_timeout, args.teacher_server_concurrency, args.teacher_server_retries
-        endpoints = Endpoints(args.teacher_server_url, *limits, offset=accelerator.process_index)
         sampling["max_tokens"] = args.max_completion_length
-        teacher = ServerTeacher(endpoints, given, sampling, frozenset(eos_token_ids))
-        # a sharded student cannot score before training begins
-        scores = None if is_sharded(accelerator) else partial(sequence_logps, forward, student)
-        with agreed(TeacherError):
-            teacher.connect()
-            check_server(teacher, tokenizer, prompt_ids(), eos_token_ids, args.gate_dead_zone, scores)
-        if accelerator.num_processes > 1:
-            check_patience(endpoints.longest, args.ddp_timeout)
-        return teacher, known
+        return connect(args.teacher_server_url, given, args, run, sampling), known
     settings = args.teacher_model_revision, args.teacher_model_init_kwargs
     model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
-    check_models(student, model, tokenizer, args)
-    shared = shared_vocabulary(student, model)
+    check_models(run.student, model, run.tokenizer, args)
+    shared = shared_vocabulary(run.student, model)
     sampling |= {
         "max_new_tokens": args.max_completion_length,
-        "eos_token_id": eos_token_ids,
-        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": run.eos_token_ids,
+        "pad_token_id": run.tokenizer.pad_token_id,
         "suppress_tokens": padding_ids(model, shared),
     }
     limits = args.per_device_train_batch_size, args.teacher_offload, args.ds3_gather_for_generation
-    return LocalTeacher(model, forward, accelerator, sampling, *limits), shared
+    return LocalTeacher(model, run.forward, run.accelerator, sampling, *limits), shared
+
+
+def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling: dict[str, Any]) -> ServerTeacher:
+    """The teacher behind servers, which have scored a prompt as they should."""
+    limits = args.teacher_server_timeout, args.teacher_server_concurrency, args.teacher_server_retries
+    endpoints = Endpoints(urls, *limits, offset=run.accelerator.process_index)
+    teacher = ServerTeacher(endpoints, served, sampling, frozenset(run.eos_token_ids))
+    # a sharded student cannot score before training begins
+    scores = None if is_sharded(run.accelerator) else partial(sequence_logps, run.forward, run.student)
+    with run.agreed(TeacherError):
+        teacher.connect()
+        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores)
+    if run.accelerator.num_processes > 1:
+        check_patience(endpoints.longest, args.ddp_timeout)
+    return teacher
 
 
 def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
-    """What must be kept of a student before the trainer patches and trains it, if it will not get a new adapter.
+    """What must be kept of a student that gets no new adapter, before the trainer patches and trains it.
 
-    A copy of an instance; for a `PeftModel`, a frozen copy of its adapter within it, and `None`. Also `None` for a
-    path, which can be loaded again.
+    A copy of an instance. `None` for a `PeftModel`, which keeps a frozen copy of its adapter, and for a path, which can
+    be loaded again.
 
     Raises:
         ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model.
@@ -129,12 +131,8 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
 class InitialPolicy:
     """Lends the initial policy to be called like the student.
 
-    Args:
-        captured: what `capture` kept.
-        student: answers the trainer's model, which training may wrap anew.
-        accelerator: the trainer's.
-        temperature: divides the logits.
-        **loading: for `from_pretrained`, where the student's path is loaded again.
+    `captured` is what `capture` kept; `student` returns the trainer's model, which training may wrap anew; `loading` is
+    for `from_pretrained`, where the student's path is loaded again.
     """
 
     def __init__(

@@ -45,13 +45,22 @@ SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
 
-def rollout_totals(labels: Tensor, from_teacher: Tensor, slots: Tensor) -> dict[str, Tensor]:
-    """Counts of one generation's rows, which ranks and generations may add up before `rollout_metrics`.
+# what a sum is divided by to give the metric of its name; no metric where that is zero
+DIVISORS = {
+    **dict.fromkeys(("verdict/correct", "verdict/incorrect", "verdict/abstained"), "student_rollouts"),
+    "teacher/slot_share": "rollouts",
+    "teacher/endorsed": "teacher/slot_share",
+    "loss/student": "student_tokens",
+    "loss/teacher": "teacher_tokens",
+    "entropy": "trained_tokens",
+}
 
-    Args:
-        labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
-        from_teacher: (B,), whether a teacher rollout took the row.
-        slots: (B,), whether the row was a teacher slot.
+
+def rollout_totals(labels: Tensor, from_teacher: Tensor, slots: Tensor) -> dict[str, Tensor]:
+    """Counts of one generation's rows, which ranks and generations may add up before `shares`.
+
+    All are (B,): `labels` 1.0 correct, 0.0 incorrect, NaN abstained; `from_teacher` whether a teacher rollout took the
+    row; `slots` whether it was a teacher slot.
     """
     student = ~from_teacher.bool()
     counted = {
@@ -66,26 +75,21 @@ def rollout_totals(labels: Tensor, from_teacher: Tensor, slots: Tensor) -> dict[
     return {name: rows.sum() for name, rows in counted.items()}
 
 
-def rollout_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """The `verdict/` and `teacher/` shares from sums of `rollout_totals`; without what there is none of."""
-    slots = totals["teacher/slot_share"]
-    metrics = {"teacher/slot_share": slots / totals["rollouts"]}
-    if totals["student_rollouts"]:
-        metrics |= {name: totals[name] / totals["student_rollouts"] for name in totals if name.startswith("verdict/")}
-    if slots:
-        metrics["teacher/endorsed"] = totals["teacher/endorsed"] / slots
-    return metrics
+def shares(totals: dict[str, float]) -> dict[str, float]:
+    """The metrics of `DIVISORS` from sums over rows and tokens; without those that there is none of."""
+    divided = {name: by for name, by in DIVISORS.items() if name in totals and totals[by]}
+    return {name: totals[name] / totals[by] for name, by in divided.items()}
 
 
 def verdict_metrics(labels: Tensor) -> dict[str, float]:
     """The `verdict/` shares of one generation without teacher rows; labels as in `rollout_totals`."""
     nobody = torch.zeros_like(labels, dtype=torch.bool)
-    totals = {name: value.item() for name, value in rollout_totals(labels, nobody, nobody).items()}
-    return {name: share for name, share in rollout_metrics(totals).items() if name.startswith("verdict/")}
+    found = shares({name: value.item() for name, value in rollout_totals(labels, nobody, nobody).items()})
+    return {name: share for name, share in found.items() if name.startswith("verdict/")}
 
 
 def sampled(values: Tensor, count: int) -> Tensor:
-    """At most `count` of the values (N,): strided, not drawn, for a resumed run relies on the random state."""
+    """At most `count` of the values (N,): strided, not drawn, since a resumed run relies on the random state."""
     return values[:: math.ceil(values.numel() / count)]
 
 
@@ -107,13 +111,8 @@ class GateMeter:
     ) -> None:
         """Take in one micro-batch; no synchronisation with the device.
 
-        Args:
-            decision: the gate's, (B, T).
-            per_token_loss: (B, T), before masking.
-            mask: (B, T), the trained tokens.
-            from_teacher: (B,), the teacher's rows.
-            gated: (B, T), the trained tokens whose loss is the gate's.
-            entropy: (B, T), where no parent logs it.
+        All are (B, T), `mask` the trained tokens and `gated` those whose loss is the gate's; but `from_teacher`, the
+        teacher's rows, is (B,). `entropy` is given where GRPOTrainer does not log it.
         """
         mask, loss = mask.bool(), per_token_loss.detach()
         totals = gate_totals(decision, gated)
@@ -132,37 +131,22 @@ class GateMeter:
             exact = torch.float32 if value.device.type == "mps" else torch.float64  # Metal has no doubles
             self.totals[name] = self.totals.get(name, 0.0) + value.detach().to(exact)
 
-    def state(self) -> dict[str, Any]:
-        """The sums so far, for a checkpoint."""
-        return {"totals": dict(self.totals), "deltas": list(self.deltas)}
-
-    def set_state(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Set back to what `state` answered."""
-        self.totals = {name: value.to(device) for name, value in saved["totals"].items()}
-        self.deltas = [value.to(device) for value in saved["deltas"]]
-
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics since the last call, over all ranks; every rank must call this."""
         if not self.totals:
             return {}
         names = sorted(self.totals)
         sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
-        totals = dict(zip(names, sums.float(), strict=True))
         counts = dict(zip(names, sums.tolist(), strict=True))
         deltas = sampled(torch.cat(self.deltas), SAMPLE_PER_LOG)
         padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
         padded[: deltas.numel()] = deltas
         deltas = accelerator.gather(padded)
-        gate = {name: totals[name] for name in totals if name == "tokens" or name.startswith(("gate/", "delta/"))}
-        metrics = rollout_metrics(counts) if "rollouts" in counts else {}
+        metrics = shares(counts | {"trained_tokens": counts["student_tokens"] + counts["teacher_tokens"]})
         if counts["tokens"] > 0:
+            of_gate = ("tokens", "gate/", "delta/")
+            gate = {name: total for name, total in zip(names, sums.float(), strict=True) if name.startswith(of_gate)}
             metrics |= {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
-        for name in ("student", "teacher"):
-            if counts[f"{name}_tokens"] > 0:
-                metrics[f"loss/{name}"] = counts[f"loss/{name}"] / counts[f"{name}_tokens"]
-        trained = counts["student_tokens"] + counts["teacher_tokens"]
-        if "entropy" in counts and trained > 0:
-            metrics["entropy"] = counts["entropy"] / trained
         self.totals, self.deltas = {}, []
         return metrics
 
@@ -176,8 +160,8 @@ class GateLogging(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._meter = GateMeter()
+        #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
-        """The mean advantage of each row of this rank's last generation, NaN until it is trained."""
         super().__init__(*args, **kwargs)
         self._eval_logs = copy.deepcopy(self._logs)
 
@@ -236,9 +220,8 @@ class GateLogging(ResumableTrainer):
     ) -> None:
         """Take the metrics of a micro-batch, unless its step will be skipped."""
         mask = self._loss_mask(inputs) & (not self.finite.found)
-        self._meter.update(
-            decision, per_token, mask, inputs["from_teacher"], mask & ~self._by_likelihood(inputs), entropy
-        )
+        gated = mask & ~self._by_likelihood(inputs)
+        self._meter.update(decision, per_token, mask, inputs["from_teacher"], gated, entropy)
 
     @staticmethod
     def _loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -250,19 +233,21 @@ class GateLogging(ResumableTrainer):
         return (inputs["from_teacher"] & (self.args.teacher_rollout_loss == "nll")).unsqueeze(1)
 
     def own_state(self) -> dict[str, Any]:
-        return {"meter": self._meter.state(), "row_advantages": self._row_advantages}
+        meter = {"totals": dict(self._meter.totals), "deltas": list(self._meter.deltas)}
+        return {"meter": meter, "row_advantages": self._row_advantages}
 
     def set_own_state(self, saved: dict[str, Any]) -> None:
-        self._meter.set_state(saved["meter"], self.accelerator.device)
-        self._row_advantages = send_to_device(saved["row_advantages"], self.accelerator.device)
+        own = send_to_device({name: saved[name] for name in ("meter", "row_advantages")}, self.accelerator.device)
+        self._meter.totals, self._meter.deltas = own["meter"]["totals"], own["meter"]["deltas"]
+        self._row_advantages = own["row_advantages"]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Same as GRPOTrainer, with the settings of the method."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "README.md"
             from huggingface_hub import ModelCard
 
+            path = Path(str(self.args.output_dir)) / "README.md"
             card = ModelCard.load(path)
             section = self.args.card_section(self.teacher.name)
             card.text = card.text.replace("### Framework versions", section + "### Framework versions")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
+from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..data import COLLECTED
@@ -26,27 +27,17 @@ VERDICT_WORDS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 class Slot(NamedTuple):
     """A row that the teacher may take."""
 
-    row: int
-    """Among this rank's rows of the generation."""
-    place: int
-    """Among the slots of its prompt, from 0."""
-    slots: int
-    """How many slots its prompt has."""
+    row: int  #: among this rank's rows of the generation
+    place: int  #: among the slots of its prompt, from 0
+    slots: int  #: how many slots its prompt has
 
 
 def teacher_slots(
     phase: TeacherPhaseSampler, step: int, group: int, rows: int, rank: int, ranks: int, earlier: int
 ) -> tuple[list[Slot], bool]:
-    """This rank's slots in a generation, and whether any rank has one.
+    """This rank's slots among its `rows` of a generation, `group` rollouts a prompt, and whether any rank has one.
 
-    Args:
-        phase: draws them by place in the global batch.
-        step: the optimizer step.
-        group: rollouts a prompt.
-        rows: rollouts of this generation on each rank.
-        rank: of this process.
-        ranks: number of processes.
-        earlier: generations of the same optimizer step before this one, whose prompts have the places before.
+    `earlier` generations of the same optimizer step had the places in the global batch before these.
     """
     everywhere = rows * ranks
     num_prompts = everywhere * (earlier + 1) // group
@@ -66,8 +57,7 @@ class Generated(NamedTuple):
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completions: list
-    logprobs: list[list[float]] | None
-    """The engine's, of the completions' tokens."""
+    logprobs: list[list[float]] | None  #: the engine's, of the completions' tokens
 
 
 @dataclass(frozen=True)
@@ -77,8 +67,7 @@ class ProposalReader:
     processing_class: Any
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
-    vocabulary: int
-    """Ids that student and teacher share."""
+    vocabulary: int  #: ids that student and teacher share
     max_completion_length: int
 
     def proposal(self, prompt: Any, ids: list[int]) -> Proposal:
@@ -95,22 +84,16 @@ class ProposalReader:
         return up_to_eos(completion, self.eos_token_ids)
 
 
+@dataclass
 class Rollouts:
-    """The rollouts of one generation: mixed with endorsed teacher rollouts, and judged.
+    """The rollouts of one generation: mixed with endorsed teacher rollouts, and judged."""
 
-    Args:
-        rows: of the dataset, one a rollout of this rank.
-        verifier: in TRL's reward-function form.
-        state: of the trainer, handed to the verifier as TRL does.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]], verifier: Callable, state: TrainerState) -> None:
-        self.rows = rows
-        self.verifier = verifier
-        self.state = state
-        self.slots: set[int] = set()
-        self.taken: dict[int, Proposal] = {}
-        self.verdicts: list[float | None] = []
+    rows: Sequence[dict[str, Any]]  #: of the dataset, one for each rollout of this rank
+    verifier: Callable  #: in TRL's reward-function form
+    state: TrainerState  #: the trainer's, given to the verifier as GRPOTrainer does
+    slots: set[int] = field(default_factory=set)
+    taken: dict[int, Proposal] = field(default_factory=dict)
+    verdicts: list[float | None] = field(default_factory=list)
 
     def mix(
         self,
@@ -121,35 +104,25 @@ class Rollouts:
         generated: Generated,
         agreed: Callable[[type[TeacherError]], AbstractContextManager],
     ) -> None:
-        """Fill slots with endorsed teacher rollouts, in place; every rank enters it.
+        """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
 
-        Completions of the column `teacher_completions` come first, then what the teacher proposes.
-
-        Args:
-            phase: of the teacher.
-            slots: this rank's.
-            teacher: proposes.
-            reader: reads its completions.
-            generated: the student's rollouts of all rows.
-            agreed: makes a context that raises a teacher's error on every rank.
+        Completions of the column `teacher_completions` come first, then what the teacher proposes, within a context of
+        `agreed`, which raises a teacher's error on every rank.
         """
         prompts, by_row = generated.prompts, {slot.row: slot for slot in slots}
         self.slots = set(by_row)
 
+        def read(rows: Sequence[int], completions: Iterable[list[list[int]]]) -> list[list[Proposal]]:
+            of_rows = zip(rows, completions, strict=True)
+            return [[reader.proposal(prompts[row], ids) for ids in some] for row, some in of_rows]
+
         def collected(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
             # no two slots of a prompt get the same
             texts = [(self.rows[row].get(COLLECTED) or [])[by_row[row].place :: by_row[row].slots] for row in rows]
-            return [
-                [reader.proposal(prompts[row], reader.ids(text)) for text in some]
-                for row, some in zip(rows, texts, strict=True)
-            ]
+            return read(rows, [[reader.ids(text) for text in some] for some in texts])
 
         def proposed(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
-            completions = teacher.propose([generated.prompt_ids[row] for row in rows], candidates)
-            return [
-                [reader.proposal(prompts[row], ids) for ids in some]
-                for row, some in zip(rows, completions, strict=True)
-            ]
+            return read(rows, teacher.propose([generated.prompt_ids[row] for row in rows], candidates))
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             judged, ids = [p.completion for p in proposals], [p.token_ids for p in proposals]
@@ -165,44 +138,41 @@ class Rollouts:
             if generated.logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of GRPOTrainer's modes
                 generated.logprobs[row] = [math.nan] * len(proposal.token_ids)
 
-    def _judge(
-        self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable
-    ) -> list[float | None]:
-        """The verifier's answer to completions of some rows, with those rows' columns and TRL's extras."""
+    def _judge(self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable) -> list:
+        """The verdicts on completions of some rows; the verifier gets those rows' columns and TRL's extras."""
         columns = {**columns_of([self.rows[row] for row in rows]), "trainer_state": self.state, **extras}
         prompts = [prompts[row] for row in rows]
         return checked_verdicts(self.verifier, prompts, completions, completion_ids=ids, **columns)
 
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
-        """The reward function of GRPOTrainer: keeps the verdicts, and answers a number for each row."""
+        """The reward function of GRPOTrainer: keeps the verdicts, and returns a number for each row."""
+        every, by_row = range(len(prompts)), dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
+        rows = [row for row in every if row not in self.taken]
+
+        def log_extra(column: str, values: list) -> None:
+            logged = dict(zip(rows, values, strict=True))
+            columns["log_extra"](column, [logged.get(row) for row in every])
+
         if not self.taken:
-            self.verdicts = checked_verdicts(
-                self.verifier, prompts, completions, completion_ids=completion_ids, **columns
-            )
-        else:
-            self.verdicts = [1.0] * len(prompts)  # an endorsement stands, it is not graded again
-            rows = [row for row in range(len(prompts)) if row not in self.taken]
+            graded = checked_verdicts(self.verifier, prompts, completions, completion_ids=completion_ids, **columns)
+        elif rows:
             own, ids = [completions[row] for row in rows], [completion_ids[row] for row in rows]
-
-            def log_extra(column: str, values: list) -> None:
-                by_row = dict(zip(rows, values, strict=True))
-                columns["log_extra"](column, [by_row.get(row) for row in range(len(prompts))])
-
-            extras = {"log_extra": log_extra, "log_metric": columns["log_metric"]}
-            graded = self._judge(rows, prompts, own, ids, **extras) if rows else []
-            for row, verdict in zip(rows, graded, strict=True):
-                self.verdicts[row] = verdict
+            graded = self._judge(rows, prompts, own, ids, log_extra=log_extra, log_metric=columns["log_metric"])
+        else:
+            graded = []
+        by_row |= dict(zip(rows, graded, strict=True))
+        self.verdicts = [by_row[row] for row in every]
         return [0.0 if verdict is None else verdict for verdict in self.verdicts]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """By row of this rank, (B,): `verifier_labels` (NaN: abstained), `from_teacher` and `slot` (booleans)."""
         rows = range(len(self.verdicts))
-        labels = [math.nan if verdict is None else verdict for verdict in self.verdicts]
-        return {
-            "verifier_labels": torch.tensor(labels),
-            "from_teacher": torch.tensor([row in self.taken for row in rows]),
-            "slot": torch.tensor([row in self.slots for row in rows]),
+        values = {
+            "verifier_labels": [math.nan if verdict is None else verdict for verdict in self.verdicts],
+            "from_teacher": [row in self.taken for row in rows],
+            "slot": [row in self.slots for row in rows],
         }
+        return {name: torch.tensor(of_rows, device=device) for name, of_rows in values.items()}
 
     def reference_answers(self) -> list[str | None]:
         """Each row's reference answer, to be shown; `None` where the dataset has no column `solution`."""
@@ -226,15 +196,14 @@ def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:
     return anywhere
 
 
-def suppress(ids: list[int], kwargs: dict[str, Any], generator: GenerationConfig | VLLMGeneration) -> None:
-    """Have the student never sample some ids; `kwargs` are GRPOTrainer's for generation by transformers."""
-    if not ids:
-        return
-    if isinstance(generator, GenerationConfig):
-        generator.suppress_tokens = kwargs["suppress_tokens"] = [*(generator.suppress_tokens or []), *ids]
-    else:
+def suppress(ids: list[int], generator: GRPOTrainer | VLLMGeneration) -> None:
+    """Have the student never sample some ids, whether transformers or vLLM generates."""
+    if ids and isinstance(generator, VLLMGeneration):
         bias = generator.generation_kwargs.get("logit_bias") or {}
         generator.generation_kwargs["logit_bias"] = {**bias, **dict.fromkeys(ids, -100.0)}
+    elif ids:
+        kept = [*(generator.generation_config.suppress_tokens or []), *ids]
+        generator.generation_config.suppress_tokens = generator.generation_kwargs["suppress_tokens"] = kept
 
 
 def _discard(name: str, value: Any) -> None:
