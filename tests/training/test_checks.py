@@ -214,3 +214,14 @@ def test_a_teacher_that_is_no_causal_model(build, tokenizer):
 def test_a_dataset_smaller_than_one_generation(build, dataset):
     with pytest.raises(ValueError, match="one generation takes 8 prompts"):
         build(config={"num_generations": 1}, train_dataset=dataset.select(range(7)))
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_reads_the_reference_answers_for_all(main, monkeypatch):
+    """Each rank would start a worker a core, all for the same answers."""
+    asked = []
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", main)
+    monkeypatch.setattr("sg_opd.training.checks.broadcast_object_list", lambda found: found if main else [[1]])
+    unparseable = by_main_process(lambda answers: asked.append(answers) or [0])
+    assert unparseable(["?", "2"]) == ([0] if main else [1])
+    assert asked == ([["?", "2"]] if main else [])

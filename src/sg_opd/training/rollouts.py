@@ -13,7 +13,6 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
-from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..data import COLLECTED
@@ -196,8 +195,8 @@ def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:
     return anywhere
 
 
-def suppress(ids: list[int], generator: GRPOTrainer | VLLMGeneration) -> None:
-    """Have the student never sample some ids, whether transformers or vLLM generates."""
+def suppress(ids: list[int], generator: Any) -> None:
+    """Have the student never sample some ids; `generator` is TRL's `VLLMGeneration`, or the trainer that generates."""
     if ids and isinstance(generator, VLLMGeneration):
         bias = generator.generation_kwargs.get("logit_bias") or {}
         generator.generation_kwargs["logit_bias"] = {**bias, **dict.fromkeys(ids, -100.0)}
