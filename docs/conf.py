@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     # of other packages: to link them their inventories would have to be fetched, and nothing here needs the network
     (r"py:.*", r"(collections|dataclasses|datasets|jaxtyping|pathlib|torch|transformers|trl|typing)\..*"),
     # annotations that autodoc shows as they are written: jaxtyping's shapes, and what a module imported by name
-    (r"py:class", r"Any|Bool|Float|Int|Interval|Num|Shaped|Tensor"),
+    (r"py:class", r"Any|Bool|Float|GRPOTrainer|Int|Interval|Num|PreTrainedModel|Shaped|Tensor|Verifier"),
 ]
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

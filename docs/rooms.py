@@ -11,7 +11,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parent / "src" / "sg_opd"
-WIDTH, BOX, LINE, GAP = 760, (150, 54), 118, 18  # of the picture, a room, a row of rooms, between two rooms
+WIDTH, BOX, PITCH, LINE = 1010, (236, 54), 254, 104  # of the picture, a room, from room to room and from row to row
+# where a room stands in its row, so that few arrows cross
+COLUMNS = {
+    **{"trainer": 2.1, "views": 2.1, "training": 1.5, "config": 0.2, "evaluation": 2.7, "teachers": 1.75},
+    **{"checkpoints": 0.1, "data": 1.05, "method": 2.0, "verifiers": 3.0},
+}
 
 
 def own_imports(path: Path) -> Iterator[str]:
@@ -47,22 +52,17 @@ def height(room: str, graph: dict[str, set[str]]) -> int:
 
 def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
     """The middle of each room; who imports stands above what it imports."""
-    rows: dict[int, list[str]] = {}
-    for room in graph:
-        rows.setdefault(height(room, graph), []).append(room)
-    top = max(rows)
+    rows = {room: height(room, graph) for room in graph}
+    left = BOX[0] / 2 + 10 - min(COLUMNS.values()) * PITCH
     return {
-        room: (WIDTH / 2 + (i - (len(rooms) - 1) / 2) * (BOX[0] + GAP), BOX[1] / 2 + 10 + (top - row) * LINE)
-        for row, rooms in rows.items()
-        for i, room in enumerate(rooms)
+        room: (left + COLUMNS.get(room, 1.5) * PITCH, BOX[1] / 2 + 10 + (max(rows.values()) - row) * LINE)
+        for room, row in rows.items()
     }
 
 
-def size(room: str) -> str:
-    """Modules and lines, in words."""
-    paths = [p for p in SOURCE.rglob("*.py") if p.relative_to(SOURCE).parts[0].removesuffix(".py") == room]
-    modules = [path for path in paths if path.name != "__init__.py"]
-    return f"{len(modules)} module{'s' * (len(modules) > 1)}"
+def modules(room: str) -> str:
+    """What is in it, in a line."""
+    return " · ".join(sorted(path.stem for path in (SOURCE / room).glob("*.py") if path.name != "__init__.py"))
 
 
 def picture() -> str:
@@ -84,7 +84,7 @@ def picture() -> str:
         parts.append(f'<rect {box} fill="#eef3f7" stroke="#33424e"/>')
         name = room if (SOURCE / room).is_dir() else f"{room}.py"
         parts.append(f'<text x="{x:g}" y="{y - 3:g}" font-weight="600">{escape(name)}</text>')
-        parts.append(f'<text x="{x:g}" y="{y + 16:g}" font-size="11" fill="#5b6770">{size(room)}</text>')
+        parts.append(f'<text x="{x:g}" y="{y + 16:g}" font-size="11" fill="#5b6770">{modules(room)}</text>')
     bottom = max(y for _, y in middle.values()) + BOX[1] / 2 + 10
     tip = '<marker id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
     tip += '<path d="M0 0 8 4 0 8z" fill="#5b6770"/></marker>'

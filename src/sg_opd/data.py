@@ -1,22 +1,23 @@
-"""Mathematics datasets in their usual forms -> columns `prompt` and `solution`, for training and evaluation alike."""
+"""Reads mathematics datasets and benchmarks as columns `prompt` and `solution`, and checks a trainer's datasets."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
-from .config import SGOPDConfig
-from .verifiers.verdicts import MathVerifier
+logger = get_logger(__name__)  # of the main process only
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
-# (question column, gold column), the first pair that a dataset has; GSM8K, MATH, AIME, DeepMath, Open-R1 and their kin
+ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
+# (question, reference answer): the first pair of columns that a dataset has; GSM8K, MATH, AIME, DeepMath, Open-R1 ...
 FORMS = (
+    ("prompt", "reward_model"),  # DAPO
     ("problem", "answer"),
     ("question", "final_answer"),
     ("question", "answer"),
@@ -28,6 +29,7 @@ FORMS = (
 DAPO_FRAME = re.compile(
     r"Solve the following math problem step by step\..*?\n\n(?P<problem>.*)\n\nRemember to put your answer.*", re.DOTALL
 )
+Unparseable = Callable[[Sequence[Any]], list[int]]  # of a column `solution`, the rows on which a verifier would abstain
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -45,9 +47,7 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
         if path.suffix not in LOADERS:
             raise ValueError(f"{name_or_path}: expected one of {', '.join(LOADERS)}.")
         if split != "train":
-            raise ValueError(
-                f"{name_or_path} is one file, so only the split 'train'; {split!r} needs a folder of files."
-            )
+            raise ValueError(f"{path} is one file, so its only split is 'train'; {split!r} needs a folder of files.")
         return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     if path.suffix in LOADERS:
         raise FileNotFoundError(f"{name_or_path} is not there (looked in {Path.cwd()}).")
@@ -55,12 +55,10 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
 
 
 def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
-    r"""A dataset with the columns `prompt` (one user message) and `solution` (the gold, as text).
+    r"""A dataset with the columns `prompt` (one user message) and `solution` (the reference answer, as text).
 
-    Of the others only `teacher_completions` is kept.
-
-    Understood are the columns of `FORMS`, DAPO's (`prompt`, `reward_model.ground_truth`), and `prompt` with `solution`,
-    which stays as it is. GSM8K's `answer` is cut to what follows `####`.
+    Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer` what follows
+    `####`), and `prompt` with `solution`, which stays as it is. Of the others only `teacher_completions` is kept.
 
     Args:
         dataset: a `Dataset`, an `IterableDataset`, or a dict of them by split.
@@ -75,22 +73,16 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
     columns = list(dataset.column_names or next(iter(dataset)))
     if {"prompt", "solution"} <= set(columns):
         return dataset
-    if {"prompt", "reward_model"} <= set(columns):
-        question, gold = "prompt", "reward_model"
-    else:
-        pair = next((pair for pair in FORMS if set(pair) <= set(columns)), None)
-        if pair is None:
-            raise ValueError(
-                f"No known form in the columns {', '.join(map(repr, columns))}. Rename them to 'prompt' and 'solution' "
-                f"or to one of: {'; '.join(', '.join(map(repr, form)) for form in FORMS)}."
-            )
-        question, gold = pair
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        return {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[gold])}
-
+    pair = next((pair for pair in FORMS if set(pair) <= set(columns)), None)
+    if pair is None:
+        raise ValueError(
+            f"No known form in the columns {', '.join(map(repr, columns))}. Rename them to 'prompt' and 'solution' "
+            f"or to one of: {'; '.join(', '.join(map(repr, form)) for form in FORMS)}."
+        )
+    question, answer = pair
     return dataset.map(
-        convert, remove_columns=[name for name in columns if name not in ("prompt", "solution", COLLECTED)]
+        lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
+        remove_columns=[name for name in columns if name not in ("prompt", "solution", COLLECTED)],
     )
 
 
@@ -107,7 +99,7 @@ def as_messages(question: str | list[dict[str, str]], instruction: str | None) -
 
 
 def as_gold(answer: Any) -> str | None:
-    """The gold as text: DAPO's ground truth, what follows GSM8K's `####`, or the answer itself."""
+    """The reference answer as text: DAPO's ground truth, what follows GSM8K's `####`, or the answer itself."""
     if isinstance(answer, dict):
         answer = answer.get("ground_truth")
     if isinstance(answer, (list, tuple)):  # OlympiadBench; several are read as a set
@@ -123,12 +115,9 @@ class Task(NamedTuple):
 
     dataset: str
     split: str
-    question: str
-    """Column of the question's text."""
-    answer: str
-    """Column of the gold."""
-    id: str | None = None
-    """Column that names a question; `None` numbers them by row."""
+    question: str  # the column of its text
+    answer: str  # the column of the reference answer
+    id: str | None = None  # the column that names a question; `None` numbers them by row
     config: str | None = None
 
 
@@ -144,7 +133,7 @@ TASKS = {
 
 
 def load_task(name: str, path: str | None = None, instruction: str | None = INSTRUCTION) -> Dataset:
-    r"""A benchmark as a dataset with the columns `id`, `prompt` (one user message) and `solution` (the gold, as text).
+    r"""A benchmark as a dataset with the columns `id`, `prompt` (one user message) and `solution` (text).
 
     Args:
         name: one of `TASKS`.
@@ -158,88 +147,97 @@ def load_task(name: str, path: str | None = None, instruction: str | None = INST
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; there are {', '.join(TASKS)}.")
     task = TASKS[name]
-    if path is None:
-        data = load_data(task.dataset, task.split, task.config)
-    elif not Path(path).exists():
+    if path is not None and not Path(path).exists():
         raise FileNotFoundError(f"{path} is not there (looked in {Path.cwd()}).")
-    else:
-        data = load_data(path, "train" if Path(path).is_file() else task.split)
-    wanted = [column for column in (task.question, task.answer, task.id) if column is not None]
-    missing = [column for column in wanted if column not in data.column_names]
+    split = "train" if path is not None and Path(path).is_file() else task.split
+    data = load_data(task.dataset, split, task.config) if path is None else load_data(path, split)
+    missing = [name for name in (task.question, task.answer, task.id) if name not in (None, *data.column_names)]
     if missing:
         raise ValueError(
             f"{path or task.dataset}: the task {name} needs {', '.join(map(repr, missing))}, which is not among the "
             f"columns {', '.join(map(repr, data.column_names))}."
         )
-    return Dataset.from_list(
-        [
-            {
-                "id": str(index if task.id is None else row[task.id]),
-                "prompt": as_messages(row[task.question], instruction),
-                "solution": as_gold(row[task.answer]),
-            }
-            for index, row in enumerate(data)
-        ]
-    )
+    rows = [
+        {
+            "id": str(index if task.id is None else row[task.id]),
+            "prompt": as_messages(row[task.question], instruction),
+            "solution": as_gold(row[task.answer]),
+        }
+        for index, row in enumerate(data)
+    ]
+    return Dataset.from_list(rows)
 
 
-logger = get_logger(__name__)  # of the main process only
+def check_datasets(
+    train: Any,
+    held_out: Any,
+    *,
+    unparseable: Unparseable | None,
+    required: bool,
+    remove_unused_columns: bool,
+    teacher_phase: bool,
+    generation_batch_size: int,
+    num_generations: int,
+) -> None:
+    """Refuse datasets that a trainer cannot use, and warn once of what is doubtful in them.
 
-ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
+    Args:
+        train: the trainer's `train_dataset`.
+        held_out: its `eval_dataset`, or a dict of several.
+        unparseable: of a column `solution`, the rows to abstain on; `None` where the verifier does not read it.
+        required: whether there must be a `train_dataset`.
+        remove_unused_columns: whether the trainer drops the columns that only the verifier reads.
+        teacher_phase: whether the teacher's own completions are trained on.
+        generation_batch_size: completions of one generation.
+        num_generations: completions a prompt.
 
-
-def check_datasets(train: Any, held_out: Any, verifier: Callable, args: SGOPDConfig, environments: Any) -> None:
-    """All that is verified of the datasets of a trainer."""
-    check_dataset("train_dataset", train, verifier, args, environments)
-    check_dataset("eval_dataset", held_out, verifier, args)
+    Raises:
+        ValueError: what cannot be used, by dataset and row.
+    """
+    if train is None and required:
+        raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
+    parts = [*named_parts("train_dataset", train), *named_parts("eval_dataset", held_out)]
+    for name, dataset in parts:
+        check_dataset(name, dataset, unparseable, teacher_phase)
+    if parts and remove_unused_columns and unparseable is not None:
+        raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
     check_held_out(train, held_out)
-    check_batch(train, args)
+    check_batch(train, generation_batch_size, num_generations)
 
 
-def check_dataset(name: str, dataset: Any, verifier: Callable, args: SGOPDConfig, environments: Any = None) -> None:
-    """Columns, emptiness and golds of one dataset, or of each in a dict; a streaming one by its first row only."""
-    if dataset is None:
-        if name == "train_dataset" and environments is None:
-            raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
-        return
+def named_parts(name: str, dataset: Any) -> list[tuple[str, Any]]:
+    """A dataset with its name, or each of a dict of datasets; none for `None`."""
     if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_dataset(f"{name}[{key!r}]", part, verifier, args)
-        return
+        return [pair for key, part in dataset.items() for pair in named_parts(f"{name}[{key!r}]", part)]
+    return [] if dataset is None else [(name, dataset)]
+
+
+def check_dataset(name: str, dataset: Any, unparseable: Unparseable | None, teacher_phase: bool = False) -> None:
+    """Check that a dataset has rows and their columns, and what stands in these; of a streaming one the first row."""
     sized = hasattr(dataset, "__len__")
-    if sized and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    first = dataset[0] if sized else next(iter(dataset), None)
+    first = next(iter(dataset), None) if not sized else dataset[0] if len(dataset) else None
     if first is None:
         raise ValueError(f"`{name}` is empty.")
-    needed = ["prompt"] + ["solution"] * isinstance(verifier, MathVerifier)
+    needed = ["prompt"] if unparseable is None else ["prompt", "solution"]
     missing = [column for column in needed if column not in first]
     if missing:
         raise ValueError(
             f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
         )
-    if args.remove_unused_columns and "solution" in needed:
-        raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
-    check_types(name, narrowed(dataset, needed) if sized else [first], "solution" in needed)
-    check_collected(name, narrowed(dataset, [COLLECTED]) if sized else [first], first)
-    if args.teacher_phase_steps > 0 and has_images(first):
+    columns = [column for column in (*needed, COLLECTED) if column in first]
+    check_rows(name, narrowed(dataset, columns) if sized else [first], unparseable is not None)
+    if teacher_phase and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
-    if sized and isinstance(verifier, MathVerifier):
-        check_golds(name, narrowed(dataset, ["solution"]), verifier)
+    if sized and unparseable is not None:
+        check_solutions(name, narrowed(dataset, ["solution"]), unparseable)
 
 
-def narrowed(dataset: Any, columns: list[str]) -> Any:
-    """With these columns only, so that looking at a row decodes no image; as it is where a transform makes the rows."""
-    plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
-    return dataset.select_columns(columns) if plain and {*columns} <= {*dataset.column_names} else dataset
-
-
-def check_types(name: str, dataset: Any, with_solution: bool) -> None:
-    """Refuse prompts that are neither text nor messages, or are empty, and golds that are neither text nor number."""
+def check_rows(name: str, dataset: Any, with_solution: bool) -> None:
+    """Refuse a row by what stands in its `prompt`, its `solution` or its `teacher_completions`."""
     for row in rows_to_check(len(dataset)):
         values = dataset[row]
-        prompt = values["prompt"]
+        prompt, solution, collected = values["prompt"], values.get("solution"), values.get(COLLECTED)
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"`prompt` in `{name}`, row {row} is empty: {prompt!r}.")
         if not isinstance(prompt, str) and not is_conversation(prompt):
@@ -247,11 +245,15 @@ def check_types(name: str, dataset: Any, with_solution: bool) -> None:
                 f"`prompt` in `{name}`, row {row}: expected text, or a list of messages "
                 f"{{'role': ..., 'content': ...}}, got {str(prompt)[:80]!r}. `sg_opd.data.prepare_dataset` makes them."
             )
-        gold = values.get("solution")
-        if with_solution and not isinstance(gold, str | int | float | None):
+        if with_solution and not isinstance(solution, str | int | float | None):
             raise ValueError(
-                f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(gold)[:80]!r}. "
+                f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(solution)[:80]!r}. "
                 "`sg_opd.data.prepare_dataset` reads the usual forms."
+            )
+        if collected is not None and not (isinstance(collected, list) and all(map(is_completion, collected))):
+            raise ValueError(
+                f"`{COLLECTED}` in `{name}`, row {row}: expected a list of texts, or of non-empty lists of token ids, "
+                f"got {str(collected)[:80]!r}."
             )
 
 
@@ -265,30 +267,43 @@ def is_conversation(prompt: Any) -> bool:
     )
 
 
+def is_completion(value: Any) -> bool:
+    """Whether it is a text, or a list of token ids that is not empty."""
+    is_ids = isinstance(value, list) and value != [] and all(isinstance(token, int) for token in value)
+    return is_ids or isinstance(value, str)
+
+
+def check_solutions(name: str, dataset: Any, unparseable: Unparseable) -> None:
+    """Warn once of reference answers on which every verdict would abstain; an error where it is all of them."""
+    rows = rows_to_check(len(dataset))
+    solutions = [dataset[row]["solution"] for row in rows]
+    bad = unparseable(solutions)
+    if not bad:
+        return
+    shown = "; ".join(f"row {rows[i]}: {str(solutions[i])[:80]!r}" for i in bad[:3])
+    message = f"{len(bad)} of the {len(rows)} reference answers checked in `{name}` cannot be parsed, first {shown}."
+    if len(bad) == len(rows):
+        raise ValueError(f"{message} The verifier would abstain on every row.")
+    logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)
+
+
 def check_held_out(train: Any, held_out: Any) -> None:
     """Warn of questions that are held out and trained on, and of those that are trained on several times, by count."""
     if not has_questions(train):
         return
-    trained: dict[str, int] = {}
-    for question in questions(train):
-        trained[question] = trained.get(question, 0) + 1
-    again = len(train) - len(trained)
-    if again:
+    trained = set(questions(train))
+    if again := len(train) - len(trained):
         logger.warning("%d of the %d rows of `train_dataset` repeat an earlier row's question.", again, len(train))
-    parts = held_out if isinstance(held_out, dict) else {"": held_out}
-    for key, part in parts.items():
-        if not has_questions(part):
-            continue
-        known = sum(question in trained for question in questions(part))
-        if known:
+    for name, part in named_parts("eval_dataset", held_out):
+        if has_questions(part) and (known := sum(question in trained for question in questions(part))):
             logger.warning(
-                "%d of the %d questions of `eval_dataset%s` are in `train_dataset` too: what is measured on them is "
-                "no measure of unseen questions.",
-                *(known, len(part), f"[{key!r}]" if key else ""),
+                "%d of the %d questions of `%s` are in `train_dataset` too: what is measured on them is no measure of "
+                "unseen questions.",
+                *(known, len(part), name),
             )
 
 
-def has_questions(dataset: Any) -> bool:
+def has_questions(dataset: Any) -> TypeGuard[Dataset]:
     """Whether its prompts can be read at once, and are all there is of a question; not where images are part of it."""
     return isinstance(dataset, Dataset) and narrowed(dataset, ["prompt"]) is not dataset and not has_images(dataset[0])
 
@@ -300,38 +315,22 @@ def questions(dataset: Dataset) -> Iterator[str]:
             yield " ".join(str(prompt if isinstance(prompt, str) else prompt[-1]["content"]).split())
 
 
-def check_batch(dataset: Any, args: SGOPDConfig) -> None:
-    """Refuse a dataset of fewer prompts than one generation takes, on which the parent would train no step."""
-    if not hasattr(dataset, "__len__"):
-        return
-    prompts = args.generation_batch_size // args.num_generations
-    if len(dataset) < prompts:
+def check_batch(dataset: Any, generation_batch_size: int, num_generations: int) -> None:
+    """Refuse a dataset of fewer prompts than one generation takes, on which GRPOTrainer would train no step."""
+    prompts = generation_batch_size // num_generations
+    if hasattr(dataset, "__len__") and len(dataset) < prompts:
         raise ValueError(
             f"`train_dataset` has {len(dataset)} rows, but one generation takes {prompts} prompts "
-            f"(generation_batch_size={args.generation_batch_size} = per_device_train_batch_size x processes x "
-            f"steps_per_generation, over num_generations={args.num_generations}): no step could be trained. Lower the "
+            f"(generation_batch_size={generation_batch_size} = per_device_train_batch_size x processes x "
+            f"steps_per_generation, over num_generations={num_generations}): no step could be trained. Lower the "
             "batch, or raise `num_generations`."
         )
 
 
-def check_collected(name: str, dataset: Any, first: dict[str, Any]) -> None:
-    """Refuse a column `teacher_completions` that is no list of texts, or of lists of token ids, in each row."""
-    if COLLECTED not in first:
-        return
-    for row in rows_to_check(len(dataset)):
-        collected = dataset[row][COLLECTED]
-        fits = collected is None or (
-            isinstance(collected, list)
-            and all(
-                isinstance(one, str) or (isinstance(one, list) and one and all(isinstance(t, int) for t in one))
-                for one in collected
-            )
-        )
-        if not fits:
-            raise ValueError(
-                f"`{COLLECTED}` in `{name}`, row {row}: expected a list of texts, or of non-empty lists of token ids, "
-                f"got {str(collected)[:80]!r}."
-            )
+def narrowed(dataset: Any, columns: list[str]) -> Any:
+    """With these columns only, so that looking at a row decodes no image; as it is where a transform makes the rows."""
+    plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+    return dataset.select_columns(columns) if plain and {*columns} <= {*dataset.column_names} else dataset
 
 
 def has_images(row: dict[str, Any]) -> bool:
@@ -344,17 +343,3 @@ def has_images(row: dict[str, Any]) -> bool:
 def rows_to_check(length: int) -> range:
     """At most `ROWS_CHECKED` places, evenly spread over `length` rows."""
     return range(0, length, max(1, -(-length // ROWS_CHECKED)))
-
-
-def check_golds(name: str, dataset: Any, verifier: MathVerifier) -> None:
-    """Warn once of golds on which every verdict would abstain; an error where it is all of them."""
-    rows = rows_to_check(len(dataset))
-    golds = [dataset[row]["solution"] for row in rows]
-    bad = verifier.unparseable(golds)
-    if not bad:
-        return
-    shown = "; ".join(f"row {rows[i]}: {str(golds[i])[:80]!r}" for i in bad[:3])
-    message = f"{len(bad)} of the {len(golds)} golds checked in `{name}` cannot be parsed, first {shown}."
-    if len(bad) == len(golds):
-        raise ValueError(f"{message} The verifier would abstain on every row.")
-    logger.warning("%s The verifier abstains on these rows, where the gate is neutral.", message)

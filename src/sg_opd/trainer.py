@@ -29,7 +29,7 @@ from .teachers.local import LocalTeacher, loading_defaults, padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher, TeacherError, ask
 from .teachers.server import ServerTeacher
-from .training.checks import check_arguments, check_prompts, check_set_up, context_of
+from .training.checks import by_main_process, check_arguments, check_prompts, check_set_up, context_of
 from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
 from .training.rollouts import Generated, Proposer, Rollouts, suppress, teacher_slots
@@ -120,7 +120,16 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         verifier = MathVerifier() if verifier is None else verifier
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
-        check_datasets(train_dataset, eval_dataset, verifier, args, kwargs.get("environment_factory"))
+        check_datasets(
+            train_dataset,
+            eval_dataset,
+            unparseable=by_main_process(verifier.unparseable) if isinstance(verifier, MathVerifier) else None,
+            required=kwargs.get("environment_factory") is None,
+            remove_unused_columns=args.remove_unused_columns,
+            teacher_phase=args.teacher_phase_steps > 0,
+            generation_batch_size=args.generation_batch_size,
+            num_generations=args.num_generations,
+        )
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
@@ -147,7 +156,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
         self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
         padding = padding_ids(student, self.shared_vocabulary) or []
-        suppress(padding, self.generation_kwargs, self.vllm_generation if self.use_vllm else self.generation_config)
+        suppress(padding, self.vllm_generation if self.use_vllm else self)
         if args.reference_policy == "initial":
             loading = loading_defaults(args) | (args.model_init_kwargs or {})
             loading |= {} if quantization is None else {"quantization_config": quantization}

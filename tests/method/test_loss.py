@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sg_opd import SignGatedLoss
-from sg_opd.method.gate import GateSettings, decide, verdict_sign
+from sg_opd.method.gate import GATE_RULES, GateSettings, cases, decide, verdict_sign
 from sg_opd.method.loss import gated_divergence, policy_gradient
 
 NAN = math.nan
@@ -388,3 +388,25 @@ def test_padding_may_hold_any_id():
     padded = ids.masked_fill(mask == 0, 99)
     loss_fn = SignGatedLoss()
     assert loss_fn(student, teacher, padded, labels, mask).loss == loss_fn(student, teacher, ids, labels, mask).loss
+
+
+def test_a_further_rule_touches_one_place(monkeypatch, tmp_path):
+    """One entry of the table is known to the loss and to the configuration. It gets the mask: here the factor of a row
+    is its trained tokens' mean delta, (1 + 3) / 2 = 2 and -1, so A = 2 * [1, 3, 5] and -1 * [-1, 7, 9]."""
+
+    def row_mean(delta, sign, mask, settings):
+        mean = (delta * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        return cases(delta, sign, settings.dead_zone), mean.expand_as(delta)
+
+    monkeypatch.setitem(GATE_RULES, "row-mean", row_mean)
+    teacher, mask = torch.tensor([[1.0, 3.0, 5.0], [-1.0, 7.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    loss_fn = SignGatedLoss(rule="row-mean")
+    decision = loss_fn.decide(torch.zeros(2, 3), teacher, torch.tensor([1.0, 0.0]), mask)
+    assert decision.advantage.tolist() == [[2.0, 6.0, 10.0], [1.0, -7.0, -9.0]]
+    assert decision.case.tolist() == [[1, 1, 1], [1, -1, -1]]
+    from sg_opd import SGOPDConfig
+
+    args = SGOPDConfig(str(tmp_path), gate_rule="row-mean", bf16=False, use_cpu=True)
+    assert args.gate_settings().rule == "row-mean"
+    with pytest.raises(ValueError, match="`gate_rule` must be 'sign' or 'row-mean', got 'col'"):
+        SGOPDConfig(str(tmp_path), gate_rule="col", bf16=False, use_cpu=True)

@@ -162,30 +162,38 @@ def test_a_caller_may_be_in_a_loop_of_its_own(proxy):
 
 
 IN_FLIGHT = """
-import os, sys
-from sg_opd.teachers import Endpoints, TeacherServerError
-ask = lambda path, *payload: Endpoints([sys.argv[1]], 60, 2, 0).ask(path, lambda body: "fine", *payload)
+import os, socket, sys, time
+from sg_opd.teachers import Endpoints
+address, hangs = sys.argv[1:]
+ask = lambda path, *payload: Endpoints([address], 60, 2, 0).ask(path, lambda body: "fine", *payload)
 ask("/health")
 if not (child := os.fork()):
     os._exit(ask("/health") != "fine")
 assert os.waitpid(child, 0)[1] == 0
+if hangs == "name":
+    socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)
+print("asking", flush=True)
 ask("/v1/completions", {})
 """
 
 
-def test_a_process_may_fork_and_be_interrupted(proxy):
-    """The child of one that has asked may ask; an interrupt ends the process while an answer takes a minute."""
+@pytest.mark.parametrize("hangs", ["answer", "name"])
+def test_a_process_may_fork_and_be_interrupted(hangs, proxy):
+    """The child of one that has asked may ask; an interrupt ends the process while an answer, or the look-up of the
+    server's name, takes a minute."""
     proxy.delay, proxy.faults = 60.0, ["slow"]
-    with subprocess.Popen([sys.executable, "-c", IN_FLIGHT, proxy.url], stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", IN_FLIGHT, proxy.url.replace("127.0.0.1", "localhost"), hangs]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        ended = threading.Timer(120, process.kill)
+        ended.start()
         try:
-            until = time.monotonic() + 60
-            while not proxy.posts:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < until
-                time.sleep(0.1)
+            assert process.stdout.readline() == "asking\n"
+            time.sleep(1)
+            assert len(proxy.posts) == (hangs == "answer")
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=10)
+            _, said = process.communicate(timeout=20)
         finally:
+            ended.cancel()
             process.kill()
     assert said.rstrip().endswith("KeyboardInterrupt")
     assert "destroyed" not in said  # a task that nobody ended

@@ -103,17 +103,16 @@ def test_a_stream_is_checked_by_its_first_row(build):
         build(verifier=MathVerifier(), train_dataset=stream)
 
 
-def test_golds_that_do_not_parse(dataset, caplog, tmp_path):
-    args = SGOPDConfig(str(tmp_path), bf16=False, use_cpu=True)
-    golds = [r"\ldots", None, "4", "", "5", r"\ldots"]
-    rows = Dataset.from_list([{"prompt": "p", "solution": gold} for gold in golds])
+def test_reference_answers_that_do_not_parse(caplog):
+    solutions = [r"\ldots", None, "4", "", "5", r"\ldots"]
+    rows = Dataset.from_list([{"prompt": "p", "solution": solution} for solution in solutions])
     verifier = MathVerifier(workers=1)
     with caplog.at_level(logging.WARNING):
-        check_dataset("train_dataset", rows, verifier, args)
-    assert "4 of the 6 golds checked in `train_dataset`" in caplog.text
+        check_dataset("train_dataset", rows, verifier.unparseable)
+    assert "4 of the 6 reference answers checked in `train_dataset`" in caplog.text
     assert r"row 0: '\\ldots'; row 1: 'None'; row 3: ''." in caplog.text
     with pytest.raises(ValueError, match="abstain on every row"):
-        check_dataset("train_dataset", rows.select([0, 1]), verifier, args)
+        check_dataset("train_dataset", rows.select([0, 1]), verifier.unparseable)
     verifier.close()
 
 
@@ -215,3 +214,14 @@ def test_a_teacher_that_is_no_causal_model(build, tokenizer):
 def test_a_dataset_smaller_than_one_generation(build, dataset):
     with pytest.raises(ValueError, match="one generation takes 8 prompts"):
         build(config={"num_generations": 1}, train_dataset=dataset.select(range(7)))
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_reads_the_reference_answers_for_all(main, monkeypatch):
+    """Each rank would start a worker a core, all for the same answers."""
+    asked = []
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", main)
+    monkeypatch.setattr("sg_opd.training.checks.broadcast_object_list", lambda found: found if main else [[1]])
+    unparseable = by_main_process(lambda answers: asked.append(answers) or [0])
+    assert unparseable(["?", "2"]) == ([0] if main else [1])
+    assert asked == ([["?", "2"]] if main else [])

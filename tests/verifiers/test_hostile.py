@@ -316,8 +316,6 @@ def test_no_form_of_another_value_equals_a_reference_answer(kind, data, verifier
 
 def equal_products(kind: str, a: str, b: str) -> bool:
     """Whether two multiples of pi or of a root have one value."""
-    import re
-
     (p, q), (r, s) = ([int(n) for n in re.findall(r"\d+", text)] for text in (a, b))
     return p * s == r * q if kind == "pi" else p * p * q == r * r * s
 
@@ -354,7 +352,7 @@ def test_any_text_may_be_a_completion_and_a_reference_answer(text, verifier):
     assert verifier([text, rf"\boxed{{{text}}}"], [text, "7x^2+q"])[1] in (0.0, None)
 
 
-def test_environment_for_hash_seeds_is_the_same_for_every_worker(verifier):
+def test_every_worker_has_one_hash_seed_and_a_process_group_of_its_own(verifier):
     verifier([r"\boxed{2x}"], ["x+x"])
     for worker in verifier._grader.pool:
         assert b"PYTHONHASHSEED=0" in Path(f"/proc/{worker.process.pid}/environ").read_bytes()

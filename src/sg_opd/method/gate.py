@@ -10,9 +10,9 @@ reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -95,23 +95,45 @@ class GateDecision(NamedTuple):
     """1.0 where the clip changed a log-ratio that entered the advantage, else 0.0."""
 
 
+class Rule(Protocol):
+    """A pure function that gives each token its case and its factor, without gradient."""
+
+    def __call__(
+        self,
+        delta: Float[Tensor, "B T"],
+        sign: Float[Tensor, "B 1"],
+        mask: Bool[Tensor, "B T"],
+        settings: GateSettings,
+    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Case and factor (B, T) of whole completions.
+
+        Args:
+            delta: (B, T), the teacher's preference in nats; anything where masked.
+            sign: (B, 1), of the verdict: +1, -1 or 0.
+            mask: (B, T), true where a token is trained; a row may have none.
+            settings: of the gate.
+        """
+
+
+def cases(delta: Float[Tensor, "B T"], sign: Float[Tensor, "B 1"], dead_zone: float) -> Int[Tensor, "B T"]:
+    """1 where teacher and verdict agree, -1 where they disagree, 0 where one of them takes no side."""
+    return torch.sign(sign * delta).masked_fill(delta.abs() <= dead_zone, NEUTRAL).to(torch.int8)
+
+
 def sign_rule(
     delta: Float[Tensor, "B T"], sign: Float[Tensor, "B 1"], mask: Bool[Tensor, "B T"], settings: GateSettings
 ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
     """SG-OPD's gate [P]: `extrapolation` on consensus, `interpolation` on conflict, 1 where the token is neutral.
 
-    Where both factors are equal there is no gate, and every token gets that value.
+    Where both factors are equal this rule has no gate, and every token gets that value.
     """
-    case = torch.sign(sign * delta).masked_fill(delta.abs() <= settings.dead_zone, NEUTRAL).to(torch.int8)
+    case = cases(delta, sign, settings.dead_zone)
     if settings.extrapolation == settings.interpolation:
         return case, torch.full_like(delta, settings.extrapolation)
     factor = torch.ones_like(delta).masked_fill(case == CONSENSUS, settings.extrapolation)
     return case, factor.masked_fill(case == CONFLICT, settings.interpolation)
 
 
-Rule = Callable[[Tensor, Tensor, Tensor, GateSettings], tuple[Tensor, Tensor]]
-# (delta (B, T), verdict's sign (B, 1), mask of the trained tokens (B, T), settings) -> (case (B, T), factor (B, T));
-# without gradient, and free of state
 GATE_RULES: dict[str, Rule] = {"sign": sign_rule}
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -169,10 +170,30 @@ class Endpoints:
         return f"{response.status_code}: {plain.strip()}"
 
 
+class _Daemons(ThreadPoolExecutor):
+    """Threads for an event loop's look-ups of names that the end of the process does not wait for."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        future.set_running_or_notify_cancel()
+        threading.Thread(target=work, daemon=True).start()
+        return future
+
+
 @functools.cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
     """One for each process, as a fork does not keep the thread; a daemon, so that the process may end at any time."""
     loop = asyncio.new_event_loop()
+    loop.set_default_executor(_Daemons())
     threading.Thread(target=loop.run_forever, name="teacher", daemon=True).start()
     return loop
 

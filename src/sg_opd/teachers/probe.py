@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -22,37 +22,6 @@ FINEST_GRID = 11  # 2**-11: fp16's at logits of 1 to 2; bf16's are coarser by 8
 NEARLY_ALL, MOST = 0.9, 0.6  # shares of differences; by chance half of those on a grid are on one twice as coarse
 GRID_TOLERANCE = 2e-5  # nats, of the log-softmax in fp32
 LOGP_TOLERANCE = 1e-3  # nats; engines in fp32 agree to 1e-5, those in bf16 to 1e-2
-
-
-class Probe(NamedTuple):
-    """How one server answers a probe sequence."""
-
-    logps: Tensor  # of the probe's tokens but the first
-    tokens: list[str | None]  # what the server decodes those tokens to, one by one; `None` where it says nothing
-    repeat: float  # largest difference between scoring the same probe twice, in nats
-    noise: float  # largest difference between sampling tokens and scoring the same tokens, in nats
-    spacing: float  # of the grid that its logits lie on, in nats, as those of a 16-bit head do; 0 for a finer one
-    sampled: list[int]  # what it sampled after the probe's prompt
-    finished: bool  # whether it ended that sample by itself
-
-
-def probe(teacher: ServerTeacher, url: str, prompt_ids: list[int], others: list[int], sampled_tokens: int) -> Probe:
-    """Have one URL score a prompt and other ids twice, then sample after the prompt and score what it sampled."""
-    ids = [*prompt_ids, *others]
-    logps, entries = teacher.score_at(url, ids, others=TOP_TOKENS)
-    again = teacher.score_at(url, ids).logps
-    choice = teacher.sample_at(url, prompt_ids, sampled_tokens)
-    sampled, said = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
-    scored = teacher.score_at(url, [*prompt_ids, *sampled]).logps[-len(sampled) :]
-    return Probe(
-        logps,
-        tokens=[entry[str(token)].get("decoded_token") for token, entry in zip(ids[1:], entries, strict=True)],
-        repeat=(again - logps).abs().max().item(),
-        noise=(said - scored).abs().max().item(),
-        spacing=logit_spacing([[token["logprob"] for token in entry.values()] for entry in entries]),
-        sampled=sampled,
-        finished=choice["finish_reason"] == "stop",
-    )
 
 
 def logit_spacing(positions: Sequence[Sequence[float]]) -> float:
@@ -101,30 +70,50 @@ def check_server(
     # siblings of one family differ in what was added to the vocabulary, and in where it ends
     added = sorted({*tokenizer.get_added_vocab().values(), *eos_token_ids, ids[-1]})[-part:]
     spread = sorted({*ids[:: -(-len(ids) // part)], *added})
-    expected = student_logps([*prompt_ids, *spread]) if student_logps else None
+    ids = [*prompt_ids, *spread]
+    expected = student_logps(ids) if student_logps else None
     for url in teacher.endpoints.urls:
-        answer = probe(teacher, url, prompt_ids, spread, min(part, PROBE_SAMPLED))
-        check_vocabulary(url, tokenizer, [*prompt_ids, *spread][1:], answer.tokens)
-        noise = max(answer.noise, answer.spacing)
-        if answer.repeat > LOGP_TOLERANCE:
-            logger.warning(
-                "%s scores the same tokens %.1g nats apart when asked twice; start it with --no-enable-prefix-caching.",
-                *(url, answer.repeat),
-            )
+        logps, spacing = _check_scores(teacher, url, tokenizer, ids)
+        noise = max(spacing, _check_samples(teacher, url, prompt_ids, min(part, PROBE_SAMPLED), eos_token_ids))
         if noise > max(dead_zone, LOGP_TOLERANCE):
             logger.warning(
                 "%s works at a precision of about %.2g nats (16 bits?): the sign of smaller deltas is noise. Set "
                 "gate_dead_zone=%g, or serve in float32.",
                 *(url, noise, rounded_up(noise)),
             )
-        if answer.finished and answer.sampled[-1] not in eos_token_ids:
-            logger.warning(
-                "%s ends its completions with token %d, the student with %s: the teacher will rate the student's "
-                "ending as unlikely, and none of its proposals is taken. Align `generation_config.eos_token_id`.",
-                *(url, answer.sampled[-1], eos_token_ids),
-            )
-        if expected is not None and (expected - answer.logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
+        if expected is not None and (expected - logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
             logger.warning("%s scores as the student does: every delta is zero and nothing is learnt.", url)
+
+
+def _check_scores(
+    teacher: ServerTeacher, url: str, tokenizer: PreTrainedTokenizerBase, ids: list[int]
+) -> tuple[Tensor, float]:
+    """Vocabulary and repeatability; returns the log-probabilities of `ids` but the first, and their `logit_spacing`."""
+    logps, entries = teacher.score_at(url, ids, others=TOP_TOKENS)
+    said = [entry[str(token)].get("decoded_token") for token, entry in zip(ids[1:], entries, strict=True)]
+    check_vocabulary(url, tokenizer, ids[1:], said)
+    apart = (teacher.score_at(url, ids).logps - logps).abs().max().item()
+    if apart > LOGP_TOLERANCE:
+        logger.warning(
+            "%s scores the same tokens %.1g nats apart when asked twice; start it with --no-enable-prefix-caching.",
+            *(url, apart),
+        )
+    return logps, logit_spacing([[token["logprob"] for token in entry.values()] for entry in entries])
+
+
+def _check_samples(
+    teacher: ServerTeacher, url: str, prompt_ids: list[int], count: int, eos_token_ids: Sequence[int]
+) -> float:
+    """EOS; returns the largest difference between sampling tokens and scoring the same tokens, in nats."""
+    sample = teacher.sample_at(url, prompt_ids, count)
+    ids, said = sample["token_ids"], torch.tensor(sample["logprobs"]["token_logprobs"])
+    if sample["finish_reason"] == "stop" and ids[-1] not in eos_token_ids:
+        logger.warning(
+            "%s ends its completions with token %d, the student with %s: the teacher will rate the student's "
+            "ending as unlikely, and none of its proposals is taken. Align `generation_config.eos_token_id`.",
+            *(url, ids[-1], eos_token_ids),
+        )
+    return (said - teacher.score_at(url, [*prompt_ids, *ids]).logps[-len(ids) :]).abs().max().item()
 
 
 def check_patience(longest: float, ranks_wait: float) -> None:

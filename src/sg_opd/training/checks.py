@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +30,16 @@ def refuse(cases: dict[str, Any]) -> None:
     for words, holds in cases.items():
         if holds:
             raise ValueError(words)
+
+
+def by_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, called by the main process alone; every rank gets its result."""
+
+    def call(*given: Any) -> Any:
+        found = [function(*given) if PartialState().is_main_process else None]
+        return broadcast_object_list(found)[0]
+
+    return call
 
 
 def check_arguments(

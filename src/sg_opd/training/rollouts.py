@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..data import COLLECTED
@@ -188,15 +188,14 @@ def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:
     return anywhere
 
 
-def suppress(ids: list[int], kwargs: dict[str, Any], generator: GenerationConfig | VLLMGeneration) -> None:
-    """Have the student never sample some ids; `kwargs` are GRPOTrainer's for generation by transformers."""
-    if not ids:
-        return
-    if isinstance(generator, GenerationConfig):
-        generator.suppress_tokens = kwargs["suppress_tokens"] = [*(generator.suppress_tokens or []), *ids]
-    else:
+def suppress(ids: list[int], generator: Any) -> None:
+    """Have the student never sample some ids; `generator` is TRL's `VLLMGeneration`, or the trainer that generates."""
+    if ids and isinstance(generator, VLLMGeneration):
         bias = generator.generation_kwargs.get("logit_bias") or {}
         generator.generation_kwargs["logit_bias"] = {**bias, **dict.fromkeys(ids, -100.0)}
+    elif ids:
+        kept = [*(generator.generation_config.suppress_tokens or []), *ids]
+        generator.generation_config.suppress_tokens = generator.generation_kwargs["suppress_tokens"] = kept
 
 
 def _discard(name: str, value: Any) -> None:

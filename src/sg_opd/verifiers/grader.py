@@ -76,7 +76,7 @@ class Grader:
         """Workers that timed out, died, answered another task or had grown too large, so far."""
         self._lock = threading.Lock()  # a pipe carries one task at a time
         weakref.finalize(self, _kill_all, self.pool)
-        forget = weakref.WeakMethod(self._forget)
+        forget = weakref.WeakMethod(self._forget)  # a hook cannot be taken back, but it keeps no grader alive
         os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
 
     def close(self) -> None:
