@@ -32,7 +32,7 @@ from .teachers.server import ServerTeacher
 from .training.checks import by_main_process, check_arguments, check_prompts, check_set_up, context_of
 from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
-from .training.rollouts import Generated, ProposalReader, Rollouts, suppress, teacher_slots
+from .training.rollouts import Generated, Proposer, Rollouts, suppress, teacher_slots
 from .verifiers.verdicts import MathVerifier
 from .views.gate_samples import GateSamples
 
@@ -187,10 +187,9 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         place = len(self._rollouts.rows), accelerator.process_index, accelerator.num_processes, earlier
         slots, anywhere = teacher_slots(phase, self.state.global_step, self.num_generations, *place)
         if anywhere:
-            eos, longest = frozenset(self.eos_token_ids), args.max_completion_length
-            reader = ProposalReader(self.processing_class, self._tokenizer, eos, self.shared_vocabulary, longest)
-            agreed = self.last_good_step.agreed
-            self._rollouts.mix(phase, slots, self.teacher, reader, Generated(*generated), agreed)
+            reads = self.processing_class, self._tokenizer, frozenset(self.eos_token_ids), self.shared_vocabulary
+            proposer = Proposer(self.teacher, self.last_good_step.agreed, *reads, args.max_completion_length)
+            self._rollouts.mix(phase, slots, proposer, Generated(*generated))
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         """Same as GRPOTrainer, with verdicts for rewards; abstentions and teacher rows are NaN."""

@@ -115,13 +115,21 @@ class ResumableTrainer(GRPOTrainer):
             return super().train(None if self._resumed is None else str(self._resumed), *args, **kwargs)
 
     def _whole(self, wanted: str | bool | None) -> Path | None:
-        """The checkpoint to resume from, the same on every rank."""
+        """The checkpoint to resume from, the same on every rank; a later one that is not whole is warned of."""
         if not wanted:
             return None
-        folder = self._last_whole() if wanted is True else Path(wanted)
-        if wanted is not True and (reason := folders.flaw(Path(wanted))):
+        output_dir, folder = Path(str(self.args.output_dir)), None if wanted is True else Path(wanted)
+        if folder is None:
+            folder, skipped = folders.last_whole(output_dir)
+            for path, reason in skipped.items():
+                logger.warning("%s is passed over: %s.", path, reason)
+            if folder is None:
+                logger.warning("There is no whole checkpoint in %s: the run begins with its first step.", output_dir)
+            else:
+                logger.info("Resuming from %s.", folder)
+        elif flaw := folders.flaw(folder):
             raise ValueError(
-                f"{wanted} is no whole checkpoint: {reason}. `resume_from_checkpoint=True` takes the last whole one."
+                f"{wanted} is no whole checkpoint: {flaw}. `resume_from_checkpoint=True` takes the last whole one."
             )
         found = gather_object([folder.name if folder else "none"])
         if len(set(found)) > 1:
@@ -136,18 +144,6 @@ class ResumableTrainer(GRPOTrainer):
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(kept, folder)
             self.accelerator.wait_for_everyone()
-        return folder
-
-    def _last_whole(self) -> Path | None:
-        """The last whole checkpoint; each later one is named in a warning."""
-        output_dir = Path(str(self.args.output_dir))
-        folder, skipped = folders.last_whole(output_dir)
-        for path, reason in skipped.items():
-            logger.warning("%s is passed over: %s.", path, reason)
-        if folder is None:
-            logger.warning("There is no whole checkpoint in %s: the run begins with its first step.", output_dir)
-        else:
-            logger.info("Resuming from %s.", folder)
         return folder
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

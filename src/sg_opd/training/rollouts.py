@@ -60,9 +60,11 @@ class Generated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ProposalReader:
-    """Reads completions of a teacher, or collected earlier, as proposals for the student."""
+class Proposer:
+    """The teacher, and what reads its completions, or those collected earlier, as proposals for the student."""
 
+    teacher: Teacher
+    agreed: Callable[[type[TeacherError]], AbstractContextManager]  #: its context raises an error on every rank
     processing_class: Any
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
@@ -94,31 +96,22 @@ class Rollouts:
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
 
-    def mix(
-        self,
-        phase: TeacherPhaseSampler,
-        slots: Sequence[Slot],
-        teacher: Teacher,
-        reader: ProposalReader,
-        generated: Generated,
-        agreed: Callable[[type[TeacherError]], AbstractContextManager],
-    ) -> None:
+    def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
 
-        Completions of the column `teacher_completions` come first, then what the teacher proposes, within a context of
-        `agreed`, which raises a teacher's error on every rank.
+        Completions of the column `teacher_completions` come first, then what the teacher proposes.
         """
-        prompts, by_row = generated.prompts, {slot.row: slot for slot in slots}
+        prompts, by_row, teacher = generated.prompts, {slot.row: slot for slot in slots}, proposer.teacher
         self.slots = set(by_row)
 
         def read(rows: Sequence[int], completions: Iterable[list[list[int]]]) -> list[list[Proposal]]:
             of_rows = zip(rows, completions, strict=True)
-            return [[reader.proposal(prompts[row], ids) for ids in some] for row, some in of_rows]
+            return [[proposer.proposal(prompts[row], ids) for ids in some] for row, some in of_rows]
 
         def collected(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
             # no two slots of a prompt get the same
             texts = [(self.rows[row].get(COLLECTED) or [])[by_row[row].place :: by_row[row].slots] for row in rows]
-            return read(rows, [[reader.ids(text) for text in some] for some in texts])
+            return read(rows, [[proposer.ids(text) for text in some] for some in texts])
 
         def proposed(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
             return read(rows, teacher.propose([generated.prompt_ids[row] for row in rows], candidates))
@@ -130,7 +123,7 @@ class Rollouts:
         self.taken = phase.fill([*by_row], collected, endorse)
         unfilled = [row for row in by_row if row not in self.taken]
         if asks(teacher, len(unfilled), generated.prompt_ids):
-            with agreed(TeacherError):
+            with proposer.agreed(TeacherError):
                 self.taken |= phase.fill(unfilled, proposed, endorse)
         for row, proposal in self.taken.items():
             generated.completion_ids[row], generated.completions[row] = proposal.token_ids, proposal.completion
