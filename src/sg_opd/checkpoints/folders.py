@@ -99,7 +99,11 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def flaw(folder: Path) -> str | None:
-    """Why a folder is no whole checkpoint, in words; `None` where it is one."""
+    """Why a folder is no whole checkpoint, by its files alone; `None` where it is one.
+
+    What has a flaw is passed over, and deleted where a new checkpoint of its step begins. What depends on the run that
+    resumes belongs in `ResumableTrainer.train`.
+    """
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / SEAL).is_file():

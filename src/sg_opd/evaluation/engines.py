@@ -21,14 +21,10 @@ from .results import files_checksum, weights_checksum
 class Sampling:
     """How completions are sampled; by default from the model's whole distribution."""
 
-    max_completion_length: int = 256
-    """In tokens, > 0, with the EOS."""
-    temperature: float = 1.0
-    """>= 0; 0 is greedy."""
-    top_p: float = 1.0
-    """In (0, 1]."""
-    top_k: int = 0
-    """>= 0; 0 is all."""
+    max_completion_length: int = 256  #: In tokens, > 0, with the EOS.
+    temperature: float = 1.0  #: >= 0; 0 is greedy.
+    top_p: float = 1.0  #: In (0, 1].
+    top_k: int = 0  #: >= 0; 0 is all.
 
     def __post_init__(self) -> None:
         for name, fits, words in (
@@ -56,11 +52,9 @@ class Completion(NamedTuple):
 class Engine(Protocol):
     """What an evaluation asks of an engine."""
 
-    seeds: Literal["batch", "sample"]
-    """Whether a batch shares one seed, or each sample has its own."""
+    seeds: Literal["batch", "sample"]  #: Whether a batch shares one seed, or each sample has its own.
 
-    context: int | None
-    """Longest prompt with its completion, in tokens; `None` where it is not known."""
+    context: int | None  #: Longest prompt with its completion, in tokens; `None` where it is not known.
 
     def describe(self) -> dict[str, Any]:
         """`engine`, `model` and what else decides its samples, for JSON."""

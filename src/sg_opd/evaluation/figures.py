@@ -21,20 +21,13 @@ class Sample:
     """One completion of a question: a line of `samples.jsonl`."""
 
     question_id: str
-    sample_id: int
-    """0 to num_samples - 1 within its question."""
-    seed: int
-    """Of the generator it was drawn with: its own (vLLM), or its batch's (transformers)."""
-    num_tokens: int
-    """The completion's, with its EOS."""
-    finish_reason: str
-    """ "stop" at an EOS, "length" where the limit cut it off."""
-    verdict: float | None
-    """1.0 correct, 0.0 incorrect, `None` abstained."""
-    answer: str | None
-    """The final answer as it was written; `None` where none was found."""
-    completion: str
-    """The text, without special tokens."""
+    sample_id: int  #: 0 to num_samples - 1 within its question.
+    seed: int  #: Of the generator it was drawn with: its own (vLLM), or its batch's (transformers).
+    num_tokens: int  #: The completion's, with its EOS.
+    finish_reason: str  #: "stop" at an EOS, "length" where the limit cut it off.
+    verdict: float | None  #: 1.0 correct, 0.0 incorrect, `None` abstained.
+    answer: str | None  #: The final answer as it was written; `None` where none was found.
+    completion: str  #: The text, without special tokens.
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,7 @@ class QuestionResult:
     truncated: int
     parsed: int
     tokens: int
-    majority: float
-    """The chance that a majority vote over all samples is correct, in [0, 1]."""
+    majority: float  #: The chance that a majority vote over all samples is correct, in [0, 1].
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> QuestionResult:

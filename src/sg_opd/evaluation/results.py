@@ -32,14 +32,12 @@ BYTES_SUMMED = 1 << 24  # of a parameter at a time: torch widens each to 8
 class EvaluationResult:
     """One evaluation: its figures with intervals over questions, the counts behind them, settings and provenance."""
 
-    num_samples: int
-    """Samples a question."""
+    num_samples: int  #: Samples a question.
     figures: dict[str, Interval]
     """By name: `avg@n`, `pass@k` for the powers of two up to n, `maj@n`, `parsed`, `abstained` and `truncated` in per
     cent, `tokens` (mean length). pass@k is trustworthy up to n / 2: beyond, few subsets carry it."""
     questions: tuple[QuestionResult, ...]
-    settings: dict[str, Any]
-    """All that decides the samples."""
+    settings: dict[str, Any]  #: All that decides the samples.
     provenance: dict[str, Any]
     schema_version: int = SCHEMA_VERSION
 
@@ -107,8 +105,7 @@ class Comparison:
     """Two sides on the same questions, figure by figure."""
 
     num_questions: int
-    num_runs: int
-    """Runs of each side; with several the intervals are over runs and questions."""
+    num_runs: int  #: Runs of each side; with several the intervals are over runs and questions.
     figures: dict[str, Difference]
     differing: tuple[str, ...]
     """Settings besides the model and the seed in which the sides differ, so that it is not the model alone."""

@@ -32,22 +32,16 @@ class GateSettings:
         ValueError: a value out of its range, by name.
     """
 
-    extrapolation: float = 1.8
-    """Factor where teacher and verdict agree, finite and >= 0 [R]."""
-    interpolation: float = 1.0
-    """Factor where they disagree, finite and >= 0 [R]; > 0 with the initial reference."""
+    extrapolation: float = 1.8  #: Factor where teacher and verdict agree, finite and >= 0 [R].
+    interpolation: float = 1.0  #: Factor where they disagree, finite and >= 0 [R]; > 0 with the initial reference.
     estimator: str = "sampled"
     """"sampled": policy gradient on the sampled token. "full": divergence of the whole distribution."""
-    dead_zone: float = 0.0
-    """`abs(delta)` up to this many nats is neutral, >= 0 [O]."""
+    dead_zone: float = 0.0  #: `abs(delta)` up to this many nats is neutral, >= 0 [O].
     log_ratio_clip: float | None = None
     """c > 0 clips each log-ratio of the sampled estimator to [-c, c] nats; `None` clips nothing."""
-    temperature: float = 1.0
-    """Divides all logits, > 0."""
-    rule: str = "sign"
-    """A key of `GATE_RULES`."""
-    reference: str = "current"
-    """Policy that the reward is measured against: "current" or "initial"."""
+    temperature: float = 1.0  #: Divides all logits, > 0.
+    rule: str = "sign"  #: A key of `GATE_RULES`.
+    reference: str = "current"  #: Policy that the reward is measured against: "current" or "initial".
     names: InitVar[Mapping[str, str] | None] = None
     """What errors call the fields, where the caller has other names for them."""
 
@@ -83,16 +77,11 @@ class GateSettings:
 class GateDecision(NamedTuple):
     """What the gate decided for each token; no field carries a gradient, each has shape (B, T)."""
 
-    delta: Float[Tensor, "B T"]
-    """log pi_T(y_t) - log pi_S(y_t), unclipped, in nats: the teacher's preference [P]."""
-    case: Int[Tensor, "B T"]
-    """1 consensus, -1 conflict, 0 neutral."""
-    factor: Float[Tensor, "B T"]
-    """lambda_t, the reward-scaling factor."""
-    advantage: Float[Tensor, "B T"]
-    """A_t, clipped where a clip is set."""
-    clipped: Float[Tensor, "B T"]
-    """1.0 where the clip changed a log-ratio that entered the advantage, else 0.0."""
+    delta: Float[Tensor, "B T"]  #: log pi_T(y_t) - log pi_S(y_t), unclipped, in nats: the teacher's preference [P].
+    case: Int[Tensor, "B T"]  #: 1 consensus, -1 conflict, 0 neutral.
+    factor: Float[Tensor, "B T"]  #: lambda_t, the reward-scaling factor.
+    advantage: Float[Tensor, "B T"]  #: A_t, clipped where a clip is set.
+    clipped: Float[Tensor, "B T"]  #: 1.0 where the clip changed a log-ratio that entered the advantage, else 0.0.
 
 
 class Rule(Protocol):

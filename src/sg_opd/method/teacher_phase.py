@@ -27,12 +27,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class Proposal(NamedTuple):
     """A teacher's rollout for one slot."""
 
-    token_ids: list[int]
-    """The completion's ids, its EOS included."""
-    completion: Any
-    """The same as text or messages: what a verifier judges."""
-    terminated: bool
-    """Whether it ended with EOS; a truncated one never takes a row."""
+    token_ids: list[int]  #: The completion's ids, its EOS included.
+    completion: Any  #: The same as text or messages: what a verifier judges.
+    terminated: bool  #: Whether it ended with EOS; a truncated one never takes a row.
 
 
 Propose = Callable[[Sequence[int], int], Sequence[Sequence[Proposal]]]

@@ -29,14 +29,12 @@ class TeacherError(RuntimeError):
 class Teacher(Protocol):
     """What the trainer asks of a teacher; any object with these can be its `teacher_model` (sampled estimator)."""
 
-    sharded: bool
-    """Whether every rank must enter `score` and `propose` equally often, each with at least one row."""
+    sharded: bool  #: Whether every rank must enter `score` and `propose` equally often, each with at least one row.
 
     context: int | None
     """Longest sequence of prompt and completion it can take, in tokens; `None` where it is not known."""
 
-    name: str
-    """What a model card calls it."""
+    name: str  #: What a model card calls it.
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities in nats of each completion's tokens after its prompt, float32, (T_i,) each.

@@ -1,5 +1,5 @@
-"""What a run is made of beside the method: its rollouts, the initial policy, the metrics, and what is checked before
-the first step and in each.
+"""What a run is made of beside the method: its rollouts, its teacher and the initial policy, its metrics, and what is
+checked before the first step.
 """
 
 import lazy_loader

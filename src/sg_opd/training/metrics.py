@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 else:  # the plots read METRICS, and must not pay for TRL
     ResumableTrainer = object
 
+# definitions; computed by `gate_totals` in method/gate.py, `rollout_totals` and `GateMeter`
 METRICS = {
     "gate/consensus": "share of trained tokens that the teacher moves the way the verdict wants (s * delta > 0)",
     "gate/conflict": "share of trained tokens that the teacher moves against the verdict (s * delta < 0)",
