@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.data import check_dataset, has_images, rows_to_check
 from sg_opd.training.checks import (
+    by_main_process,
     check_arguments,
     check_path,
     check_prompts,
