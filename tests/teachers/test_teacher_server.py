@@ -313,7 +313,7 @@ def test_proposals_of_a_server_take_their_slots(build):
 
 @pytest.mark.parametrize("generations", [1, 2])
 def test_a_dead_server_ends_the_run_after_a_checkpoint(generations, build, proxy, tmp_path):
-    """Dead in the third step: the weights of step 2 are saved, and the run goes on as if nothing happened."""
+    """Dead in the third step: the weights of step 2 are saved, and the resumed run ends as one that was never stopped."""
     settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2 // generations}
     whole = build(**settings)
     whole.train()

@@ -22,7 +22,7 @@ ROUNDING = 1e-3  # nats above 0 that a log-probability of a server may have
 
 
 class Scores(NamedTuple):
-    """What a server says of a sequence's tokens but the first."""
+    """How a server scores a sequence's tokens but the first."""
 
     logps: Tensor  # (length - 1,), float32
     entries: list[dict[str, Any]]  # for each, by token id, `logprob`, `decoded_token` and more
