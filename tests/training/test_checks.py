@@ -4,6 +4,7 @@ import copy
 import logging
 
 import pytest
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from trl import GRPOConfig
@@ -46,6 +47,7 @@ def build(make_model, tokenizer, dataset, tmp_path):
 
 def test_a_name_on_the_hub_is_no_folder_though_its_organisation_is(tmp_path, monkeypatch, caplog):
     """`./Qwen` is there, as after other downloads: the name is looked up on the hub, with a warning."""
+    PartialState()  # accelerate's logger needs it, which a trainer's arguments set up
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
     with caplog.at_level(logging.WARNING, logger="sg_opd"):
