@@ -36,7 +36,6 @@ CHOICES = {
     "non_finite_log_probs": ("stop", "skip"),
 }
 LEAST = {"teacher_candidates": 1, "log_gate_samples": 0, "teacher_server_concurrency": 1, "teacher_server_retries": 0}
-LOADING = ("teacher_model_revision", "teacher_model_init_kwargs")  # of a teacher that no server has loaded
 # the fields of `GateSettings` by their names here
 GATE_FIELDS = {
     "extrapolation": "gate_extrapolation",
@@ -62,11 +61,11 @@ UNUSED_BY_FULL = {
 }
 
 
-class _Generations(int):
-    """A count of which 1 is not below 2: GRPO's check asks for a group to centre rewards in, which SG-OPD does not."""
+class _OneGeneration(int):
+    """1, but not below 2: GRPO's check asks for a group to centre rewards in, which SG-OPD does not do."""
 
-    def __lt__(self, other: int) -> bool:
-        return (self, other) != (1, 2) and super().__lt__(other)
+    def __lt__(self, other: object) -> bool:
+        return False if other == 2 else super().__lt__(other)
 
 
 @dataclass(repr=False)
@@ -170,16 +169,15 @@ class SGOPDConfig(GRPOConfig):
         if isinstance(self.teacher_server_url, str):  # as one URL in a recipe is
             self.teacher_server_url = [self.teacher_server_url]
         self._fill_from_preset()
-        self.num_generations = _Generations(self.num_generations)
+        single = self.num_generations == 1
+        if single:
+            self.num_generations = _OneGeneration(1)
         super().__post_init__()
-        self.num_generations = int(self.num_generations)
-        self.gate_settings()  # raises
-        if self.teacher_server_url is not None:
-            for url in self.teacher_server_url or [""]:
-                check_url(url, "teacher_server_url")
-        for words, holds in self._refused().items():
-            if holds:
-                raise ValueError(words)
+        if single:
+            self.num_generations = 1
+        self._check_fields()
+        self._check_server_fields()
+        self._check_parent_fields()
 
     def _fill_from_preset(self) -> None:
         for name, allowed in CHOICES.items():
@@ -190,46 +188,75 @@ class SGOPDConfig(GRPOConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
-    def _refused(self) -> dict[str, Any]:
-        """What cannot be trained with: the error's words, and whether it is so."""
-        steps, fraction, timeout = self.teacher_phase_steps, self.teacher_phase_fraction, self.teacher_server_timeout
-        counted = math.isfinite(steps) and steps >= 0 and (steps < 1 or steps == int(steps))
-        served, full = self.teacher_server_url is not None, self.estimator == "full"
-        by_loss = self.metric_for_best_model in ("loss", "eval_loss")
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        other_loss = self.teacher_rollout_loss == "nll" and self.loss_type != "dapo"
-        by_engine = self.non_finite_log_probs == "skip" and self.deepspeed_plugin is not None
-        moved = self.sync_ref_model and self.reference_policy == "initial"
-        values = vars(self)
-        unused = {name: idle for name, idle in UNUSED_BY_FULL.items() if full and values[name] != idle}
-        loaded = "is for loading a teacher, but `teacher_server_url` has it loaded already."
-        meaningless = "has no meaning with estimator='full'; leave it at"
-        return {
-            f"`teacher_phase_steps` must be a whole number of steps, or a share in [0, 1); got {steps!r}.": not counted,
-            f"`teacher_phase_fraction` must be in [0, 1], got {fraction!r}.": not 0.0 <= fraction <= 1.0,
-            **{f"`{name}` must be >= {n}, got {values[name]!r}.": values[name] < n for name, n in LEAST.items()},
-            f"`teacher_server_timeout` must be > 0 seconds, got {timeout!r}.": not timeout > 0,
-            f"`temperature={self.temperature!r}` and `teacher_server_url` do not go together: a server scores at "
-            "temperature 1, and student and teacher must be compared at the same one. "
-            "Set temperature=1.0.": served and self.temperature != 1.0,
-            "estimator='full' needs the teacher's whole distributions, which no server returns: use "
-            "estimator='sampled' with `teacher_server_url`, or a teacher in this process.": served and full,
-            "`teacher_offload=True` is for a teacher in this process, but `teacher_server_url` has it elsewhere: "
-            "leave it at False.": served and self.teacher_offload,
-            **{f"`{name}` {loaded}": served and values[name] for name in LOADING},
-            "`metric_for_best_model='loss'` has nothing to compare: evaluation generates and grades, it calls no "
-            "teacher and has no loss. Use metric_for_best_model='eval_reward' with greater_is_better=True "
-            "(load_best_model_at_end=True chooses 'loss' unless told otherwise).": by_loss,
-            **{f"`{name}={values[name]!r}` {meaningless} {idle!r}.": True for name, idle in unused.items()},
-            "`vllm_importance_sampling_correction=True` corrects a ratio that estimator='full' does not have; "
-            "set it to False.": full and corrected,
-            "`reward_weights` has nothing to weigh: a verdict is a sign, not a reward. "
-            "Leave it at None.": self.reward_weights is not None,
-            f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.": other_loss,
-            "non_finite_log_probs='skip' does not run under DeepSpeed, whose engine steps by itself; "
-            "use 'stop'.": by_engine,
-            "`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.": moved,
-        }
+    def _check_fields(self) -> None:
+        self.gate_settings()  # raises
+        steps = self.teacher_phase_steps
+        if not (math.isfinite(steps) and steps >= 0 and (steps < 1 or steps == int(steps))):
+            raise ValueError(
+                f"`teacher_phase_steps` must be a whole number of steps, or a share in [0, 1); got {steps!r}."
+            )
+        if not 0.0 <= self.teacher_phase_fraction <= 1.0:
+            raise ValueError(f"`teacher_phase_fraction` must be in [0, 1], got {self.teacher_phase_fraction!r}.")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
+
+    def _check_server_fields(self) -> None:
+        if not self.teacher_server_timeout > 0:
+            raise ValueError(f"`teacher_server_timeout` must be > 0 seconds, got {self.teacher_server_timeout!r}.")
+        if self.teacher_server_url is None:
+            return
+        for url in self.teacher_server_url or [""]:
+            check_url(url, "teacher_server_url")
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"`temperature={self.temperature!r}` and `teacher_server_url` do not go together: a server scores at "
+                "temperature 1, and student and teacher must be compared at the same one. Set temperature=1.0."
+            )
+        if self.estimator == "full":
+            raise ValueError(
+                "estimator='full' needs the teacher's whole distributions, which no server returns: use "
+                "estimator='sampled' with `teacher_server_url`, or a teacher in this process."
+            )
+        if self.teacher_offload:
+            raise ValueError(
+                "`teacher_offload=True` is for a teacher in this process, but `teacher_server_url` has it elsewhere: "
+                "leave it at False."
+            )
+        for name in ("teacher_model_revision", "teacher_model_init_kwargs"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is for loading a teacher, but `teacher_server_url` has it loaded already.")
+
+    def _check_parent_fields(self) -> None:
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError(
+                "`metric_for_best_model='loss'` has nothing to compare: evaluation generates and grades, it calls no "
+                "teacher and has no loss. Use metric_for_best_model='eval_reward' with greater_is_better=True "
+                "(load_best_model_at_end=True chooses 'loss' unless told otherwise)."
+            )
+        if self.estimator == "full":
+            for name, idle in UNUSED_BY_FULL.items():
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` has no meaning with estimator='full'; leave it at {idle!r}."
+                    )
+            if self.use_vllm and self.vllm_importance_sampling_correction:
+                raise ValueError(
+                    "`vllm_importance_sampling_correction=True` corrects a ratio that estimator='full' does not have; "
+                    "set it to False."
+                )
+        if self.reward_weights is not None:
+            raise ValueError(
+                "`reward_weights` has nothing to weigh: a verdict is a sign, not a reward. Leave it at None."
+            )
+        if self.teacher_rollout_loss == "nll" and self.loss_type != "dapo":
+            raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
+        if self.non_finite_log_probs == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "non_finite_log_probs='skip' does not run under DeepSpeed, whose engine steps by itself; use 'stop'."
+            )
+        if self.sync_ref_model and self.reference_policy == "initial":
+            raise ValueError("`sync_ref_model=True` moves the reference; reference_policy='initial' keeps it fixed.")
 
     def gate_settings(self) -> GateSettings:
         """The gate that these fields describe."""

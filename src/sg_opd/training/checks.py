@@ -25,13 +25,6 @@ TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
 
 
-def refuse(cases: dict[str, Any]) -> None:
-    """Raise the first error, given by its words, whose condition holds."""
-    for words, holds in cases.items():
-        if holds:
-            raise ValueError(words)
-
-
 def by_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, called by the main process alone; every rank gets its result."""
 
@@ -46,33 +39,39 @@ def check_arguments(
     teacher: Any, model: Any, verifier: Any, args: Any, eval_dataset: Any, extra: dict[str, Any]
 ) -> None:
     """Refuse trainer arguments that cannot work together, naming each."""
+    for name in ("reward_funcs", "reward_processing_classes"):
+        if extra.get(name) is not None:
+            raise ValueError(f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.")
     if not isinstance(args, SGOPDConfig):
         raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
-    if not callable(verifier):
-        raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
-    served, kind = args.teacher_server_url is not None, type(teacher).__name__
-    same = teacher is model and not isinstance(model, str)
-    in_phase = [name for name in REFUSED_WITH_PHASE if extra.get(name) and args.teacher_phase_steps > 0]
-    rewards = [name for name in ("reward_funcs", "reward_processing_classes") if extra.get(name) is not None]
-    why = "the teacher proposes plain completions only. Set `teacher_phase_steps=0`."
-    strategy = IntervalStrategy(args.eval_strategy).value
-    refuse(
-        {
-            **{f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.": True for name in rewards},
-            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in "
-            "`args`.": teacher is None and not served,
-            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {kind}; pass the id of the served "
-            "model, or nothing.": served and not isinstance(teacher, str | None),
-            "`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.": same,
-            **{f"`{name}` and a teacher phase do not go together: {why}": True for name in in_phase},
-            f"`eval_strategy={strategy!r}` needs an `eval_dataset`.": strategy != "no" and eval_dataset is None,
-        }
-    )
+    if teacher is None and args.teacher_server_url is None:
+        raise ValueError(
+            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in `args`."
+        )
+    if args.teacher_server_url is not None and not isinstance(teacher, str | None):
+        raise ValueError(
+            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {type(teacher).__name__}; pass "
+            "the id of the served model, or nothing."
+        )
     check_path("model", model)
-    if not served:
+    if args.teacher_server_url is None:
         check_path("teacher_model", teacher)
+    if teacher is model and not isinstance(model, str):
+        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
     if args.teacher_offload:
         check_offload(teacher, args)
+    if not callable(verifier):
+        raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
+    if args.teacher_phase_steps > 0:
+        for name in REFUSED_WITH_PHASE:
+            if extra.get(name):
+                raise ValueError(
+                    f"`{name}` and a teacher phase do not go together: the teacher proposes plain completions only. "
+                    "Set `teacher_phase_steps=0`."
+                )
+    if args.eval_strategy != "no" and eval_dataset is None:
+        strategy = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"`eval_strategy={strategy!r}` needs an `eval_dataset`.")
     truncated = args.top_p < 1 or args.top_k > 0 or args.min_p
     if args.use_vllm and args.vllm_importance_sampling_correction and truncated:
         logger.warning(
@@ -164,21 +163,25 @@ def check_set_up(
     fsdp_version: int | None,
 ) -> None:
     """Refuse a teacher that cannot do what the student and the estimator need."""
-    local, kind = isinstance(teacher, LocalTeacher), type(teacher).__name__
-    in_process = "a model in this process as teacher"
-    refuse({f"A multimodal student needs {in_process}: others take token ids only.": multimodal and not local})
+    if multimodal and not isinstance(teacher, LocalTeacher):
+        raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
     if args.estimator != "full":
         return
-    refuse(
-        {
-            f"estimator='full' needs {in_process}, not a {kind}; use estimator='sampled'.": not local,
-            "estimator='full' is for text models; use estimator='sampled' with this processor.": multimodal,
-            "estimator='full' has no router loss: set `router_aux_loss_coef=0`.": router_loss,
+    if not isinstance(teacher, LocalTeacher):
+        raise ValueError(
+            f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
+            "estimator='sampled'."
+        )
+    if multimodal:
+        raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
+    if router_loss:
+        raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
+    if fsdp_version == 1:
+        raise ValueError(
             "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
-            "set `fsdp_version: 2`, or use estimator='sampled'.": fsdp_version == 1,
-        }
-    )
-    if isinstance(teacher, LocalTeacher) and args.reference_policy == "initial":
+            "set `fsdp_version: 2`, or use estimator='sampled'."
+        )
+    if args.reference_policy == "initial":
         check_linear(head_of(student), head_of(teacher.unwrapped))
 
 
