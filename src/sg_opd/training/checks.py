@@ -233,11 +233,12 @@ def check_causal(role: str, model: PreTrainedModel) -> None:
 def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside the teacher; `None`, with a warning, where there is none to compare with."""
     path = getattr(teacher.config, "_name_or_path", "")
-    code = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
     missing = "The teacher has no path to load its tokenizer from"
     try:
         if path:
-            return AutoTokenizer.from_pretrained(path, **code)
+            return AutoTokenizer.from_pretrained(
+                path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+            )
     except (OSError, ValueError) as error:  # what transformers raises where it finds no tokenizer
         missing = f"No tokenizer at the teacher's {path!r} ({error})"
     logger.warning("%s; only the sizes of vocabularies are compared.", missing)
