@@ -385,7 +385,7 @@ def test_the_table_after_an_evaluation_is_of_the_rows_trained_on(make_model, tok
         tmp_path, max_steps=4, gradient_accumulation_steps=1, steps_per_generation=4, log_completions=True,
         eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4,
     )  # fmt: skip
-    train, held_out = dataset.select(range(8)), dataset.select(range(8, 12))
+    train, held_out = dataset.select(range(8)), dataset.select(range(8, 10))
     trainer = Recorder(
         make_model(1), make_model(2), coin_verifier, args, train, eval_dataset=held_out, processing_class=tokenizer
     )
@@ -404,6 +404,7 @@ def test_the_table_after_an_evaluation_is_of_the_rows_trained_on(make_model, tok
         assert completion[0]["content"] == expected[row][0]
         assert math.isnan(advantage) or advantage == pytest.approx(expected[row][1], abs=1e-6)
     assert table["advantage"].isna().sum() == 4
+    assert len(trainer._eval_logs["prompt"]) == 8  # of the last of two evaluations, four completions a question
 
 
 def test_logging_waits_for_no_other_rank(make_model, tokenizer, dataset, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ class SGOPDConfig(GRPOConfig):
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _public = False  # whether a pickle of it leaves secrets out; no field
 
     preset: str = HfArg(
         default="sg-opd", help="Variant that fills the fields left at None: 'opd', 'exopd', 'opdvr' or 'sg-opd'."
@@ -289,10 +290,16 @@ class SGOPDConfig(GRPOConfig):
     __str__ = __repr__
 
     def without_secrets(self) -> SGOPDConfig:
-        """A copy to be written down: `None` in place of a secret, and `<NAME>` within a dict."""
+        """A copy to be written down: the same in use, but pickled it has `None` or `<NAME>` for a secret."""
         public = copy.copy(self)
-        public.__dict__.update(_masked(self.__dict__, ()) | dict.fromkeys(self.__dict__.keys() & set(CONFIDENTIAL)))
+        public._public = True
         return public
+
+    def __getstate__(self) -> dict[str, Any]:
+        values = {name: value for name, value in self.__dict__.items() if name != "_public"}
+        if not self._public:
+            return values
+        return _masked(values, ()) | dict.fromkeys(values.keys() & set(CONFIDENTIAL))
 
 
 def own_fields(args: SGOPDConfig) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -287,10 +287,13 @@ def test_what_is_uploaded_is_whole(strategy, name, train, tmp_path, monkeypatch)
 
     monkeypatch.setattr("transformers.trainer.hf_api", lambda *_, **__: Hub())
     monkeypatch.setattr("transformers.trainer.PushInProgress", lambda jobs: mock.Mock(is_done=lambda: True))
-    train(max_steps=2, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/mine", save_total_limit=1)
+    hub = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/mine", "hub_token": "hf_s3cret"}
+    trainer = train(max_steps=2, save_total_limit=1, **hub)
+    assert trainer.args.hub_token == "hf_s3cret"
     assert seen == [(name, None, True)]
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
         assert torch.load(folder / "training_args.bin", weights_only=False).save_total_limit == 1
+        assert b"hf_s3cret" not in (folder / "training_args.bin").read_bytes()
 
 
 def test_ranks_that_find_different_checkpoints_are_named(train, tmp_path, monkeypatch):
@@ -329,6 +332,7 @@ class Own(SGOPDConfig):
     """A user's configuration with a field of its own."""
 
     mine: int = 3
+    derived: int = field(init=False, default=7)  # which transformers leaves out of `to_dict`
 
 
 def test_a_configuration_of_ones_own_is_compared_too(train, tmp_path, caplog):

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import GRPOConfig, GRPOTrainer
 
 from . import folders
@@ -230,6 +231,8 @@ class ResumableTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
         folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where GRPOTrainer may write nothing
         torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
+        if self.args.should_save:  # GRPOTrainer writes none beside a sharded state dict of FSDP
+            torch.save(self.written_args(), folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folders.seal(folder, self.run_settings())
@@ -237,7 +240,8 @@ class ResumableTrainer(GRPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Same as GRPOTrainer, which calls it too early: nothing is uploaded until the checkpoint is sealed."""
         if folders.flaw(Path(checkpoint_folder)) is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with lent(self, args=self.written_args()):  # it writes and uploads `training_args.bin` too
+                super()._push_from_checkpoint(checkpoint_folder)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Same as GRPOTrainer; on SIGTERM the step in progress is saved whatever the strategy."""

@@ -66,7 +66,7 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, s
             f"{teacher.name} scored rows of {[len(row) for row in rows]} tokens, but the batch has "
             f"{[len(row) for row in completions]}"
         )
-    logps = spread(torch.cat(rows).to(ids.device), mask)
+    logps = spread(torch.cat([row.to(ids.device) for row in rows]), mask)
     improbable = logps <= NO_PROBABILITY
     if skips:
         return logps.masked_fill(improbable, -math.inf)

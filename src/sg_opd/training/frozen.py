@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
@@ -23,7 +24,6 @@ from ..teachers.local import (
     Forward,
     LocalTeacher,
     freeze,
-    is_sharded,
     load_teacher,
     loading_defaults,
     padding_ids,
@@ -89,7 +89,8 @@ def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling:
     endpoints = Endpoints(urls, *limits, offset=run.accelerator.process_index)
     teacher = ServerTeacher(endpoints, served, sampling, frozenset(run.eos_token_ids))
     # a sharded student cannot score before training begins
-    scores = None if is_sharded(run.accelerator) else partial(sequence_logps, run.forward, run.student)
+    sharded = is_deepspeed_zero3_enabled() or run.accelerator.distributed_type == "FSDP"
+    scores = None if sharded else partial(sequence_logps, run.forward, run.student)
     with run.agreed(TeacherError):
         teacher.connect()
         check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores)

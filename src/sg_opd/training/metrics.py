@@ -164,7 +164,7 @@ class GateLogging(ResumableTrainer):
         #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
         super().__init__(*args, **kwargs)
-        self._eval_logs = copy.deepcopy(self._logs)
+        self._empty_logs, self._eval_logs = copy.deepcopy(self._logs), copy.deepcopy(self._logs)
 
     @contextmanager
     def _table_of_mode(self) -> Iterator[None]:
@@ -186,6 +186,11 @@ class GateLogging(ResumableTrainer):
             output = super()._generate_and_score_completions(inputs)
             self._show_advantages([math.nan] * len(self._logs["advantages"]))
         return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Same as GRPOTrainer; its completions table begins anew."""
+        self._eval_logs = copy.deepcopy(self._empty_logs)
+        return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Same as GRPOTrainer, and like it not collective: a callback may call it on one rank."""
