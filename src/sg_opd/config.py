@@ -305,7 +305,7 @@ class SGOPDConfig(GRPOConfig):
 def own_fields(args: SGOPDConfig) -> list[str]:
     """The fields that are not TRL's: those above, and those of a user's subclass."""
     parents = {known.name for known in fields(GRPOConfig)}
-    return [known.name for known in fields(args) if known.name not in parents]
+    return [known.name for known in fields(args) if known.init and known.name not in parents]
 
 
 def _masked(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

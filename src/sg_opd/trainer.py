@@ -338,9 +338,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
 
     def own_settings(self) -> dict[str, Any]:
         values = self.args.to_dict()
-        own = {
-            name: values[name] for name in own_fields(self.args) if name in values and not name.startswith(NOT_COMPARED)
-        }
+        own = {name: values[name] for name in own_fields(self.args) if not name.startswith(NOT_COMPARED)}
         return own | {
             "teacher_model": self.teacher.name,
             "teacher_model_init_kwargs": loading(self.args.teacher_model_init_kwargs),
