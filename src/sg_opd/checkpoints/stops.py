@@ -167,9 +167,8 @@ class FiniteGuard(TrainerCallback):
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
     skips: bool  #: whether such a step is skipped instead of ending the run (`non_finite_log_probs="skip"`)
-    clipped: (
-        bool  #: whether `log_ratio_clip` bounds the teacher's and the reference's infinite ones, which may then pass
-    )
+    #: whether `log_ratio_clip` bounds the teacher's and the reference's infinite ones, which may then pass
+    clipped: bool
     found: bool = False  #: whether this rank met one in the step in progress, which will be skipped
     _step: int = 0
 

@@ -49,9 +49,8 @@ class Run:
     accelerator: Accelerator
     forward: Forward  #: runs frozen models
     prompt_ids: Callable[[], list[int]]  #: returns a prompt to try a server with
-    agreed: Callable[
-        [type[TeacherError]], AbstractContextManager
-    ]  #: its context raises a teacher's error on every rank
+    #: its context raises a teacher's error on every rank
+    agreed: Callable[[type[TeacherError]], AbstractContextManager]
 
 
 def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
