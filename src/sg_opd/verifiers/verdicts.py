@@ -7,6 +7,7 @@ Importing this module imports neither torch nor TRL.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import math
@@ -20,8 +21,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from .answers import MAX_REFERENCE, as_latex, as_task, extract_answer, is_readable, quick_verdict, reference_answer
+from .answers import MAX_ANSWER, MAX_REFERENCE, extract_answer, reference_answer
+from .comparing import Undecided, compare, same
 from .grader import Grader, Task
+from .reading import read
+
+read_reference = functools.lru_cache(maxsize=16_384)(read)
 
 logger = logging.getLogger(__name__)  # of every rank: each has its own calls
 
@@ -79,29 +84,63 @@ class MathVerifier:
         """
         if len(completions) != len(solution):
             raise ValueError(f"{len(completions)} completions but {len(solution)} rows of `solution`; give one each.")
-        verdicts: list[float | None] = [None] * len(completions)
+        answers = [extract_answer(completion_text(completion)) for completion in completions]
+        return self._compared(list(zip(map(reference_answer, solution), answers, strict=True)))
+
+    def _compared(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[float | None]:
+        """The verdict on each reference answer and answer; workers are asked where no quick look decides."""
+        verdicts: list[float | None] = []
         tasks: dict[int, Task] = {}
-        for row, (completion, reference) in enumerate(zip(completions, map(reference_answer, solution), strict=True)):
-            if reference is None:
-                continue
-            answer = as_latex(extract_answer(completion_text(completion)) or "")
-            verdicts[row] = quick_verdict(reference, answer) if answer else 0.0
-            if verdicts[row] is None and len(reference) <= MAX_REFERENCE:
-                tasks[row] = as_task(reference, answer)
+        for row, (reference, answer) in enumerate(pairs):
+            try:
+                verdicts.append(quick_verdict(reference, answer))
+            except Undecided:
+                verdicts.append(None)
+                tasks[row] = Task(str(reference), answer)
         for row, verdict in self._grader.run(tasks).items():
             verdicts[row] = verdict
         return verdicts
 
     def unparseable(self, solution: Sequence[Any]) -> list[int]:
-        """The rows whose reference answer is missing or cannot be parsed: every verdict on them would abstain."""
+        """The rows whose reference answer is missing or cannot be read: every verdict on them would abstain."""
         references = dict(enumerate(map(reference_answer, solution)))
         usable = {row: text for row, text in references.items() if text is not None and len(text) <= MAX_REFERENCE}
-        read = self._grader.run({row: Task(text) for row, text in usable.items() if not is_readable(text)})
-        return sorted((references.keys() - usable.keys()) | {row for row, value in read.items() if value != 1.0})
+        bad = references.keys() - usable.keys()
+        tasks: dict[int, Task] = {}
+        for row, text in usable.items():
+            form = read_reference(text)
+            if form is None:
+                bad.add(row)
+                continue
+            try:
+                compare(form, form)
+            except Undecided:
+                tasks[row] = Task(text)
+        return sorted(bad | {row for row, value in self._grader.run(tasks).items() if value != 1.0})
 
     def close(self) -> None:
         """End the workers; the next answer that needs one starts them again."""
         self._grader.close()
+
+
+def quick_verdict(reference: str | None, answer: str | None) -> float | None:
+    """The verdict where no sympy is needed.
+
+    Raises:
+        Undecided: a worker is needed.
+    """
+    if reference is None:
+        return None
+    if not answer:
+        return 0.0
+    if reference == answer and len(reference) > MAX_REFERENCE:
+        return 1.0
+    if len(reference) > MAX_REFERENCE or len(answer) > MAX_ANSWER:
+        return None
+    some = read_reference(reference)
+    other = None if some is None else read(answer)
+    verdict = None if some is None or other is None else same(some, other)
+    return None if verdict is None else float(verdict)
 
 
 def completion_text(completion: Any) -> str:

@@ -1,0 +1,206 @@
+r"""Formulas, equations and sets by sympy and math-verify; for workers, which can be killed: sympy may take for ever.
+
+`FormulaAlgebra` is what `comparing` calls `Symbols`. Formulas that sympy has no meaning for, such as `A\cap B`, are compared
+sign by sign, operands of symmetric relations in any order.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify import verify
+from sympy.core.relational import Relational
+
+from . import units
+from .comparing import close
+from .forms import Condition, Expression, Form, Interval, Members, Number
+
+# what sympy would evaluate for ever: huge exponents, towers of powers, huge or repeated factorials
+BOMB = re.compile(
+    r"\^\s*\{?\s*-?\d{5,}|\d\s*\}*\s*\^\s*\{?\s*\d{2,}\s*\^\s*\{?\s*\d|\^[\s{]*\d+[\s}]*\^[\s{]*\d+[\s}]*\^"
+    r"|\d{5,}[\s})]*!|![\s})]*!"
+)
+CONVERSION = ConversionConfig(lowercase_symbols=False, interpret_contains_as_eq=False)
+KEPT = 16_384  # formulas that a worker remembers as sympy's objects
+DIGITS = 40  # of a numerical comparison
+AGREE = sympy.Float("1e-25")  # relative difference of two values that are equal, or have to be proven so
+POINTS = (Fraction(3137, 4219), Fraction(7919, 2741), Fraction(-1429, 911))  # at which formulas are compared first
+DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|[a-z]|\)) ?\^\\circ(?! ?[CF])")
+WITHOUT_MEANING = re.compile(r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|to|subset)(?![A-Za-z])")
+SIGNS = re.compile(r"[A-Za-z0-9]|\\(?:aleph|beth|infty|emptyset|hbar|ell|wp|Re|Im|mathbb)")
+COMMAND = re.compile(r"\\[A-Za-z]+")
+SYMMETRIC = re.compile(r" ?\\(cap|cup|land|lor|sim|parallel|perp|cong|Leftrightarrow|iff|oplus|equiv)(?![A-Za-z]) ?")
+IMAGINARY = sympy.Symbol("i", real=True), sympy.I
+
+
+class FormulaAlgebra:
+    """What needs sympy or pint. Whatever a method raises means that it cannot be told."""
+
+    def equal(self, a: str, b: str) -> bool | None:
+        some = parse(a), parse(b)
+        if some[0] is None or some[1] is None:
+            return canonical(a) == canonical(b) or (None if some != (None, None) else False)
+        if all(isinstance(value, sympy.Expr) for value in some):
+            return _equal_formulas(*some)
+        return _verified(*some)
+
+    def equation(self, a: str, b: str) -> bool | None:
+        some = parse(a), parse(b)
+        if None in some:
+            return canonical(a) == canonical(b) or None
+        return _verified(*some)
+
+    def are_equal_sides(self, sides: Sequence[str]) -> bool | None:
+        values = [parse(side) for side in sides if side]
+        numbers = [value for value in values if isinstance(value, sympy.Expr) and not value.free_symbols]
+        if len(numbers) < 2:
+            return None
+        found = [_equal_formulas(numbers[0], other) for other in numbers[1:]]
+        return None if None in found else all(found)
+
+    def same_set(self, a: Form, b: Form) -> bool | None:
+        some = as_set(a), as_set(b)
+        if None in some:
+            relations = [parse(form.latex) for form in (a, b) if isinstance(form, Condition)]
+            return _verified(*relations) if len(relations) == 2 and None not in relations else None
+        if some[0] == some[1]:
+            return True
+        empty = sympy.SymmetricDifference(*some).is_empty
+        return empty if empty is not None else _verified(*some) or None
+
+    def factor(self, a: str, b: str) -> float | None:
+        return units.factor(a, b)
+
+    def knows(self, unit: str) -> bool:
+        return units.unit(unit) is not None
+
+
+@functools.lru_cache(maxsize=KEPT)
+def parse(latex: str) -> Any:
+    """Sympy's object for a formula; `None` for one that sympy has no meaning for.
+
+    Raises:
+        OverflowError: a formula that would be evaluated for ever.
+    """
+    if BOMB.search(latex):
+        raise OverflowError("not evaluated")
+    if WITHOUT_MEANING.search(latex):
+        return None
+    latex = DEGREES.sub(lambda match: rf"{match[1]}\cdot\frac{{\pi}}{{180}}", latex)
+    latex = re.sub(r"(\d|\))\\cdot\\frac\{\\pi\}\{180\}", r"\1\\frac{\\pi}{180}", latex)
+    try:
+        value = latex2sympy(latex, is_real=True, normalization_config=None, conversion_config=CONVERSION)
+    except Exception:  # the parser raises nothing more particular; a formula without meaning is compared by its signs
+        return None
+    if isinstance(value, sympy.Expr):
+        value = value.xreplace({IMAGINARY[0]: IMAGINARY[1]})
+    return value
+
+
+def canonical(latex: str) -> tuple[str, ...]:
+    """A formula's signs, without spaces and needless braces; operands of a symmetric relation in alphabetical order.
+
+    Raises:
+        ValueError: nothing but punctuation.
+    """
+    if not SIGNS.search(COMMAND.sub(lambda match: match[0] if SIGNS.fullmatch(match[0]) else "", latex)):
+        raise ValueError("no formula")
+    text = re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", latex)
+    parts = [part.replace(" ", "") for part in SYMMETRIC.split(text)]
+    operators = set(parts[1::2])
+    return tuple(sorted(parts[::2]) + sorted(operators)) if len(operators) == 1 else ("".join(parts),)
+
+
+def as_set(form: Form) -> sympy.Set | None:
+    """The numbers that a condition, an interval or a set holds; `None` for what is no such thing."""
+    if isinstance(form, Number | Expression):
+        value = _rational(parse(form.latex))
+        return value if isinstance(value, sympy.Set) else None if value is None else sympy.FiniteSet(value)
+    if isinstance(form, Condition):
+        relation = parse(form.latex)
+        if relation in (True, False, None) or len(relation.free_symbols) != 1:
+            return None
+        return _rational(relation).as_set()
+    if isinstance(form, Interval) or (isinstance(form, Members) and form.kind == "tuple" and len(form.items) == 2):
+        ends = form.ends if isinstance(form, Interval) else form.items
+        values = [_rational(parse(end.latex)) for end in ends if isinstance(end, Number | Expression)]
+        brackets = form.brackets if isinstance(form, Interval) else "()"
+        return sympy.Interval(*values, brackets[0] == "(", brackets[1] == ")") if len(values) == 2 else None
+    if isinstance(form, Members):
+        parts = [as_set(item) for item in form.items]
+        if None in parts:
+            return None
+        is_condition = any(isinstance(item, Condition) for item in form.items)
+        return sympy.Intersection(*parts) if is_condition and form.kind in ("and", "list") else sympy.Union(*parts)
+    return None
+
+
+def _rational(value: Any) -> Any:
+    """With exact numbers for decimals."""
+    if value is None or not value.atoms(sympy.Float):
+        return value
+    return value.xreplace({number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)})
+
+
+def _verified(a: Any, b: Any) -> bool:
+    """What math-verify says; it raises what goes wrong within sympy."""
+    options = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
+    return bool(verify(a, b, **options))
+
+
+def _equal_formulas(a: sympy.Expr, b: sympy.Expr) -> bool | None:
+    """Whether two formulas are equal: different where their values differ anywhere, equal where sympy proves it."""
+    decimals = [bool(value.atoms(sympy.Float)) for value in (a, b)]
+    if a == b:
+        return not a.has(sympy.nan, sympy.zoo)
+    if not a.free_symbols and not b.free_symbols:
+        return _equal_values(a, b, any(decimals))
+    if not any(decimals):
+        for point in POINTS:
+            values = [_value(value, point) for value in (a, b)]
+            if None not in values and not _agree(*values):
+                return False
+    if _verified(a, b):
+        return True
+    if any(decimals):
+        return False
+    return None if all(_value(value, POINTS[0]) is not None for value in (a, b)) else False
+
+
+def _value(formula: sympy.Expr, point: Fraction) -> sympy.Expr | None:
+    """Its value where its first letter is `point`, its second twice that and so on; `None` where that is no number."""
+    letters = sorted(formula.free_symbols, key=str)
+    at = {
+        letter: sympy.Rational(point.numerator, point.denominator) * (1 + sympy.Rational(sum(map(ord, str(letter))) % 97, 89))
+        for letter in letters
+    }
+    value = formula.subs(at).evalf(DIGITS)
+    return value if value.is_number and value.is_finite else None
+
+
+def _agree(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return bool(abs(a - b) <= AGREE * (abs(a) + abs(b)))
+
+
+def _equal_values(a: sympy.Expr, b: sympy.Expr, is_decimal: bool) -> bool | None:
+    """Whether two numbers are equal; to six places where one is a decimal, which may be rounded."""
+    infinite = [value.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan) or not value.is_finite for value in (a.doit(), b.doit())]
+    if any(infinite):
+        return a.doit() == b.doit() if all(infinite) else False
+    if is_decimal:
+        parts = [value.evalf(DIGITS).as_real_imag() for value in (_rational(a), _rational(b))]
+        return all(close(*(Fraction(str(part)) for part in pair)) for pair in zip(*parts, strict=True))
+    values = [value.evalf(DIGITS) for value in (a, b)]
+    if not all(value.is_number for value in values):
+        return _verified(a, b)
+    if not _agree(*values):
+        return False
+    difference = a.doit() - b.doit()
+    # equal to as many digits, but proven so? `equals` searches for the minimal polynomial, as a last resort
+    return difference == 0 or sympy.simplify(difference) == 0 or difference.equals(0)

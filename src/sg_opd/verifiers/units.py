@@ -1,0 +1,138 @@
+r"""Units of measurement by pint, with the spellings and the currencies that answers use; for workers."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from pint import UnitRegistry
+from pint.errors import PintError
+
+CURRENCIES = {
+    "dollar": ("$", r"\$", "usd", "us$", "dollars", "buck", "bucks"),
+    "us_cent": ("¢", "cent", "cents"),
+    "euro": ("€", "eur", "euros"),
+    "sterling": ("£", "gbp", "pounds sterling"),
+    "penny": ("pence", "pennies", "p"),
+    "rupee": ("₹", "inr", "rs", "rupees"),
+    "yen": ("¥", "jpy"),
+    "yuan": ("元", "rmb", "cny"),
+    "won": ("₩",),
+    "ruble": ("₽", "rubles", "roubles"),
+}
+# spellings that pint does not know, or takes for something else
+SPELLINGS = {
+    **{spelling: name for name, spellings in CURRENCIES.items() for spelling in spellings},
+    **dict.fromkeys((r"^\circ", "deg", "degs", "degrees", "°"), "degree"),
+    **dict.fromkeys((r"^\circc", "degree celsius", "degrees celsius", "degree centigrade", "degrees c", "celsius"), "degC"),
+    **dict.fromkeys((r"^\circf", "degree fahrenheit", "degrees fahrenheit", "degrees f", "fahrenheit"), "degF"),
+    **dict.fromkeys(("hrs", "hr", "h"), "hour"),
+    **dict.fromkeys(("mins", "min"), "minute"),
+    **dict.fromkeys(("secs", "sec", "s"), "second"),
+    **dict.fromkeys(("cms",), "cm"),
+    **dict.fromkeys(("mms",), "mm"),
+    **dict.fromkeys(("kms",), "km"),
+    **dict.fromkeys(("kgs", "kilos", "kilo"), "kg"),
+    **dict.fromkeys(("gm", "gms", "gram", "grams"), "g"),
+    **dict.fromkeys(("lbs", "lb"), "pound"),
+    **dict.fromkeys(("yds", "yd"), "yard"),
+    **dict.fromkeys(("kph", "kmph", "kmh"), "km/hour"),
+    **dict.fromkeys(("ltr", "ltrs"), "liter"),
+    **dict.fromkeys(("unit", "units", "u"), "generic_unit"),
+    "in": "inch",
+    "ins": "inch",
+    "cc": "cm**3",
+    "ccs": "cm**3",
+    "%": "percent",
+}
+LETTERS = re.compile(r"[a-zA-Zµμ]+")
+ALLOWED = re.compile(r"[A-Za-z_µμΩÅ0-9*/() ^-]{1,60}")
+POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
+CASE_MATTERS = 3  # letters, up to which a name is a symbol: mW is no MW
+
+
+@functools.lru_cache(maxsize=1)
+def registry() -> UnitRegistry:
+    """Pint's units with currencies."""
+    known = UnitRegistry(autoconvert_offset_to_baseunit=True)
+    for name in CURRENCIES:
+        if name not in ("us_cent", "penny"):
+            known.define(f"{name} = [{name}]")
+    known.define("generic_unit = [generic]")
+    known.define("us_cent = 0.01 dollar")
+    known.define("penny = 0.01 sterling")
+    return known
+
+
+@functools.lru_cache(maxsize=4096)
+def unit(name: str) -> object | None:
+    """A unit by the name that an answer gives it; `None` where it is none."""
+    text = " ".join(re.sub(r"\.(?=\s|$|[A-Za-z])", " ", name).replace("\\cdot", "*").replace("·", "*").split())
+    whole = text.casefold().replace(r"^\circ ", r"^\circ")
+    if whole in SPELLINGS:
+        text = SPELLINGS[whole]
+    else:
+        text = _formula(text)
+    if not ALLOWED.fullmatch(text):
+        return None
+    try:
+        return registry().parse_units(text)
+    except (PintError, ValueError, TypeError, AttributeError, SyntaxError, KeyError, AssertionError):  # no name of a unit
+        return None
+
+
+def factor(a: str, b: str) -> float | None:
+    """How many of unit b one of unit a is; `None` where they measure different things, or are no units."""
+    units = unit(a), unit(b)
+    if a == b or (units == (None, None) and _singular(a) == _singular(b)):
+        return 1.0
+    if None in units:
+        words = [{_singular(word) for word in re.findall(r"[^\W\d]+", name)} for name in (a, b)]
+        # "brown eggs" are eggs; two names of which one alone is a unit have nothing in common
+        return 1.0 if units == (None, None) and words[0] and words[1] and (words[0] <= words[1] or words[1] <= words[0]) else None
+    one, other = (registry().Quantity(1.0, some) for some in units)
+    if one.dimensionality != other.dimensionality or _is_ratio(units[0]) != _is_ratio(units[1]):
+        return None
+    if units[0] == units[1]:
+        return 1.0
+    if not one._is_multiplicative or not other._is_multiplicative:
+        return None  # degrees of two scales are no multiples of one another
+    return float(one.to(other.units).magnitude)
+
+
+def _is_ratio(some: object) -> str:
+    """Which of the dimensionless units it is: an angle is no percentage."""
+    if not registry().Quantity(1.0, some).dimensionless:  # type: ignore[call-overload]
+        return ""
+    return "percent" if "percent" in str(some) else "angle"
+
+
+def _singular(word: str) -> str:
+    word = " ".join(word.casefold().replace(".", " ").split())
+    return word.removesuffix("s") if len(word) > 3 else word
+
+
+def _formula(text: str) -> str:
+    """`square feet per hour` as `feet**2 / hour`."""
+    text = re.sub(r"\bper\b", "/", text)
+    tokens = re.findall(r"[^\W\d_]+|\^ ?\{? ?-?\d ?\}?|\*\*|[*/()]", text)
+    parts: list[str] = []
+    power = 0
+    for token in tokens:
+        lower = token.casefold()
+        if lower in POWERS and parts and lower.endswith("ed"):
+            parts.append(f"**{POWERS[lower]}")
+        elif lower in POWERS:
+            power = POWERS[lower]
+        elif token[0] == "^":
+            parts.append("**" + token.strip("^{} "))
+        elif token in ("*", "/", "(", ")", "**"):
+            parts.append(token)
+        else:
+            if parts and parts[-1] not in ("*", "/", "("):
+                parts.append("*")
+            parts.append(SPELLINGS.get(lower, token if len(token) <= CASE_MATTERS else lower))
+            if power:
+                parts.append(f"**{power}")
+                power = 0
+    return " ".join(parts)
