@@ -35,7 +35,7 @@ def latex_pairs(count: int) -> list[tuple[str, str]]:
             (rf"({a},{a + b}]", rf"({a}, {a + b}]"),
             (rf"{a}^{{{b % 5}}}-\sqrt{{{c}}}", rf"-\sqrt{{{c}}}+{a}^{{{b % 5}}}"),
         )[i % 5]
-        answer = same if i % 2 else rf"{same}+1"
+        answer = same if i % 2 else f"{same}+1".replace("]+1", "+1]")
         pairs.append((f"So the result is \\boxed{{{answer}}}.", gold))
     return pairs
 

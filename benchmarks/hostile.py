@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Draw = random.Random
+# equal, and sympy does not prove it within any time limit
+HANGING, ITS_REFERENCE = r"\boxed{\sum_{k=0}^{300}\binom{300}{k}x^k}", "(1+x)^{300}"
 # some need sympy, some do not; the last is missing
 GOLDS = (
     "7x^2+3",

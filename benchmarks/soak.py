@@ -20,14 +20,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 from datasets import load_dataset
+from hostile import HANGING, ITS_REFERENCE
 from transformers import TrainerCallback
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.evaluation.results import write_json
 
 ARITHMETIC = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
-# what sympy reads at once and then computes for longer than any time limit
-HANGING, ITS_GOLD = r"\boxed{(x+y+z)^{300}}", "7x^2"
 HANG_EVERY = 25  # gradings
 WORKERS, TIME_LIMIT = 2, 0.5  # processes, seconds an answer
 WARM_UP = 0.1  # of the steps
@@ -44,7 +43,7 @@ class HangingVerifier(MathVerifier):
         self.calls += 1
         golds = [rf"\sqrt{{{int(gold) ** 2}}}" for gold in solution]
         if self.calls % HANG_EVERY == 0:
-            super().__call__([HANGING], [ITS_GOLD])
+            super().__call__([HANGING], [ITS_REFERENCE])
         return super().__call__(completions, golds)
 
 

@@ -24,7 +24,7 @@ from hostile import Attack, attacks
 
 from sg_opd import MathVerifier
 from sg_opd.evaluation.results import provenance, write_json
-from sg_opd.verifiers.grader import WORKER_MEMORY_BYTES
+from sg_opd.verifiers.worker import MEMORY_BYTES
 
 GRACE_SECONDS = 2.0  # for the start of a replaced worker on a busy machine, and for texts of a megabyte
 ORDINARY = 100  # answers of an ordinary batch
@@ -133,7 +133,7 @@ def peak_memory(verifier: MathVerifier) -> Iterator[list[int]]:
 
 def held(found: dict[str, Any]) -> list[str]:
     """What an attack broke, in words; empty where all holds."""
-    limit = WORKER_MEMORY_BYTES // 2**20
+    limit = MEMORY_BYTES // 2**20
     return [
         *([f"{found['hangs']} answers hang"] if found["hangs"] else []),
         *([f"taken for correct: {found['taken_for_correct']}"] if found["taken_for_correct"] else []),

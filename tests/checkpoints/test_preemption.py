@@ -203,7 +203,8 @@ import os, signal, threading
 from pathlib import Path
 from datasets import load_dataset
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from soak import ARITHMETIC, HANGING, ITS_GOLD
+from hostile import HANGING, ITS_REFERENCE
+from soak import ARITHMETIC
 
 class Hanging(MathVerifier):
     def __call__(self, completions, solution, **kwargs):
@@ -213,7 +214,7 @@ class Hanging(MathVerifier):
             Path("pids").write_text(" ".join(pids))
             os.kill(os.getpid(), signal.SIGINT)
         threading.Timer(1.0, interrupt).start()
-        super().__call__([HANGING], [ITS_GOLD])
+        super().__call__([HANGING], [ITS_REFERENCE])
         return verdicts
 
 if __name__ == "__main__":

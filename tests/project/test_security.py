@@ -19,7 +19,7 @@ from launching import SUPPORT
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.evaluation.engines import ServerEngine
 from sg_opd.teachers.http import Endpoints, TeacherServerError, check_url
-from sg_opd.verifiers import grader
+from sg_opd.verifiers import grader, worker
 
 SOURCES = sorted((ROOT / "src" / "sg_opd").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -173,8 +173,8 @@ def test_a_worker_gets_no_secrets(worker_with_secrets):
 def test_a_worker_is_bounded(worker_with_secrets):
     limits = {line[:26].strip(): line[26:].split()[:2] for line in (worker_with_secrets / "limits").open()}
     for name, most in (
-        ("Max address space", grader.WORKER_MEMORY_BYTES),
-        ("Max open files", grader.WORKER_FILES),
+        ("Max address space", worker.MEMORY_BYTES),
+        ("Max open files", worker.LIMITS["NOFILE"]),
         ("Max file size", 0),
         ("Max core file size", 0),
     ):

@@ -1,5 +1,6 @@
 """Hostile answers in short form, and properties of any answer: what it equals, and on what a verdict depends."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hostile import KINDS, attacks
+from hostile import HANGING, ITS_REFERENCE, KINDS, attacks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torture_answers import held, torture_answers
@@ -20,8 +21,10 @@ from torture_answers import held, torture_answers
 from sg_opd import MathVerifier
 from sg_opd.evaluation.figures import Sample
 from sg_opd.evaluation.results import EvaluationFolder
-from sg_opd.verifiers import answers
-from sg_opd.verifiers.answers import MAX_ANSWER, MAX_REFERENCE, quick_verdict
+from sg_opd.verifiers import answers, notation, numerals, quantities, reading, symbols, units
+from sg_opd.verifiers.answers import MAX_ANSWER, MAX_REFERENCE
+from sg_opd.verifiers.comparing import Undecided
+from sg_opd.verifiers.verdicts import quick_verdict
 
 ANSWERS = 300
 # of a property: the grader's workers are slow to start, and the verifier is shared on purpose
@@ -55,6 +58,7 @@ def test_hostile_answers_in_short():
     assert held({**found, "throughput_ratio": 1.0}) == []
 
 
+READERS = (answers, notation, numerals, quantities, reading, symbols, units)
 REPEATED = (
     " ",
     "~",
@@ -80,10 +84,14 @@ REPEATED = (
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("name", [name for name, value in vars(answers).items() if isinstance(value, re.Pattern)])
-def test_no_pattern_takes_more_than_squares_of_its_texts_length(name):
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(m, n) for m in READERS for n, value in vars(m).items() if isinstance(value, re.Pattern)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
+)
+def test_no_pattern_takes_more_than_squares_of_its_texts_length(module, name):
     """They run in the trainer's process, where nothing ends them; one with a repeat in a repeat would take for ever."""
-    pattern = getattr(answers, name)
+    pattern = getattr(module, name)
     for part, end in itertools.product(REPEATED, ("x", "")):
         text = "1" + part * (MAX_ANSWER // len(part)) + end
         pattern.search(text)
@@ -134,7 +142,7 @@ def test_a_long_reference_answer_still_equals_its_own_text(verifier):
 
 
 def test_lone_surrogates_pass_to_a_worker_and_to_a_sample_line(tmp_path, verifier):
-    assert verifier(["\\boxed{x+\ud800}", "\\boxed{x+1}"], ["1+x", "1+x"]) == [0.0, 1.0]
+    assert verifier(["\\boxed{x+\ud800}", "\\boxed{x+1}"], ["1+x", "1+x"]) == [None, 1.0]
     sample = Sample("q", 1, 1, 3, "stop", 0.0, "\ud800", "\\boxed{\ud800}")
     folder = EvaluationFolder(tmp_path, {})
     folder.append([sample])
@@ -151,7 +159,7 @@ def test_lone_surrogates_pass_to_a_worker_and_to_a_sample_line(tmp_path, verifie
         ("42", "42 minus seven", 0.0),
         ("42", r"42\text{ thousand}", 0.0),
         ("42", "42 squared", 0.0),
-        ("42", r"42\text{ is wrong}", 0.0),
+        ("42", r"42\text{ is wrong}", None),
         ("42", "43=42", 0.0),
         ("42", "40+2=42", 1.0),
         ("1/2", "3/6=1/2", 1.0),
@@ -170,7 +178,7 @@ def test_an_orphan_ends_by_itself_within_its_task(tmp_path):
     code = (
         "import os, sys, threading\nfrom sg_opd import MathVerifier\nv = MathVerifier(timeout=2.0, workers=1)\n"
         "v([r'\\boxed{2x}'], ['x+x'])\nprint(v._grader.pool[0].process.pid, flush=True)\n"
-        "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()\nv([r'\\boxed{(x+y+z)^{300}}'], ['7x^2'])\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()\nv([r'\\boxed{\\sum_{k=0}^{300}\\binom{300}{k}x^k}'], ['(1+x)^{300}'])\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     status = Path(f"/proc/{int(run.stdout)}/status")
@@ -211,7 +219,7 @@ def test_a_time_out_delays_no_other_answer():
     """A replacement's start is waited for by nobody but its own task: 20 answers beside one that hangs."""
     verifier = MathVerifier(timeout=1.0, workers=2)
     verifier([r"\boxed{2x}", r"\boxed{3x}"], ["x+x", "x+x"])
-    completions, references = [r"\boxed{(x+y+z)^{300}}", *[r"\boxed{2x}"] * 20], ["7x^2", *["x+x"] * 20]
+    completions, references = [HANGING, *[r"\boxed{2x}"] * 20], [ITS_REFERENCE, *["x+x"] * 20]
     assert verifier(completions, references) == [None, *[1.0] * 20]
     assert len(verifier._grader.pool) == 2  # the replacement is there already
     verifier.close()
@@ -343,7 +351,8 @@ def test_a_verdict_depends_on_no_other_row(data, verifier, single):
 @MANY
 @given(reference=st.text(max_size=60), answer=st.text(max_size=60))
 def test_any_text_is_decided_quickly_or_not_at_all(reference, answer):
-    assert quick_verdict(reference, answer) in (1.0, 0.0, None)
+    with contextlib.suppress(Undecided):
+        assert quick_verdict(reference, answer) in (1.0, 0.0, None)
 
 
 @MANY

@@ -15,11 +15,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hostile import HANGING, ITS_REFERENCE
 
 from sg_opd import MathVerifier
-from sg_opd.verifiers import grader
 from sg_opd.verifiers.answers import extract_answer, last_box
 from sg_opd.verifiers.verdicts import checked_verdicts
+from sg_opd.verifiers.worker import judge_of_tasks
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "arithmetic" / "data"
 
@@ -45,7 +46,7 @@ SAME_OR_NOT = [
     ("12", "1  2", 0.0),
     ("12", r"1\quad 2", 0.0),
     ("11/2", "1 1/2", 0.0),
-    ("100,200", "200,100", 1.0),
+    ("100,200", "200,100", 0.0),
     ("100, 200", "200,100", 1.0),
     (r"\{100, 200\}", "200,100", 1.0),
     ("100,200", "100,300", 0.0),
@@ -173,7 +174,8 @@ SAME_OR_NOT = [
 WHOLE_COMPLETIONS = [
     ("4", r"first \boxed{3}, no: \boxed{4}", 1.0),
     ("4", r"first \boxed{4}, no: \boxed{3}", 0.0),
-    ("4", r"on one line \boxed{3} and \boxed{4}", 1.0),
+    ("4", r"on one line \boxed{3} and \boxed{4}", 0.0),
+    ("3, 4", r"on one line \boxed{3} and \boxed{4}", 1.0),
     ("4", r"\boxed{\boxed{4}}", 1.0),
     ("4", r"\fbox{4}", 1.0),
     ("4", r"\boxed {4}", 1.0),
@@ -286,11 +288,11 @@ def test_hostile_answers_return_within_the_limit_and_are_never_correct(answer):
 def test_a_time_out_abstains_and_leaves_no_process():
     before = [p.pid for p in psutil.Process().children()]
     verifier = MathVerifier(timeout=0.5, workers=2)
-    verdicts = verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"] * 3, ["7x^2", "x+x"] * 3)
+    verdicts = verifier([HANGING, r"\boxed{2x}"] * 3, [ITS_REFERENCE, "x+x"] * 3)
     assert verdicts == [None, 1.0] * 3
     ours = [worker.process.pid for worker in verifier._grader.pool]
     assert len(ours) <= 2
-    others = [p.pid for p in psutil.Process().children() if "grader.py" in str(p.cmdline()) and p.pid not in ours]
+    others = [p.pid for p in psutil.Process().children() if "worker.py" in str(p.cmdline()) and p.pid not in ours]
     assert not [pid for pid in others if pid not in before]  # those that timed out are gone already
     verifier.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ours)
@@ -311,7 +313,7 @@ def test_a_worker_that_dies_at_its_task_abstains():
     pid = verifier._grader.pool[0].process.pid
     threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
     start = time.monotonic()
-    assert verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{2x}"], ["7x^2", "x+x"]) == [None, 1.0]
+    assert verifier([HANGING, r"\boxed{2x}"], [ITS_REFERENCE, "x+x"]) == [None, 1.0]
     assert time.monotonic() - start < 25
     verifier.close()
 
@@ -348,7 +350,7 @@ def test_an_interrupt_does_not_shift_later_verdicts():
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        verifier([r"\boxed{(x+y+z)^{300}}", r"\boxed{3x}"] * 2, ["7x^2", "x+x"] * 2)
+        verifier([HANGING, r"\boxed{3x}"] * 2, [ITS_REFERENCE, "x+x"] * 2)
     for _ in range(3):
         assert verifier([r"\boxed{2x}", r"\boxed{3x}"], ["x+x", "x+x"]) == [1.0, 0.0]
     verifier.close()
@@ -489,7 +491,5 @@ def test_works_in_a_thread():
 )
 def test_what_is_infinite_equals_nothing_finite(reference, answer, verdict, monkeypatch):
     """Even where sympy, as it does now and then, says so: here it says yes to everything."""
-    import math_verify
-
-    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: True)
-    assert grader._judge()(grader.Task(reference, answer)) == verdict
+    monkeypatch.setattr("sg_opd.verifiers.symbols.verify", lambda *_, **__: True)
+    assert judge_of_tasks()(reference, answer) == verdict

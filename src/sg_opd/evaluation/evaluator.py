@@ -101,7 +101,7 @@ def evaluate(
         return EvaluationResult.from_json(folder.result)
     samples = draws.all(folder, progress)
     origin = {**provenance(), "example_prompt": processing_class.decode(draws.prompts[0])}
-    result = EvaluationResult.of(samples, num_samples, settings, origin)
+    result = EvaluationResult.of(samples, num_samples, settings, origin, verifier)
     if folder:
         result.to_json(folder.result)
     return result
@@ -322,5 +322,7 @@ class EvaluationCallback(TrainerCallback):
             for start in range(0, len(places), draws.batch_size):
                 chosen = places[start : start + draws.batch_size]
                 samples += draws.batch(chosen, [(rank, start)] * len(chosen))
-        gathered = {question.id: question for question in gather_object(by_question(samples, draws.num_samples))}
+        gathered = {
+            question.id: question for question in gather_object(by_question(samples, draws.num_samples, draws.verifier))
+        }
         return [gathered[id] for id in draws.ids]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-
-from ..verifiers.answers import canonical_answer
 
 CONFIDENCE = 0.95
 
@@ -44,9 +42,9 @@ class QuestionResult:
     majority: float  #: The chance that a majority vote over all samples is correct, in [0, 1].
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> QuestionResult:
-        """The counts over one question's samples."""
-        answers = [None if s.answer is None else canonical_answer(s.answer) for s in samples]
+    def of(cls, samples: Sequence[Sample], votes: Sequence[Hashable | None] | None = None) -> QuestionResult:
+        """The counts over one question's samples; `votes` are equal where answers are, by default where their texts are."""
+        votes = [sample.answer for sample in samples] if votes is None else votes
         return cls(
             id=samples[0].question_id,
             samples=len(samples),
@@ -55,7 +53,7 @@ class QuestionResult:
             truncated=sum(s.finish_reason == "length" for s in samples),
             parsed=sum(s.answer is not None for s in samples),
             tokens=sum(s.num_tokens for s in samples),
-            majority=majority(answers, [s.verdict == 1.0 for s in samples]),
+            majority=majority(votes, [s.verdict == 1.0 for s in samples]),
         )
 
     def figures(self) -> dict[str, float]:
@@ -71,9 +69,18 @@ class QuestionResult:
         }
 
 
-def by_question(samples: Sequence[Sample], num_samples: int) -> tuple[QuestionResult, ...]:
-    """The counts by question of samples that lie question by question, `num_samples` each."""
-    return tuple(QuestionResult.of(samples[i : i + num_samples]) for i in range(0, len(samples), num_samples))
+def by_question(
+    samples: Sequence[Sample], num_samples: int, verifier: Callable[..., Any] | None = None
+) -> tuple[QuestionResult, ...]:
+    """The counts by question of samples that lie question by question, `num_samples` each.
+
+    Answers are one vote where the verifier says so in its method `votes` (see `MathVerifier.votes`), else where their texts
+    are the same.
+    """
+    rows = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
+    count = getattr(verifier, "votes", lambda questions: questions)
+    votes = count([[sample.answer for sample in row] for row in rows])
+    return tuple(QuestionResult.of(row, vote) for row, vote in zip(rows, votes, strict=True))
 
 
 def figures_over(questions: Sequence[QuestionResult]) -> dict[str, Interval]:

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -43,10 +43,15 @@ class EvaluationResult:
 
     @classmethod
     def of(
-        cls, samples: Sequence[Sample], num_samples: int, settings: dict[str, Any], provenance: dict[str, Any]
+        cls,
+        samples: Sequence[Sample],
+        num_samples: int,
+        settings: dict[str, Any],
+        provenance: dict[str, Any],
+        verifier: Callable[..., Any] | None = None,
     ) -> EvaluationResult:
-        """The result of samples that lie question by question, `num_samples` each."""
-        questions = by_question(samples, num_samples)
+        """The result of samples that lie question by question, `num_samples` each; see `by_question`."""
+        questions = by_question(samples, num_samples, verifier)
         return cls(num_samples, figures_over(questions), questions, settings, provenance)
 
     @property

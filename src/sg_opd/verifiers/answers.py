@@ -13,7 +13,9 @@ MAX_REFERENCE = 4_000  # the same for a reference answer; below the number of di
 THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
 BOX_TOKEN = re.compile(r"\\+(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<brace>\{)?|\\.|[{}]", re.DOTALL)
 # what a box without braces holds: a number, a command with its arguments, or a letter
-BARE = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?%?|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|\\sqrt\{[^{}]*\}|[A-Za-z]")
+BARE = re.compile(
+    r"[+-]?\d[\d,]*(?:\.\d+)?%?|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|\\sqrt\{[^{}]*\}|[A-Za-z]"
+)
 # between two boxes of one answer: a comma or a word, and the name of what the next one is
 JOINT = re.compile(
     r"[\s$]*(?:[,;，、]|\\\\)?[\s$]*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?P<word>and|or|&|或|和)?\s*\}?(?:\\[,;: ]|\\q?quad|[\s$~])*"  # noqa: RUF001
@@ -84,7 +86,9 @@ def reference_answer(solution: Any) -> str | None:
     A number that is not finite is missing; so is an integer longer than `MAX_REFERENCE` digits, which Python refuses to
     write.
     """
-    if solution is None or (isinstance(solution, Real) and not isinstance(solution, int) and not math.isfinite(solution)):
+    if solution is None or (
+        isinstance(solution, Real) and not isinstance(solution, int) and not math.isfinite(solution)
+    ):
         return None
     if isinstance(solution, int) and solution.bit_length() > 3 * MAX_REFERENCE:
         return None

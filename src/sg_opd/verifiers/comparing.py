@@ -124,7 +124,9 @@ class _Comparison:
         if isinstance(other, Expression | Equation) and choice.option is None:  # the letter may be a variable
             other_latex = other.latex if isinstance(other, Expression) else other.sides[-1]
             return self.symbols.equal(choice.letter, other_latex) if choice.letter in other_latex else False
-        return False if choice.option is None else self.same(*((choice.option, b) if choice is a else (a, choice.option)))
+        return (
+            False if choice.option is None else self.same(*((choice.option, b) if choice is a else (a, choice.option)))
+        )
 
     def _words(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Words) and isinstance(b, Words):
@@ -153,7 +155,7 @@ class _Comparison:
                 return self.same(*((one.value, other) if one is a else (other, one.value)))
         items = [self._items(form) for form in (a, b)]
         kinds = [form.kind if isinstance(form, Members) else "list" for form in (a, b)]
-        if "tuple" in kinds and {"set", "or"} & set(kinds) or min(map(len, items)) == 0:
+        if ("tuple" in kinds and {"set", "or"} & set(kinds)) or min(map(len, items)) == 0:
             return False
         if isinstance(a, Expression) or isinstance(b, Expression):
             if not all(isinstance(form, Members) for form in (a, b)) and self._may_be_set(a, b):
@@ -246,7 +248,12 @@ class _Comparison:
         for form, other in ((a, b), (b, a)):
             if isinstance(form, SET_LIKE) and isinstance(other, Number | Special | Quantity | Compound | Labelled):
                 return False
-            if isinstance(form, Interval) and form.brackets == "[]" and isinstance(other, Members) and len(other.items) == 2:
+            if (
+                isinstance(form, Interval)
+                and form.brackets == "[]"
+                and isinstance(other, Members)
+                and len(other.items) == 2
+            ):
                 if other.kind in ("list", "and"):
                     return None  # a list in Python's notation, or an interval
                 return False
@@ -267,11 +274,20 @@ class _Comparison:
 
     def _special(self, a: Form, b: Form) -> Verdict:
         for form, other in ((a, b), (b, a)):
-            if isinstance(form, Special) and form.kind == "ratio" and len(form.value) == 2 and isinstance(other, Number):
+            if (
+                isinstance(form, Special)
+                and form.kind == "ratio"
+                and len(form.value) == 2
+                and isinstance(other, Number)
+            ):
                 return form.value[1] != 0 and form.value[0] / form.value[1] == other.value
             if isinstance(form, Special) and form.kind == "numeral" and isinstance(other, Number):
                 return form.value[0] == other.latex
-            if isinstance(form, Special) and isinstance(other, Expression) and form.kind in ("ratio", "numeral", "ellipsis"):
+            if (
+                isinstance(form, Special)
+                and isinstance(other, Expression)
+                and form.kind in ("ratio", "numeral", "ellipsis")
+            ):
                 return None
         if not (isinstance(a, Special) and isinstance(b, Special) and a.kind == b.kind):
             return False

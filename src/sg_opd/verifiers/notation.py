@@ -86,8 +86,12 @@ LOOKS = re.compile(
     r"|hfill|relax|allowbreak|protect|nonumber)(?![A-Za-z])(?:(?<=left)\s*\.|(?<=right)\s*\.)?|\\[!/]"
 )
 SPACING = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:hphantom|vphantom|phantom|label|tag)\*?\s*\{[^{}]*\}")
-WIDE = re.compile(r"\\[,;:> \t\n]|\\(?:q?quad|enspace|thinspace|medspace|thickspace|space|nobreakspace|newline)(?![A-Za-z])|~")
-COLOUR = re.compile(r"\\color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}|\\(?:text|color)?color(?:box)?\s*(?=\{[^{}]*\}\s*\{)\{[^{}]*\}")
+WIDE = re.compile(
+    r"\\[,;:> \t\n]|\\(?:q?quad|enspace|thinspace|medspace|thickspace|space|nobreakspace|newline)(?![A-Za-z])|~"
+)
+COLOUR = re.compile(
+    r"\\color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}|\\(?:text|color)?color(?:box)?\s*(?=\{[^{}]*\}\s*\{)\{[^{}]*\}"
+)
 DELIMITERS = re.compile(r"\\[\[\]()]|\$\$")
 COMMANDS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), r"\frac"),
@@ -127,13 +131,54 @@ COMMANDS = {
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 # whose argument stays as mathematics
 WRAPPERS = frozenset(
-    "mathbf boldsymbol bm mathit mathnormal underline uline emph boxed fbox framebox mathop mathord mathrel mathbin"
-    " ensuremath displaymath pmb bold symbf symit".split()
+    [
+        "mathbf",
+        "boldsymbol",
+        "bm",
+        "mathit",
+        "mathnormal",
+        "underline",
+        "uline",
+        "emph",
+        "boxed",
+        "fbox",
+        "framebox",
+        "mathop",
+        "mathord",
+        "mathrel",
+        "mathbin",
+        "ensuremath",
+        "displaymath",
+        "pmb",
+        "bold",
+        "symbf",
+        "symit",
+    ]
 )
 # whose argument is words, unless it holds mathematics
 TEXTS = frozenset(
-    "text textbf textit textrm textsf texttt textnormal textup textmd textsc textsl mathrm mathsf mathtt operatorname"
-    " mbox hbox unit si rm".split()
+    [
+        "text",
+        "textbf",
+        "textit",
+        "textrm",
+        "textsf",
+        "texttt",
+        "textnormal",
+        "textup",
+        "textmd",
+        "textsc",
+        "textsl",
+        "mathrm",
+        "mathsf",
+        "mathtt",
+        "operatorname",
+        "mbox",
+        "hbox",
+        "unit",
+        "si",
+        "rm",
+    ]
 )
 MATHS = re.compile(r"[\\$^_=<>]|\d")
 MARKDOWN = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+)(?<=\S)\1")

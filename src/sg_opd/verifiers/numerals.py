@@ -28,15 +28,29 @@ RECURRING = re.compile(
 TIME = re.compile(r"(\d{1,2})(?:[:.](\d\d))?(?::(\d\d))? ?([ap])\.? ?m\.?|(\d{1,2}):(\d\d)(?::(\d\d))?", re.IGNORECASE)
 ISO_DATE = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})")
 SLASHED_DATE = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
-MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 MONTH = re.compile(
     r"\b(january|february|march|april|may|june|july|august|september|october|november|december"
     r"|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec)\b\.?",
     re.IGNORECASE,
 )
 DAY_OR_YEAR = re.compile(r"(\d{1,4})(?:st|nd|rd|th)?\b", re.IGNORECASE)
-NUMERAL = re.compile(r"(?P<digits>[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))")
-BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+NUMERAL = re.compile(
+    r"(?P<digits>[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))"
+)
+BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+    "sixteen": 16,
+}
 REMAINDER = re.compile(r"(\d+) ?(?:[rR]\.?|remainder|rem\.?|with remainder) ?(?:of )?(\d+)")
 RATIO = re.compile(r"(\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+)")
 

@@ -30,7 +30,24 @@ ONE_LETTER_UNITS = frozenset("mgsNJWVLlhKCF")
 VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 NO_UNITS = frozenset(
-    "and or not minus plus negative squared cubed factorial divided times wrong incorrect false mod remainder r".split()
+    [
+        "and",
+        "or",
+        "not",
+        "minus",
+        "plus",
+        "negative",
+        "squared",
+        "cubed",
+        "factorial",
+        "divided",
+        "wrong",
+        "incorrect",
+        "false",
+        "mod",
+        "remainder",
+        "r",
+    ]
 )
 
 

@@ -27,9 +27,56 @@ SENTINEL = re.compile(
 )
 # words of sentences: beside digits or formulas they make prose of it, which nothing can be compared with
 PROSE = frozenset(
-    "is are was were be so the it its hence thus therefore then because since get gets gives give adding there that"
-    " this which have has had can will would should must answer equals let find with our you they he she his her their"
-    " we us if".split()
+    [
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "so",
+        "the",
+        "it",
+        "its",
+        "hence",
+        "thus",
+        "therefore",
+        "then",
+        "because",
+        "since",
+        "get",
+        "gets",
+        "gives",
+        "give",
+        "adding",
+        "there",
+        "that",
+        "this",
+        "which",
+        "have",
+        "has",
+        "had",
+        "can",
+        "will",
+        "would",
+        "should",
+        "must",
+        "answer",
+        "equals",
+        "let",
+        "find",
+        "with",
+        "our",
+        "you",
+        "they",
+        "he",
+        "she",
+        "his",
+        "her",
+        "their",
+        "we",
+        "us",
+        "if",
+    ]
 )
 # words that make a condition of a number
 QUALIFIERS = [
@@ -47,14 +94,18 @@ QUALIFIED = [
 ]
 ABOUT = re.compile(r"(?:about|approximately|roughly|exactly|around|approx\.?) +", re.IGNORECASE)
 LETTER = re.compile(rf"\(?{MARK}?([A-J])\)?[.):]?")
-OPTION = re.compile(rf"(?:\({MARK}?(?P<framed>[A-J])\)|{MARK}?(?P<bare>[A-J])(?: ?[).:](?!\d+$|\d+:)))[.:]? ?(?P<rest>.+)")
+OPTION = re.compile(
+    rf"(?:\({MARK}?(?P<framed>[A-J])\)|{MARK}?(?P<bare>[A-J])(?: ?[).:](?!\d+$|\d+:)))[.:]? ?(?P<rest>.+)"
+)
 CHOICE_WORD = re.compile(rf"{MARK}?(?:option|choice|answer) ?:? ?(?=\(?{MARK}?[A-J]\)?$)", re.IGNORECASE)
 OR = re.compile(rf",? ?(?<![{LETTERS}]){MARK}?or(?![{LETTERS}]) ?,?|,? ?\\lor(?![A-Za-z]) ?(?=[A-Za-z] ?[<>=\\])")
 AND = re.compile(rf",? ?(?<![{LETTERS}]){MARK}?and(?![{LETTERS}]) ?,?|,? ?\\& ?")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 RELATION = re.compile(r"\\(?:le|ge|ne|approx)(?![A-Za-z])|:=|<=|>=|!=|==|[<>=]")
 SIGNS = {"<=": r"\le", ">=": r"\ge", "!=": r"\ne", "==": "=", ":=": "=", r"\approx": "="}
-UNCOUNTED = re.compile(r"\\(?:equiv|notin|pmod|bmod|perp|parallel|cong|subset|subseteq|not|Rightarrow|Leftrightarrow|iff)(?![A-Za-z])")
+UNCOUNTED = re.compile(
+    r"\\(?:equiv|notin|pmod|bmod|perp|parallel|cong|subset|subseteq|not|Rightarrow|Leftrightarrow|iff)(?![A-Za-z])"
+)
 SUBSCRIPT = r"(?:_(?:\{[^{}]{1,30}\}|\\?\w+))?'*"
 POINTS = r"(?:[A-Z]'?){2,6}"
 NAME = re.compile(
@@ -89,6 +140,16 @@ def read(text: str) -> Form | None:
     if not balanced(latex):
         return _choice(text, DEEPEST)  # whose letter may have half of a pair of parentheses
     return None if _is_prose(text) else _read(text, DEEPEST)
+
+
+def read_answer(text: str, reference: Form) -> Form | None:
+    """`read` in the light of the reference answer: beside a list, `100,200` is a list of two and no number."""
+    form = read(text)
+    if isinstance(form, Number) and isinstance(reference, Members) and "," in text:
+        items = [number(part.strip()) for part in plain(text).split(",")]
+        if len(items) > 1 and None not in items:
+            return Members("list", tuple(item for item in items if item is not None))
+    return form
 
 
 def _is_prose(text: str) -> bool:
@@ -174,7 +235,11 @@ def _qualified(text: str, depth: int) -> Found:
         return True, _read(words[about.end() :], depth)
     for sign, pattern in QUALIFIED:
         match = pattern.fullmatch(words)
-        if match and MATHEMATICS.search(match[1]) and not (sign == r"\ge" and pattern is QUALIFIED[5][1] and "+" in match[1]):
+        if (
+            match
+            and MATHEMATICS.search(match[1])
+            and not (sign == r"\ge" and pattern is QUALIFIED[5][1] and "+" in match[1])
+        ):
             value = _read(match[1], depth)
             return True, _bound(sign, value)
     relation = RELATION.match(text)
@@ -287,7 +352,14 @@ def _formula_of(part: str) -> str:
 
 def _is_product(name: str) -> bool:
     """Whether a name may be letters multiplied: `xy`, but neither `AB` nor a word."""
-    return MARK not in name and name.isalpha() and name.isascii() and name.islower() and 1 < len(name) < 5 and name != "ans"
+    return (
+        MARK not in name
+        and name.isalpha()
+        and name.isascii()
+        and name.islower()
+        and 1 < len(name) < 5
+        and name != "ans"
+    )
 
 
 def _names(text: str) -> list[str]:

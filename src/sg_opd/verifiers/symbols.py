@@ -15,7 +15,6 @@ from typing import Any
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
-from sympy.core.relational import Relational
 
 from . import units
 from .comparing import close
@@ -32,7 +31,9 @@ DIGITS = 40  # of a numerical comparison
 AGREE = sympy.Float("1e-25")  # relative difference of two values that are equal, or have to be proven so
 POINTS = (Fraction(3137, 4219), Fraction(7919, 2741), Fraction(-1429, 911))  # at which formulas are compared first
 DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|[a-z]|\)) ?\^\\circ(?! ?[CF])")
-WITHOUT_MEANING = re.compile(r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|to|subset)(?![A-Za-z])")
+WITHOUT_MEANING = re.compile(
+    r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|subset)(?![A-Za-z])"
+)
 SIGNS = re.compile(r"[A-Za-z0-9]|\\(?:aleph|beth|infty|emptyset|hbar|ell|wp|Re|Im|mathbb)")
 COMMAND = re.compile(r"\\[A-Za-z]+")
 SYMMETRIC = re.compile(r" ?\\(cap|cup|land|lor|sim|parallel|perp|cong|Leftrightarrow|iff|oplus|equiv)(?![A-Za-z]) ?")
@@ -159,6 +160,9 @@ def _equal_formulas(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     decimals = [bool(value.atoms(sympy.Float)) for value in (a, b)]
     if a == b:
         return not a.has(sympy.nan, sympy.zoo)
+    infinite = [value.doit().has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan) for value in (a, b)]
+    if any(infinite):  # sympy may call it equal to anything
+        return a.doit() == b.doit() if all(infinite) else False
     if not a.free_symbols and not b.free_symbols:
         return _equal_values(a, b, any(decimals))
     if not any(decimals):
@@ -177,7 +181,8 @@ def _value(formula: sympy.Expr, point: Fraction) -> sympy.Expr | None:
     """Its value where its first letter is `point`, its second twice that and so on; `None` where that is no number."""
     letters = sorted(formula.free_symbols, key=str)
     at = {
-        letter: sympy.Rational(point.numerator, point.denominator) * (1 + sympy.Rational(sum(map(ord, str(letter))) % 97, 89))
+        letter: sympy.Rational(point.numerator, point.denominator)
+        * (1 + sympy.Rational(sum(map(ord, str(letter))) % 97, 89))
         for letter in letters
     }
     value = formula.subs(at).evalf(DIGITS)
@@ -190,9 +195,6 @@ def _agree(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 def _equal_values(a: sympy.Expr, b: sympy.Expr, is_decimal: bool) -> bool | None:
     """Whether two numbers are equal; to six places where one is a decimal, which may be rounded."""
-    infinite = [value.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan) or not value.is_finite for value in (a.doit(), b.doit())]
-    if any(infinite):
-        return a.doit() == b.doit() if all(infinite) else False
     if is_decimal:
         parts = [value.evalf(DIGITS).as_real_imag() for value in (_rational(a), _rational(b))]
         return all(close(*(Fraction(str(part)) for part in pair)) for pair in zip(*parts, strict=True))

@@ -24,7 +24,9 @@ CURRENCIES = {
 SPELLINGS = {
     **{spelling: name for name, spellings in CURRENCIES.items() for spelling in spellings},
     **dict.fromkeys((r"^\circ", "deg", "degs", "degrees", "°"), "degree"),
-    **dict.fromkeys((r"^\circc", "degree celsius", "degrees celsius", "degree centigrade", "degrees c", "celsius"), "degC"),
+    **dict.fromkeys(
+        (r"^\circc", "degree celsius", "degrees celsius", "degree centigrade", "degrees c", "celsius"), "degC"
+    ),
     **dict.fromkeys((r"^\circf", "degree fahrenheit", "degrees fahrenheit", "degrees f", "fahrenheit"), "degF"),
     **dict.fromkeys(("hrs", "hr", "h"), "hour"),
     **dict.fromkeys(("mins", "min"), "minute"),
@@ -77,7 +79,15 @@ def unit(name: str) -> object | None:
         return None
     try:
         return registry().parse_units(text)
-    except (PintError, ValueError, TypeError, AttributeError, SyntaxError, KeyError, AssertionError):  # no name of a unit
+    except (
+        PintError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        KeyError,
+        AssertionError,
+    ):  # no name of a unit
         return None
 
 
@@ -89,7 +99,11 @@ def factor(a: str, b: str) -> float | None:
     if None in units:
         words = [{_singular(word) for word in re.findall(r"[^\W\d]+", name)} for name in (a, b)]
         # "brown eggs" are eggs; two names of which one alone is a unit have nothing in common
-        return 1.0 if units == (None, None) and words[0] and words[1] and (words[0] <= words[1] or words[1] <= words[0]) else None
+        return (
+            1.0
+            if units == (None, None) and words[0] and words[1] and (words[0] <= words[1] or words[1] <= words[0])
+            else None
+        )
     one, other = (registry().Quantity(1.0, some) for some in units)
     if one.dimensionality != other.dimensionality or _is_ratio(units[0]) != _is_ratio(units[1]):
         return None

@@ -24,7 +24,7 @@ from typing import Any
 from .answers import MAX_ANSWER, MAX_REFERENCE, extract_answer, reference_answer
 from .comparing import Undecided, compare, same
 from .grader import Grader, Task
-from .reading import read
+from .reading import read, read_answer
 
 read_reference = functools.lru_cache(maxsize=16_384)(read)
 
@@ -118,6 +118,29 @@ class MathVerifier:
                 tasks[row] = Task(text)
         return sorted(bad | {row for row, value in self._grader.run(tasks).items() if value != 1.0})
 
+    def votes(self, questions: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
+        """A number for each answer, by question: answers that this verifier takes for equal have the same one.
+
+        The number is the place of the first of them within its question; `None` stays `None`. Answers that cannot be
+        read vote by their text.
+        """
+        places = [{answer: answers.index(answer) for answer in answers if answer is not None} for answers in questions]
+        votes: list[dict[str, int]] = [{} for _ in questions]
+        while any(map(len, places)):  # each round settles the first answer that is left of every question
+            pairs = [(number, next(iter(left)), other) for number, left in enumerate(places) for other in left]
+            verdicts = self._compared([(first, other) for _, first, other in pairs])
+            for (number, first, other), verdict in zip(pairs, verdicts, strict=True):
+                if other == first or verdict == 1.0:
+                    votes[number][other] = votes[number].get(first, places[number].get(first, 0))
+            places = [
+                {answer: place for answer, place in left.items() if answer not in votes[number]}
+                for number, left in enumerate(places)
+            ]
+        return [
+            [None if answer is None else chosen[answer] for answer in answers]
+            for answers, chosen in zip(questions, votes, strict=True)
+        ]
+
     def close(self) -> None:
         """End the workers; the next answer that needs one starts them again."""
         self._grader.close()
@@ -138,7 +161,7 @@ def quick_verdict(reference: str | None, answer: str | None) -> float | None:
     if len(reference) > MAX_REFERENCE or len(answer) > MAX_ANSWER:
         return None
     some = read_reference(reference)
-    other = None if some is None else read(answer)
+    other = None if some is None else read_answer(answer, some)
     verdict = None if some is None or other is None else same(some, other)
     return None if verdict is None else float(verdict)
 

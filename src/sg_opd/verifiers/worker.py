@@ -57,7 +57,7 @@ def judge_of_tasks() -> Callable[[str, str | None], float | None]:
     `None`, or whatever it raises, means that it cannot be told.
     """
     from sg_opd.verifiers.comparing import compare, same
-    from sg_opd.verifiers.reading import read
+    from sg_opd.verifiers.reading import read, read_answer
     from sg_opd.verifiers.symbols import FormulaAlgebra
 
     symbols, read_reference = FormulaAlgebra(), functools.lru_cache(maxsize=REFERENCES_KEPT)(read)
@@ -68,7 +68,7 @@ def judge_of_tasks() -> Callable[[str, str | None], float | None]:
             return None
         if answer is None:
             return 1.0 if compare(some, some, symbols) else None
-        other = read(answer)
+        other = read_answer(answer, some)
         verdict = None if other is None else same(some, other, symbols)
         return None if verdict is None else float(verdict)
 
