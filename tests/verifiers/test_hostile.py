@@ -21,9 +21,10 @@ from torture_answers import held, torture_answers
 from sg_opd import MathVerifier
 from sg_opd.evaluation.figures import Sample
 from sg_opd.evaluation.results import EvaluationFolder
-from sg_opd.verifiers import answers, notation, numerals, quantities, reading, symbols, units
+from sg_opd.verifiers import answers
+from sg_opd.verifiers.mathematics import brackets, notation, numerals, quantities, reading, relations, symbols, units
 from sg_opd.verifiers.answers import MAX_ANSWER, MAX_REFERENCE
-from sg_opd.verifiers.comparing import Undecided
+from sg_opd.verifiers.mathematics.comparing import Undecided
 from sg_opd.verifiers.verdicts import quick_verdict
 
 ANSWERS = 300
@@ -58,7 +59,7 @@ def test_hostile_answers_in_short():
     assert held({**found, "throughput_ratio": 1.0}) == []
 
 
-READERS = (answers, notation, numerals, quantities, reading, symbols, units)
+READERS = (answers, brackets, notation, numerals, quantities, reading, relations, symbols, units)
 REPEATED = (
     " ",
     "~",

@@ -491,5 +491,5 @@ def test_works_in_a_thread():
 )
 def test_what_is_infinite_equals_nothing_finite(reference, answer, verdict, monkeypatch):
     """Even where sympy, as it does now and then, says so: here it says yes to everything."""
-    monkeypatch.setattr("sg_opd.verifiers.symbols.verify", lambda *_, **__: True)
+    monkeypatch.setattr("sg_opd.verifiers.mathematics.symbols.verify", lambda *_, **__: True)
     assert judge_of_tasks()(reference, answer) == verdict

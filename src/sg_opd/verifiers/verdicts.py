@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from .answers import MAX_ANSWER, MAX_REFERENCE, extract_answer, reference_answer
-from .comparing import Undecided, compare, same
+from .mathematics.comparing import Undecided, compare, same
 from .grader import Grader, Task
-from .reading import read, read_answer
+from .mathematics.reading import read, read_answer
 
 read_reference = functools.lru_cache(maxsize=16_384)(read)
 

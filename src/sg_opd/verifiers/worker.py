@@ -56,9 +56,9 @@ def judge_of_tasks() -> Callable[[str, str | None], float | None]:
 
     `None`, or whatever it raises, means that it cannot be told.
     """
-    from sg_opd.verifiers.comparing import compare, same
-    from sg_opd.verifiers.reading import read, read_answer
-    from sg_opd.verifiers.symbols import FormulaAlgebra
+    from sg_opd.verifiers.mathematics.comparing import compare, same
+    from sg_opd.verifiers.mathematics.reading import read, read_answer
+    from sg_opd.verifiers.mathematics.symbols import FormulaAlgebra
 
     symbols, read_reference = FormulaAlgebra(), functools.lru_cache(maxsize=REFERENCES_KEPT)(read)
 

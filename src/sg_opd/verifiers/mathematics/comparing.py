@@ -16,6 +16,7 @@ from .forms import (
     Condition,
     Equation,
     Expression,
+    Family,
     Form,
     Interval,
     Labelled,
@@ -26,10 +27,15 @@ from .forms import (
     Words,
 )
 
+from .reading import vector
+
 Verdict = bool | None  # `None`: it cannot be told
 PLACES = 6  # to which a rounded decimal is compared with what is none
 SMALL = Fraction(1, 10**5)  # relative difference of two small numbers that are equal to so many places
 MAX_MEMBERS = 64
+NO_SOLUTION = frozenset(
+    {"no solution", "no solutions", "no real solution", "no real solutions", "empty set", "the empty set", "empty"}
+)
 SET_LIKE = (Condition, Interval)
 
 
@@ -92,6 +98,7 @@ class _Comparison:
         for kinds, rule in (
             (Choice, self._choice),
             (Words, self._words),
+            (Family, self._family),
             (Members, self._members),
             (Equation, self._equation),
             (SET_LIKE, self._set),
@@ -135,6 +142,8 @@ class _Comparison:
             return bool(a.product and b.product) and sorted(a.product) == sorted(b.product)
         words, other = (a, b) if isinstance(a, Words) else (b, a)
         assert isinstance(words, Words)
+        if words.words in NO_SOLUTION and isinstance(other, Expression):
+            return other.latex == r"\emptyset"
         if words.product and isinstance(other, Expression):
             if len(words.product) > 4 and not set(words.product) & set(other.latex):
                 return False
@@ -145,6 +154,13 @@ class _Comparison:
 
     # several
 
+    def _family(self, a: Form, b: Form) -> Verdict:
+        """Two families may be one though they are written otherwise; a number is none."""
+        if isinstance(a, Number | Choice) or isinstance(b, Number | Choice):
+            return False
+        values = [form.value if isinstance(form, Family) else form for form in (a, b)]
+        return self.same(*values) or None
+
     def _members(self, a: Form, b: Form) -> Verdict:
         if any(isinstance(form, SET_LIKE) or _is_region(form) for form in (a, b)):
             return self._set(a, b)
@@ -153,6 +169,7 @@ class _Comparison:
             assert isinstance(one, Equation) and isinstance(other, Members)
             if one.name and isinstance(one.value, Members | Expression):
                 return self.same(*((one.value, other) if one is a else (other, one.value)))
+        a, b = (vector(form.latex) or form if isinstance(form, Expression) else form for form in (a, b))
         items = [self._items(form) for form in (a, b)]
         kinds = [form.kind if isinstance(form, Members) else "list" for form in (a, b)]
         if ("tuple" in kinds and {"set", "or"} & set(kinds)) or min(map(len, items)) == 0:
@@ -164,7 +181,10 @@ class _Comparison:
             return None if len(items[0]) == len(items[1]) else False
         found = self._in_order(*items) if "tuple" in kinds or self._are_named(*items) else self._matched(*items)
         # "2 and 5" for "2 or 5" may or may not be what was meant
-        return None if found and {"and", "or"} <= set(kinds) else found
+        doubtful = {"and", "or"} <= set(kinds) or (
+            kinds.count("or") == 1 and all(isinstance(item, Choice | Words) for item in items[0])
+        )
+        return None if found and doubtful else found
 
     def _items(self, form: Form) -> tuple[Form, ...]:
         """The members; those of a set, or of alternatives, once each."""

@@ -72,6 +72,13 @@ class Members:
 
 
 @dataclass(frozen=True)
+class Family:
+    r"""Values for every integer: `\frac{\pi}{4}+k\pi, k\in\mathbb{Z}`; the integer is called `k`."""
+
+    value: Form
+
+
+@dataclass(frozen=True)
 class Interval:
     """An interval with a square bracket; `(1, 2)` is a tuple until it is compared with a set."""
 
@@ -113,6 +120,7 @@ Form = (
     | Compound
     | Labelled
     | Members
+    | Family
     | Interval
     | Equation
     | Condition

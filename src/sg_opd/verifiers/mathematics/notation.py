@@ -9,73 +9,16 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_DEPTH = 24  # of braces and brackets; deeper is no everyday answer
+from .brackets import closing, closing_parenthesis
+from .signs import CJK, COMMANDS, SIGNS, TEXTS, WRAPPERS
 
-# signs that people type for LaTeX, which Unicode's own normal form would break or leave
-SIGNS = {
-    **dict.fromkeys("−‐‑‒–—﹣－", "-"),  # noqa: RUF001
-    **dict.fromkeys("°º˚", r"^\circ "),
-    **dict.fromkeys("·⋅∙・", r"\cdot "),
-    **dict.fromkeys("≤≦⩽≼", r"\le "),
-    **dict.fromkeys("≥≧⩾≽", r"\ge "),
-    **dict.fromkeys("⁄∕", "/"),  # noqa: RUF001
-    **dict.fromkeys("…⋯", r"\ldots "),
-    **dict.fromkeys("∅⌀Ø", r"\emptyset "),
-    **dict.fromkeys("→⟶", r"\to "),
-    **dict.fromkeys("′ʹ’‘", "'"),  # noqa: RUF001
-    **dict.fromkeys("″“”", '"'),
-    "×": r"\times ",  # noqa: RUF001
-    "÷": r"\div ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "≡": r"\equiv ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",  # noqa: RUF001
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "∉": r"\notin ",
-    "∖": r"\setminus ",  # noqa: RUF001
-    "⊂": r"\subset ",
-    "⊆": r"\subseteq ",
-    "∧": r"\land ",
-    "∨": r"\lor ",  # noqa: RUF001
-    "¬": r"\neg ",
-    "⇒": r"\Rightarrow ",
-    "⇔": r"\Leftrightarrow ",
-    "∠": r"\angle ",
-    "△": r"\triangle ",
-    "∣": r"\mid ",  # noqa: RUF001
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}",
-    "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}",
-    "。": ".",
-    "、": ",",
-    "．": ".",  # noqa: RUF001
-    "％": "%",  # noqa: RUF001
-    "‰": r"\text{ per mille}",
-    "￥": "¥",
-    "￡": "£",
-    "\u200b": "",
-    "\ufeff": "",
-    "\u2061": "",
-    "\u2062": "",
-}
+MAX_DEPTH = 24  # of commands within commands
+
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋"
 SCRIPT = re.compile(rf"[{RAISED}]+|[{LOWERED}]+")
 ROOT = re.compile(r"([√∛∜])\s*(?=[({\w\\])")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-CJK = "\u3400-\u9fff"
 CONNECTIVE = re.compile(rf"(?<![{CJK}])([或和与且及])(?![{CJK}])")
 GREEK = re.compile(r"(?<![A-Za-zΩμ])[α-ωΓΔΘΛΞΠΣΦΨΩ](?![A-Za-z])")  # noqa: RUF001
 
@@ -93,93 +36,7 @@ COLOUR = re.compile(
     r"\\color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}|\\(?:text|color)?color(?:box)?\s*(?=\{[^{}]*\}\s*\{)\{[^{}]*\}"
 )
 DELIMITERS = re.compile(r"\\[\[\]()]|\$\$")
-COMMANDS = {
-    **dict.fromkeys(("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), r"\frac"),
-    **dict.fromkeys(("dbinom", "tbinom"), r"\binom"),
-    **dict.fromkeys(("leq", "leqslant", "leqq"), r"\le"),
-    **dict.fromkeys(("geq", "geqslant", "geqq"), r"\ge"),
-    **dict.fromkeys(("neq",), r"\ne"),
-    **dict.fromkeys(("lt",), "<"),
-    **dict.fromkeys(("gt",), ">"),
-    **dict.fromkeys(("infin",), r"\infty"),
-    **dict.fromkeys(("dots", "cdots", "dotsc", "dotsb", "dotso", "hdots"), r"\ldots"),
-    **dict.fromkeys(("varnothing", "empty"), r"\emptyset"),
-    **dict.fromkeys(("rightarrow", "longrightarrow", "implies", "Longrightarrow"), r"\to"),
-    **dict.fromkeys(("wedge",), r"\land"),
-    **dict.fromkeys(("vee",), r"\lor"),
-    **dict.fromkeys(("lnot",), r"\neg"),
-    **dict.fromkeys(("backslash", "smallsetminus"), r"\setminus"),
-    **dict.fromkeys(("lbrace",), r"\{"),
-    **dict.fromkeys(("rbrace",), r"\}"),
-    **dict.fromkeys(("lbrack",), "["),
-    **dict.fromkeys(("rbrack",), "]"),
-    **dict.fromkeys(("lvert", "rvert", "vert"), "|"),
-    **dict.fromkeys(("colon",), ":"),
-    **dict.fromkeys(("ast",), "*"),
-    **dict.fromkeys(("degree", "textdegree"), r"^\circ"),
-    **dict.fromkeys(("celsius",), r"^\circ C"),
-    **dict.fromkeys(("imath",), "i"),
-    **dict.fromkeys(("textdollar",), r"\$"),
-    **dict.fromkeys(("euro", "texteuro"), "€"),
-    **dict.fromkeys(("pounds", "textsterling"), "£"),
-    **dict.fromkeys(("yen", "textyen"), "¥"),
-    **dict.fromkeys(("cent", "textcent"), "¢"),
-    **dict.fromkeys(("percent", "percentage"), "%"),
-    **dict.fromkeys(("varepsilon",), r"\epsilon"),
-    **dict.fromkeys(("varphi",), r"\phi"),
-}
 COMMAND = re.compile(r"\\([A-Za-z]+)")
-# whose argument stays as mathematics
-WRAPPERS = frozenset(
-    [
-        "mathbf",
-        "boldsymbol",
-        "bm",
-        "mathit",
-        "mathnormal",
-        "underline",
-        "uline",
-        "emph",
-        "boxed",
-        "fbox",
-        "framebox",
-        "mathop",
-        "mathord",
-        "mathrel",
-        "mathbin",
-        "ensuremath",
-        "displaymath",
-        "pmb",
-        "bold",
-        "symbf",
-        "symit",
-    ]
-)
-# whose argument is words, unless it holds mathematics
-TEXTS = frozenset(
-    [
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "textsf",
-        "texttt",
-        "textnormal",
-        "textup",
-        "textmd",
-        "textsc",
-        "textsl",
-        "mathrm",
-        "mathsf",
-        "mathtt",
-        "operatorname",
-        "mbox",
-        "hbox",
-        "unit",
-        "si",
-        "rm",
-    ]
-)
 MATHS = re.compile(r"[\\$^_=<>]|\d")
 MARKDOWN = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+)(?<=\S)\1")
 GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*|\\,)\s*(?=\d{3}(?!\d))")
@@ -219,39 +76,6 @@ def plain(text: str) -> str:
     text = LONG_POWER.sub(r"^{\1}", FUNCTION.sub(r"\\\1", WORD.sub(lambda match: WORDS[match[0]], text)))
     text = SPACED.sub(lambda match: match[1].replace(" ", ""), " ".join(text.split()))
     return _trimmed(text)
-
-
-def balanced(text: str) -> bool:
-    """Whether braces, and brackets but for those of half-open intervals, close in their order, none too deep."""
-    stack: list[str] = []
-    escaped = text.replace("\\{", "\x01").replace("\\}", "\x02")
-    for character in escaped:
-        if character in "{([\x01":
-            stack.append(character)
-            if len(stack) > MAX_DEPTH:
-                return False
-        elif character in "})]\x02":
-            pair = {"}": "{", ")": "([", "]": "[(", "\x02": "\x01"}[character]
-            if not stack or stack.pop() not in pair:
-                return False
-    return not stack
-
-
-def closing(text: str, start: int) -> int:
-    """The place of the brace that closes the one at `start`; -1 where none does."""
-    depth, place = 0, start
-    while place < len(text):
-        character = text[place]
-        if character == "\\":
-            place += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return place
-        place += 1
-    return -1
 
 
 def _typed(text: str) -> str:
@@ -341,7 +165,7 @@ def _arguments(text: str) -> str:
     while (place := text.find(r"\sqrt", place)) >= 0:
         place += 5
         rest = text[place:].lstrip()
-        if rest.startswith("(") and (end := _closing_parenthesis(rest)) > 0:
+        if rest.startswith("(") and (end := closing_parenthesis(rest)) > 0:
             text = f"{text[:place]}{{{rest[1:end]}}}{rest[end + 1 :]}"
     place = 0
     while (place := text.find(r"\frac", place)) >= 0:
@@ -356,15 +180,6 @@ def _arguments(text: str) -> str:
             arguments.append(argument if argument.startswith("{") else f"{{{argument}}}")
         text = text[:place] + "".join(arguments) + rest
     return text
-
-
-def _closing_parenthesis(text: str) -> int:
-    depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return place
-    return -1
 
 
 def _trimmed(text: str) -> str:

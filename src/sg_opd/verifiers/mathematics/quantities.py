@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from .forms import Compound, Expression, Form, Number, Quantity
-from .notation import CJK
+from .signs import CJK
 from .numerals import SCALES, number
 
 MARK = "\ue000"  # before each word that stood in a text command
@@ -49,6 +49,11 @@ NO_UNITS = frozenset(
         "r",
     ]
 )
+
+
+def unmarked(text: str) -> str:
+    """Without the marks of words."""
+    return " ".join(text.replace(MARK, "").split())
 
 
 def quantity(text: str, read: Callable[[str], Form | None] | None = None) -> Form | None:

@@ -35,6 +35,7 @@ WITHOUT_MEANING = re.compile(
     r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|subset)(?![A-Za-z])"
 )
 SIGNS = re.compile(r"[A-Za-z0-9]|\\(?:aleph|beth|infty|emptyset|hbar|ell|wp|Re|Im|mathbb)")
+LOGARITHM = re.compile(r"\\log(?![A-Za-z]| ?_)")
 COMMAND = re.compile(r"\\[A-Za-z]+")
 SYMMETRIC = re.compile(r" ?\\(cap|cup|land|lor|sim|parallel|perp|cong|Leftrightarrow|iff|oplus|equiv)(?![A-Za-z]) ?")
 IMAGINARY = sympy.Symbol("i", real=True), sympy.I
@@ -48,13 +49,23 @@ class FormulaAlgebra:
         if some[0] is None or some[1] is None:
             return canonical(a) == canonical(b) or (None if some != (None, None) else False)
         if all(isinstance(value, sympy.Expr) for value in some):
-            return _equal_formulas(*some)
+            return _equal_formulas(*some) or self._logarithms(a, b)
         return _verified(*some)
+
+    def _logarithms(self, a: str, b: str) -> bool | None:
+        """`None` where two formulas differ, and would be equal if a logarithm without a base were the natural one."""
+        natural = [LOGARITHM.sub(r"\\ln", latex) for latex in (a, b)]
+        return None if natural != [a, b] and self.equal(*natural) else False
 
     def equation(self, a: str, b: str) -> bool | None:
         some = parse(a), parse(b)
         if None in some:
             return canonical(a) == canonical(b) or None
+        sides = [value.lhs - value.rhs for value in some if isinstance(value, sympy.Eq)]
+        if len(sides) == 2 and all(isinstance(side, sympy.Expr) and side.free_symbols for side in sides):
+            ratio = _value(sides[0] / sides[1], POINTS[0]), _value(sides[0] / sides[1], POINTS[1])
+            if None not in ratio and _agree(*ratio):
+                return _equal_formulas(sides[0], sides[1] * sympy.nsimplify(ratio[0], rational=True)) or _verified(*some)
         return _verified(*some)
 
     def are_equal_sides(self, sides: Sequence[str]) -> bool | None:
@@ -137,8 +148,11 @@ def as_set(form: Form) -> sympy.Set | None:
         parts = [as_set(item) for item in form.items]
         if None in parts:
             return None
-        is_condition = any(isinstance(item, Condition) for item in form.items)
-        return sympy.Intersection(*parts) if is_condition and form.kind in ("and", "list") else sympy.Union(*parts)
+        if not any(isinstance(item, Condition) for item in form.items) or form.kind == "or":
+            return sympy.Union(*parts)
+        both = sympy.Intersection(*parts)
+        # a comma between conditions that exclude one another stands for "or"
+        return sympy.Union(*parts) if form.kind == "list" and both.is_empty else both
     return None
 
 

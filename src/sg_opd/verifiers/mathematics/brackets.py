@@ -1,0 +1,110 @@
+"""What stands within which brackets, and the parts of a text between separators outside of all of them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+MAX_DEPTH = 24  # of brackets; deeper is no everyday answer
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+
+
+def balanced(text: str) -> bool:
+    """Whether braces, and brackets but for those of half-open intervals, close in their order, none too deep."""
+    stack: list[str] = []
+    escaped = text.replace("\\{", "\x01").replace("\\}", "\x02")
+    for character in escaped:
+        if character in "{([\x01":
+            stack.append(character)
+            if len(stack) > MAX_DEPTH:
+                return False
+        elif character in "})]\x02":
+            pair = {"}": "{", ")": "([", "]": "[(", "\x02": "\x01"}[character]
+            if not stack or stack.pop() not in pair:
+                return False
+    return not stack
+
+
+def closing(text: str, start: int) -> int:
+    """The place of the brace that closes the one at `start`; -1 where none does."""
+    depth, place = 0, start
+    while place < len(text):
+        character = text[place]
+        if character == "\\":
+            place += 1
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return place
+        place += 1
+    return -1
+
+
+def closing_parenthesis(text: str) -> int:
+    """The place of the parenthesis that closes the first one; -1 where none does."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return place
+    return -1
+
+
+def closes(text: str) -> int:
+    """The place after the bracket that closes the first one; 0 where none does."""
+    depth, place = 0, 0
+    while place < len(text):
+        character = text[place]
+        if character == "\\":
+            place += 1
+            character += text[place : place + 1]
+        depth += (character in ("(", "[", "{", "\\{")) - (character in (")", "]", "}", "\\}"))
+        place += 1
+        if depth == 0:
+            return place
+    return 0
+
+
+def tops(text: str) -> list[bool]:
+    """For each place whether it is outside of all brackets."""
+    depth, found, place = 0, [], 0
+    while place < len(text):
+        width = 2 if text[place] == "\\" and place + 1 < len(text) else 1
+        token = text[place : place + width]
+        depth -= token in (")", "]", "}", "\\}")
+        found += [depth <= 0] * width
+        depth += token in ("(", "[", "{", "\\{")
+        place += width
+    return found
+
+
+def split(text: str, separator: re.Pattern) -> list[str]:
+    """The parts between separators that are outside of all brackets."""
+    if not separator.search(text):
+        return [text]
+    outside, parts, start = tops(text), [], 0
+    for match in separator.finditer(text):
+        if outside[match.start()] and match.end() > match.start():
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [part for part in (*parts, text[start:]) if part.strip()]
+
+
+def commas(text: str, is_within: bool) -> list[str]:
+    """The parts between commas and semicolons; a comma of a number's thousands is none.
+
+    Those are written without a space, and within brackets beside a separator that has one: `(123,456)` is a pair.
+    """
+    if "," not in text and ";" not in text:
+        return [text]
+    spaced = re.search(r", |;", text) is not None
+    grouped = {i for match in THOUSANDS.finditer(text) for i in range(match.start(), match.end()) if text[i] == ","}
+    outside = tops(text)
+    marks = {place for place, character in enumerate(text) if character == "," and outside[place]}
+    if (is_within and not spaced) or (not spaced and marks - grouped):
+        grouped = set()
+    places = sorted(marks - grouped | {i for i, character in enumerate(text) if character == ";" and outside[i]})
+    parts = [text[start + 1 : end] for start, end in itertools.pairwise([-1, *places, len(text)])]
+    return [part for part in parts if part.strip()]
