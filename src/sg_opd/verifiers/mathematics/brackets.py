@@ -6,6 +6,9 @@ import itertools
 import re
 
 MAX_DEPTH = 24  # of brackets; deeper is no everyday answer
+TOKEN = re.compile(r"\\begin(?![A-Za-z])|\\end(?![A-Za-z])|\\.|.", re.DOTALL)
+OPENING = frozenset(("(", "[", "{", "\\{", "\\begin"))
+CLOSING = frozenset((")", "]", "}", "\\}", "\\end"))
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 
 
@@ -68,15 +71,14 @@ def closes(text: str) -> int:
 
 
 def tops(text: str) -> list[bool]:
-    """For each place whether it is outside of all brackets."""
+    r"""For each place whether it is outside of all brackets and environments."""
     depth, found, place = 0, [], 0
-    while place < len(text):
-        width = 2 if text[place] == "\\" and place + 1 < len(text) else 1
-        token = text[place : place + width]
-        depth -= token in (")", "]", "}", "\\}")
-        found += [depth <= 0] * width
-        depth += token in ("(", "[", "{", "\\{")
-        place += width
+    for token in TOKEN.finditer(text):
+        closing, opening = token[0] in CLOSING, token[0] in OPENING
+        depth -= closing
+        found += [depth <= 0] * (token.end() - place)
+        depth += opening
+        place = token.end()
     return found
 
 

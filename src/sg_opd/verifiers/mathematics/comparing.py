@@ -58,6 +58,9 @@ class Symbols(Protocol):
     def same_set(self, a: Form, b: Form) -> Verdict:
         """Whether two conditions, intervals or sets hold the same numbers."""
 
+    def progression(self, a: str, b: str) -> Verdict:
+        """Whether two formulas have the same values where `k` is any integer."""
+
     def factor(self, a: str, b: str) -> Fraction | float | None:
         """How many of unit b one of unit a is; `None` where they measure different things."""
 
@@ -155,11 +158,14 @@ class _Comparison:
     # several
 
     def _family(self, a: Form, b: Form) -> Verdict:
-        """Two families may be one though they are written otherwise; a number is none."""
-        if isinstance(a, Number | Choice) or isinstance(b, Number | Choice):
-            return False
+        """Values for every integer `k`: of arithmetic progressions it can be told whether they are one."""
         values = [form.value if isinstance(form, Family) else form for form in (a, b)]
-        return self.same(*values) or None
+        values = [form.value if isinstance(form, Equation) and form.name else form for form in values]
+        if all(isinstance(value, Members) for value in values):
+            families = [tuple(Family(item) for item in value.items) for value in values if isinstance(value, Members)]
+            return self._matched(*families) if len(families[0]) == len(families[1]) else None
+        latex = [_latex(value) for value in values]
+        return self.symbols.progression(*latex) if all(latex) else None
 
     def _members(self, a: Form, b: Form) -> Verdict:
         if any(isinstance(form, SET_LIKE) or _is_region(form) for form in (a, b)):
@@ -309,15 +315,17 @@ class _Comparison:
                 and form.kind in ("ratio", "numeral", "ellipsis")
             ):
                 return None
-        if not (isinstance(a, Special) and isinstance(b, Special) and a.kind == b.kind):
+        if not isinstance(a, Special) or not isinstance(b, Special):
+            return False
+        if {a.kind, b.kind} == {"ratio", "time"}:  # "4:30" without its half of the day
+            ratio, time = (a, b) if a.kind == "ratio" else (b, a)
+            return len(ratio.value) == 2 and (60 * ratio.value[0] + ratio.value[1] - time.value[0]) % 720 == 0
+        if a.kind != b.kind:
             return False
         if a.kind == "ratio":
             return len(a.value) == len(b.value) and all(
                 p * s == q * r for (p, q), (r, s) in itertools.combinations(zip(a.value, b.value, strict=True), 2)
             )
-        if a.kind == "time":  # without its half of the day it may be either
-            apart = abs(a.value[0] - b.value[0])
-            return apart == 0 or (apart == 720 and not (a.value[1] and b.value[1]))
         if a.kind == "date":
             return a.value[1:] == b.value[1:] and (a.value[0] == b.value[0] or 0 in (a.value[0], b.value[0]))
         return a.value == b.value

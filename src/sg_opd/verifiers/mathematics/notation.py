@@ -20,7 +20,7 @@ SCRIPT = re.compile(rf"[{RAISED}]+|[{LOWERED}]+")
 ROOT = re.compile(r"([√∛∜])\s*(?=[({\w\\])")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 CONNECTIVE = re.compile(rf"(?<![{CJK}])([或和与且及])(?![{CJK}])")
-GREEK = re.compile(r"(?<![A-Za-zΩμ])[α-ωΓΔΘΛΞΠΣΦΨΩ](?![A-Za-z])")  # noqa: RUF001
+GREEK = re.compile(r"[α-λν-ωΓΔΘΛΞΠΣΦΨ]|(?<![A-Za-z])[μΩ](?![A-Za-z])")  # noqa: RUF001
 
 # commands that change the look of what follows, or of the line
 LOOKS = re.compile(
@@ -48,8 +48,13 @@ LONG_POWER = re.compile(r"\^\s*(-?\d{2,}|-\d)")
 WORDS = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "infty": r"\infty "}
 WORD = re.compile(r"(?<![A-Za-z\\{])(pi|infinity|infty|inf)(?![A-Za-z])")
 FUNCTION = re.compile(
-    r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lim|gcd|lcm|max|min|binom)"
+    r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|csc|log|ln|lim|gcd|lcm|binom)"
     r"(?![A-Za-z])(?=[\s({^_\\\d]|$)"
+)
+ROW = "\ue001"  # between the rows of a matrix while spacing is removed
+SYSTEM = re.compile(r"\\left\s*\\\{\s*(?=\\begin)|\\lbrace\s*(?=\\begin)")
+FRACTION_OF_UNITS = re.compile(
+    r"\\frac\{ ?\\text\{([^{}]*)\} ?\}\{ ?\\text\{([^{}]*)\}((?:\^(?:\d|\{\d\}))?) ?\}"
 )
 FULL_STOP = re.compile(r"(?<![.\s])\s*\.$")
 BOUNDARY = re.compile(r"^(?:[\s;]|,\s|=(?!=)\s*|\\approx\s*|\\sim\s*(?=\d))+|(?:[\s,;]|\\\\|(?<!\\)\\)+$")
@@ -61,21 +66,21 @@ def plain(text: str) -> str:
     It is idempotent but for what a second look would unwrap again.
     """
     text = _typed(text)
-    if r"\begin" not in text:
+    if r"\begin" in text:
+        text = text.replace("\\\\", ROW)  # of a matrix or a system
+    else:
         text = re.sub(r"\\\\(?=[A-Za-z$%])", r"\\", text)
     text = COMMAND.sub(lambda match: COMMANDS.get(match[1], match[0]) + " " * (match[1] in COMMANDS), text)
-    text = GROUPED.sub("", text)
-    text = COMMA_POINT.sub(".", text)
-    text = SPACING.sub(" ", LOOKS.sub(" ", text))
-    text = COLOUR.sub("", text)
+    text = COMMA_POINT.sub(".", GROUPED.sub("", text))
+    text = COLOUR.sub("", SPACING.sub(" ", LOOKS.sub(" ", SYSTEM.sub("", text))))
     text = _unwrapped(_delimiters(text))
     text = WIDE.sub(" ", text).replace("\\%", "%").replace("\\ ", " ")
-    text = _arguments(text)
-    text = _trimmed(text).replace("**", "^").replace("^{\\circ}", r"^\circ ").replace("^ \\circ", r"^\circ ")
+    text = FRACTION_OF_UNITS.sub(r" \\text{\1}/\\text{\2}\3 ", _trimmed(_arguments(text)))
+    text = text.replace("**", "^").replace("^{\\circ}", r"^\circ ").replace("^ \\circ", r"^\circ ")
     text = text.replace("...", r"\ldots ")
     text = LONG_POWER.sub(r"^{\1}", FUNCTION.sub(r"\\\1", WORD.sub(lambda match: WORDS[match[0]], text)))
     text = SPACED.sub(lambda match: match[1].replace(" ", ""), " ".join(text.split()))
-    return _trimmed(text)
+    return _trimmed(text).replace(ROW, "\\\\")
 
 
 def _typed(text: str) -> str:

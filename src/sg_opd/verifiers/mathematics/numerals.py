@@ -36,7 +36,7 @@ MONTH = re.compile(
 )
 DAY_OR_YEAR = re.compile(r"(\d{1,4})(?:st|nd|rd|th)?\b", re.IGNORECASE)
 NUMERAL = re.compile(
-    r"(?P<digits>[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))"
+    r"(?P<digits>[0-9A-F]*[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))"
 )
 BASES = {
     "two": 2,
@@ -125,12 +125,13 @@ def _recurring(match: re.Match) -> Number:
 
 
 def _time(match: re.Match, text: str) -> Special | None:
-    """Minutes after midnight and whether the half of the day is known; without it `12:30` may be a ratio too."""
+    """Minutes after midnight."""
     hour, minute, half = int(match[1] or match[5]), int(match[2] or match[6] or 0), (match[4] or "").casefold()
-    if hour > (12 if half else 24) or minute > 59:
+    if not half:  # a ratio, until it is compared with a time
         return _ratio(text)
-    hour = hour % 12 + 12 * (half == "p") if half else hour
-    return Special("time", (60 * hour + minute + int(match[3] or match[7] or 0) / 60, bool(half) or hour > 12))
+    if hour > 12 or minute > 59:
+        return None
+    return Special("time", (60 * (hour % 12 + 12 * (half == "p")) + minute + int(match[3] or 0) / 60,))
 
 
 def _date(text: str) -> Special | None:

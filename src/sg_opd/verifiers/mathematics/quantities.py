@@ -116,7 +116,7 @@ def compound(text: str) -> Compound | None:
 
 def _is_formula(head: str) -> bool:
     """Whether what stands before a unit can be a number: no words, no angle's function, a closed end."""
-    ends = re.search(r"(?:[\d)}\]!]|\\pi|[A-Za-z])$", head.rstrip()) is not None
+    ends = re.search(r"(?:[\d)}\]!.]|\\pi|(?<![A-Za-z\\])[A-Za-z])$", head.rstrip()) is not None
     return ends and MARK not in head and head.isascii() and not FUNCTION.search(head)
 
 
@@ -129,6 +129,7 @@ def _may_be_unit(unit: str, head: str, is_apart: bool) -> bool:
 
 def _is_sure(unit: str, is_apart: bool) -> bool:
     """Whether letters outside of text commands are no product: signs, other scripts, or a word with a space before it."""
+    unit = unit.replace(r"\cdot", "")
     if re.search(rf"[^A-Za-z ^{{}}\d.*/-]|[{CJK}]|\\", unit):
         return True
     words = re.findall(r"[A-Za-z]+", unit)

@@ -45,19 +45,21 @@ CHOICE_WORD = re.compile(rf"{MARK}?(?:option|choice|answer) ?:? ?(?=\(?{MARK}?[A
 OR = re.compile(
     rf",? ?(?<![{LETTERS}]){MARK}?or(?![{LETTERS}]) ?,?|,? ?\\lor(?![A-Za-z]) ?(?=[A-Za-z] ?[<>=\\])", re.IGNORECASE
 )
-AND = re.compile(rf",? ?(?<![{LETTERS}]){MARK}?and(?![{LETTERS}]) ?,?|,? ?\\& ?", re.IGNORECASE)
+AND = re.compile(
+    rf",? ?(?<![{LETTERS}]){MARK}?and(?![{LETTERS}]) ?,?|,? ?\\& ?|,? ?\\land(?![A-Za-z]) ?(?=[A-Za-z] ?[<>=\\])", re.IGNORECASE
+)
 SET_BUILDER = re.compile(r"(?P<name>.{1,60}?) ?(?:\\mid(?![A-Za-z])|\||:) ?(?P<condition>.+)")
 INTEGER = re.compile(
     rf"[,;]? ?\(?(?:{MARK}?where |{MARK}?for |{MARK}?any )*(?P<name>[a-z]) ?"
     rf"(?:\\in ?(?:\\mathbb ?\{{? ?[ZN] ?\}}?|[ZN])(?:\^[+*])?|{MARK}?is {MARK}?an {MARK}?integer)\)?$"
 )
-ROWS = re.compile(r"(?:\\\{ ?)?\\begin\{(?:cases|aligned|align\*?|gathered)\}(?P<rows>.+)\\end\{[a-z*]+\}")
+ROWS = re.compile(r"(?:\\\{ ?)?\\begin\{(?:cases|aligned|align\*?|gathered|array)\}(?:\{[lcr ]*\})?(?P<rows>.+)\\end\{[a-z*]+\}")
 MATRIX = re.compile(r"[(\[]?\\begin\{[pbv]?(matrix|array)\}(?:\{[^{}]*\})?(?P<rows>.*)\\end\{[pbv]?\1\}[)\]]?")
 PM = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 MAX_PM = 3  # signs, each doubling the members
 WORD = re.compile(rf"{MARK}?[{LETTERS}]+")
-VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
 LABEL = re.compile(rf"((?:{MARK}?[{LETTERS}]{{2,}}[.]? ?)+:?) ?(?=\S)")
+BARE_LABEL = re.compile(r"(?=[^ ]*[aeiouy])[A-Za-z]*[a-z]{2}[a-z ]* ")
 PAIRS = {"(": ")]", "[": "])", "\\{": "\\}"}
 
 
@@ -268,7 +270,7 @@ def _single(text: str, depth: int) -> Form | None:
     if measured is not None:
         return measured
     label = LABEL.match(text)
-    if label and (MARK in label[1] or label[1].endswith(":") or (label[1].endswith(" ") and VOWEL.search(label[1]))):
+    if label and (MARK in label[1] or label[1].endswith(":") or BARE_LABEL.fullmatch(label[1])):
         value = _read(text[label.end() :], depth)
         return None if value is None else Labelled(unmarked(label[1]).strip(" :").casefold(), value)
     return None if MARK in text or not text.isascii() else Expression(text)

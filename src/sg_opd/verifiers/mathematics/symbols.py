@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
+from sympy.core.relational import Relational
 
 from . import units
 from .comparing import close
@@ -46,8 +47,8 @@ class FormulaAlgebra:
 
     def equal(self, a: str, b: str) -> bool | None:
         some = parse(a), parse(b)
-        if some[0] is None or some[1] is None:
-            return canonical(a) == canonical(b) or (None if some != (None, None) else False)
+        if None in some:
+            return _same_signs(a, b, some)
         if all(isinstance(value, sympy.Expr) for value in some):
             return _equal_formulas(*some) or self._logarithms(a, b)
         return _verified(*some)
@@ -60,7 +61,7 @@ class FormulaAlgebra:
     def equation(self, a: str, b: str) -> bool | None:
         some = parse(a), parse(b)
         if None in some:
-            return canonical(a) == canonical(b) or None
+            return _same_signs(a, b, some)
         sides = [value.lhs - value.rhs for value in some if isinstance(value, sympy.Eq)]
         if len(sides) == 2 and all(isinstance(side, sympy.Expr) and side.free_symbols for side in sides):
             ratio = _value(sides[0] / sides[1], POINTS[0]), _value(sides[0] / sides[1], POINTS[1])
@@ -79,12 +80,25 @@ class FormulaAlgebra:
     def same_set(self, a: Form, b: Form) -> bool | None:
         some = as_set(a), as_set(b)
         if None in some:
-            relations = [parse(form.latex) for form in (a, b) if isinstance(form, Condition)]
-            return _verified(*relations) if len(relations) == 2 and None not in relations else None
+            bounds = [_bounds(parse(form.latex)) for form in (a, b) if isinstance(form, Condition)]
+            return _same_bounds(*bounds) if len(bounds) == 2 else None
         if some[0] == some[1]:
             return True
         empty = sympy.SymmetricDifference(*some).is_empty
         return empty if empty is not None else _verified(*some) or None
+
+    def progression(self, a: str, b: str) -> bool | None:
+        k = sympy.Symbol("k", real=True)
+        some = [sympy.expand(parse(latex)) for latex in (a, b)]
+        steps = [value.diff(k) for value in some]
+        if any(step.has(k) for step in steps):
+            return _equal_formulas(*some) or None
+        if 0 in steps:
+            return False if steps != [0, 0] else _equal_formulas(*some)
+        if not _equal_formulas(abs(steps[0]), abs(steps[1])):
+            return False
+        shift = sympy.simplify((some[0] - some[1]).subs(k, 0) / steps[0])
+        return shift.is_integer
 
     def factor(self, a: str, b: str) -> float | None:
         return units.factor(a, b)
@@ -129,6 +143,11 @@ def canonical(latex: str) -> tuple[str, ...]:
     return tuple(sorted(parts[::2]) + sorted(operators)) if len(operators) == 1 else ("".join(parts),)
 
 
+def _same_signs(a: str, b: str, parsed: Sequence[Any]) -> bool | None:
+    """What can be told of formulas that are not both read: two without a meaning to sympy differ where their signs do."""
+    return canonical(a) == canonical(b) or (None if any(value is not None for value in parsed) else False)
+
+
 def as_set(form: Form) -> sympy.Set | None:
     """The numbers that a condition, an interval or a set holds; `None` for what is no such thing."""
     if isinstance(form, Number | Expression):
@@ -154,6 +173,33 @@ def as_set(form: Form) -> sympy.Set | None:
         # a comma between conditions that exclude one another stands for "or"
         return sympy.Union(*parts) if form.kind == "list" and both.is_empty else both
     return None
+
+
+def _bounds(relation: Any) -> list[tuple[type, sympy.Expr]]:
+    """An inequality, or a chain of them, as kinds and expressions that are positive; nothing of what is none."""
+    parts = relation.args if isinstance(relation, sympy.And) else (relation,)
+    if not all(isinstance(part, Relational) for part in parts):
+        return []
+    return [
+        (type(part), part.lhs - part.rhs)
+        if isinstance(part, sympy.Ne | sympy.Eq)
+        else (sympy.StrictGreaterThan if isinstance(part, sympy.Gt | sympy.Lt) else sympy.GreaterThan, part.gts - part.lts)
+        for part in parts
+    ]
+
+
+def _same_bounds(a: list[tuple[type, sympy.Expr]], b: list[tuple[type, sympy.Expr]]) -> bool | None:
+    """Whether the expressions are pairwise the same, but for a positive factor."""
+    if not a or not b:
+        return None
+    left = list(b)
+    for kind, some in a:
+        ratios = [(other, sympy.simplify(some / expression)) for other, expression in left]
+        found = [ratio.is_number and (ratio > 0 or kind is sympy.Ne) and kind is other for other, ratio in ratios]
+        if True not in found:
+            return False
+        left.pop(found.index(True))
+    return not left
 
 
 def _rational(value: Any) -> Any:
