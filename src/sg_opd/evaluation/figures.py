@@ -43,7 +43,7 @@ class QuestionResult:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], votes: Sequence[Hashable | None] | None = None) -> QuestionResult:
-        """The counts over one question's samples; `votes` are equal where answers are, by default where their texts are."""
+        """The counts over one question's samples; `votes` are equal where answers are (default: their texts)."""
         votes = [sample.answer for sample in samples] if votes is None else votes
         return cls(
             id=samples[0].question_id,
@@ -74,8 +74,8 @@ def by_question(
 ) -> tuple[QuestionResult, ...]:
     """The counts by question of samples that lie question by question, `num_samples` each.
 
-    Answers are one vote where the verifier says so in its method `votes` (see `MathVerifier.votes`), else where their texts
-    are the same.
+    Answers are one vote where the verifier says so in its method `votes` (see `MathVerifier.votes`), else where their
+    texts are the same.
     """
     rows = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
     count = getattr(verifier, "votes", lambda questions: questions)

@@ -18,7 +18,8 @@ BARE = re.compile(
 )
 # between two boxes of one answer: a comma or a word, and the name of what the next one is
 JOINT = re.compile(
-    r"[\s$]*(?:[,;，、]|\\\\)?[\s$]*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?P<word>and|or|&|或|和)?\s*\}?(?:\\[,;: ]|\\q?quad|[\s$~])*"  # noqa: RUF001
+    r"[\s$]*(?:[,;，、]|\\\\)?[\s$]*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?P<word>and|or|&|或|和)?"  # noqa: RUF001
+    r"\s*\}?(?:\\[,;: ]|\\q?quad|[\s$~])*"
     r"(?:\\?[A-Za-z](?:_(?:\w|\{\w{1,9}\}))?\s*=\s*)?"
 )
 SEPARATED = re.compile(r"[,;，、&]|\b(?:and|or)\b|[或和]")  # noqa: RUF001

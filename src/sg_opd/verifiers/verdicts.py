@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from .answers import MAX_ANSWER, MAX_REFERENCE, extract_answer, reference_answer
-from .mathematics.comparing import Undecided, compare, same
 from .grader import Grader, Task
+from .mathematics.comparing import UndecidedError, compare, same
 from .mathematics.reading import read, read_answer
 
 read_reference = functools.lru_cache(maxsize=16_384)(read)
@@ -94,7 +94,7 @@ class MathVerifier:
         for row, (reference, answer) in enumerate(pairs):
             try:
                 verdicts.append(quick_verdict(reference, answer))
-            except Undecided:
+            except UndecidedError:
                 verdicts.append(None)
                 tasks[row] = Task(str(reference), answer)
         for row, verdict in self._grader.run(tasks).items():
@@ -114,7 +114,7 @@ class MathVerifier:
                 continue
             try:
                 compare(form, form)
-            except Undecided:
+            except UndecidedError:
                 tasks[row] = Task(text)
         return sorted(bad | {row for row, value in self._grader.run(tasks).items() if value != 1.0})
 
@@ -150,7 +150,7 @@ def quick_verdict(reference: str | None, answer: str | None) -> float | None:
     """The verdict where no sympy is needed.
 
     Raises:
-        Undecided: a worker is needed.
+        UndecidedError: a worker is needed.
     """
     if reference is None:
         return None

@@ -5,10 +5,7 @@ It decides by itself what needs no sympy; the rest it asks `Symbols`, which work
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Protocol
 
 from .forms import (
     Choice,
@@ -26,77 +23,33 @@ from .forms import (
     Special,
     Words,
 )
-
+from .measures import MeasureComparison, Symbols, UndecidedError, Verdict, latex_of
 from .reading import vector
 
-Verdict = bool | None  # `None`: it cannot be told
-PLACES = 6  # to which a rounded decimal is compared with what is none
-SMALL = Fraction(1, 10**5)  # relative difference of two small numbers that are equal to so many places
-MAX_MEMBERS = 64
+__all__ = ["Symbols", "UndecidedError", "Verdict", "compare", "same"]
+
 NO_SOLUTION = frozenset(
     {"no solution", "no solutions", "no real solution", "no real solutions", "empty set", "the empty set", "empty"}
 )
 SET_LIKE = (Condition, Interval)
-
-
-class Undecided(Exception):
-    """The comparison needs sympy or units, and there are none here."""
-
-
-class Symbols(Protocol):
-    """What a worker knows of formulas, sets and units; see `symbols`."""
-
-    def equal(self, a: str, b: str) -> Verdict:
-        """Whether two formulas are equal."""
-
-    def equation(self, a: str, b: str) -> Verdict:
-        """Whether two equations have the same solutions."""
-
-    def are_equal_sides(self, sides: Sequence[str]) -> Verdict:
-        """Whether all sides that are numbers are one number; `None` where less than two are."""
-
-    def same_set(self, a: Form, b: Form) -> Verdict:
-        """Whether two conditions, intervals or sets hold the same numbers."""
-
-    def progression(self, a: str, b: str) -> Verdict:
-        """Whether two formulas have the same values where `k` is any integer."""
-
-    def factor(self, a: str, b: str) -> Fraction | float | None:
-        """How many of unit b one of unit a is; `None` where they measure different things."""
-
-    def knows(self, unit: str) -> bool:
-        """Whether it is the name of a unit."""
+MAX_MEMBERS = 64
 
 
 def same(reference: Form, answer: Form, symbols: Symbols | None = None) -> Verdict:
     """Whether an answer equals a reference answer.
 
     Raises:
-        Undecided: without `symbols`, where they are needed.
+        UndecidedError: without `symbols`, where they are needed.
     """
     return reference == answer or compare(reference, answer, symbols)
 
 
 def compare(a: Form, b: Form, symbols: Symbols | None = None) -> Verdict:
-    """As `same`, without a glance at whether both are written alike: of one form it tells whether it can be compared."""
+    """As `same`, but not content with both being written alike: of one form it tells whether it can be compared."""
     return _Comparison(symbols).same(a, b)
 
 
-def close(a: Fraction, b: Fraction) -> bool:
-    """Whether a number and a decimal that may be rounded are equal: to six places, small ones to five digits."""
-    return round(a, PLACES) == round(b, PLACES) and abs(a - b) <= SMALL * max(abs(a), abs(b))
-
-
-class _Comparison:
-    def __init__(self, symbols: Symbols | None) -> None:
-        self.given = symbols
-
-    @property
-    def symbols(self) -> Symbols:
-        if self.given is None:
-            raise Undecided
-        return self.given
-
+class _Comparison(MeasureComparison):
     def same(self, a: Form, b: Form) -> Verdict:
         for kinds, rule in (
             (Choice, self._choice),
@@ -114,15 +67,7 @@ class _Comparison:
                 return rule(a, b)
         if isinstance(a, Number) and isinstance(b, Number):
             return self._number(a, b)
-        assert isinstance(a, Number | Expression) and isinstance(b, Number | Expression)
-        return self.symbols.equal(a.latex, b.latex)
-
-    def _number(self, a: Number, b: Number) -> bool:
-        if a.value == b.value or a.is_decimal == b.is_decimal:
-            return a.value == b.value
-        exact = b if a.is_decimal else a
-        # a decimal may be a rounded value of what no decimal is equal to
-        return 10**400 % exact.value.denominator != 0 and close(a.value, b.value)
+        return self.symbols.equal(latex_of(a), latex_of(b))
 
     def _choice(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Choice) and isinstance(b, Choice):
@@ -164,7 +109,7 @@ class _Comparison:
         if all(isinstance(value, Members) for value in values):
             families = [tuple(Family(item) for item in value.items) for value in values if isinstance(value, Members)]
             return self._matched(*families) if len(families[0]) == len(families[1]) else None
-        latex = [_latex(value) for value in values]
+        latex = [latex_of(value) for value in values]
         return self.symbols.progression(*latex) if all(latex) else None
 
     def _members(self, a: Form, b: Form) -> Verdict:
@@ -172,7 +117,7 @@ class _Comparison:
             return self._set(a, b)
         if isinstance(a, Equation) or isinstance(b, Equation):
             one, other = (a, b) if isinstance(a, Equation) else (b, a)
-            assert isinstance(one, Equation) and isinstance(other, Members)
+            assert isinstance(one, Equation)
             if one.name and isinstance(one.value, Members | Expression):
                 return self.same(*((one.value, other) if one is a else (other, one.value)))
         a, b = (vector(form.latex) or form if isinstance(form, Expression) else form for form in (a, b))
@@ -180,9 +125,8 @@ class _Comparison:
         kinds = [form.kind if isinstance(form, Members) else "list" for form in (a, b)]
         if ("tuple" in kinds and {"set", "or"} & set(kinds)) or min(map(len, items)) == 0:
             return False
-        if isinstance(a, Expression) or isinstance(b, Expression):
-            if not all(isinstance(form, Members) for form in (a, b)) and self._may_be_set(a, b):
-                return self._set(a, b)
+        if self._may_be_set(a, b):
+            return self._set(a, b)
         if len(items[0]) != len(items[1]) or max(map(len, items)) > MAX_MEMBERS:
             return None if len(items[0]) == len(items[1]) else False
         found = self._in_order(*items) if "tuple" in kinds or self._are_named(*items) else self._matched(*items)
@@ -219,20 +163,6 @@ class _Comparison:
     def _in_order(self, a: Sequence[Form], b: Sequence[Form]) -> Verdict:
         a, b = (sorted(some, key=_name) if all(map(_name, some)) else some for some in (a, b))
         return _all(self.same(one, other) for one, other in zip(a, b, strict=True))
-
-    def _matched(self, a: Sequence[Form], b: Sequence[Form]) -> Verdict:
-        """Whether the members of one side can be paired with equal ones of the other, each once."""
-        left, unsure = list(b), False
-        for one in a:
-            verdicts = [self.same(one, other) for other in left]
-            if True in verdicts:
-                left.pop(verdicts.index(True))
-            elif None in verdicts:
-                left.pop(verdicts.index(None))
-                unsure = True
-            else:
-                return False
-        return None if unsure else True
 
     # relations and sets
 
@@ -288,119 +218,6 @@ class _Comparison:
             return False
         return self.symbols.same_set(a, b)
 
-    # numbers with something
-
-    def _labelled(self, a: Form, b: Form) -> Verdict:
-        if isinstance(a, Labelled) and isinstance(b, Labelled):
-            return self.same(a.value, b.value) if a.label == b.label else False
-        labelled, other = (a, b) if isinstance(a, Labelled) else (b, a)
-        assert isinstance(labelled, Labelled)
-        found = self.same(*((labelled.value, other) if labelled is a else (other, labelled.value)))
-        return None if found else found
-
-    def _special(self, a: Form, b: Form) -> Verdict:
-        for form, other in ((a, b), (b, a)):
-            if (
-                isinstance(form, Special)
-                and form.kind == "ratio"
-                and len(form.value) == 2
-                and isinstance(other, Number)
-            ):
-                return form.value[1] != 0 and form.value[0] / form.value[1] == other.value
-            if isinstance(form, Special) and form.kind == "numeral" and isinstance(other, Number):
-                return form.value[0] == other.latex
-            if (
-                isinstance(form, Special)
-                and isinstance(other, Expression)
-                and form.kind in ("ratio", "numeral", "ellipsis")
-            ):
-                return None
-        if not isinstance(a, Special) or not isinstance(b, Special):
-            return False
-        if {a.kind, b.kind} == {"ratio", "time"}:  # "4:30" without its half of the day
-            ratio, time = (a, b) if a.kind == "ratio" else (b, a)
-            return len(ratio.value) == 2 and (60 * ratio.value[0] + ratio.value[1] - time.value[0]) % 720 == 0
-        if a.kind != b.kind:
-            return False
-        if a.kind == "ratio":
-            return len(a.value) == len(b.value) and all(
-                p * s == q * r for (p, q), (r, s) in itertools.combinations(zip(a.value, b.value, strict=True), 2)
-            )
-        if a.kind == "date":
-            return a.value[1:] == b.value[1:] and (a.value[0] == b.value[0] or 0 in (a.value[0], b.value[0]))
-        return a.value == b.value
-
-    def _quantity(self, a: Form, b: Form) -> Verdict:
-        if isinstance(a, Quantity) and isinstance(b, Quantity):
-            if _unit(a.unit) == _unit(b.unit):
-                return self.same(a.number, b.number)
-            for product in {a.product, b.product} - {""}:
-                if not self.symbols.knows(a.unit if product == a.product else b.unit):
-                    return self._as_products(a, b)
-            return self._converted(a.number, a.unit, b.number, b.unit)
-        quantity, other = (a, b) if isinstance(a, Quantity) else (b, a)
-        assert isinstance(quantity, Quantity)
-        if not isinstance(other, Number | Expression):
-            return False
-        if quantity.product and not self.symbols.knows(quantity.unit):
-            return self._as_products(a, b)
-        equal = self.same(*((quantity.number, other) if quantity is a else (other, quantity.number)))
-        if quantity.unit == "%":
-            return self._percent(quantity.number, other, equal, quantity is a)
-        if not equal and quantity.unit == r"^\circ" and isinstance(other, Expression):  # radians
-            return self.symbols.equal(rf"({_latex(quantity.number)})\frac{{\pi}}{{180}}", other.latex)
-        return equal
-
-    def _as_products(self, a: Form, b: Form) -> Verdict:
-        """Letters that are no unit are factors."""
-        latex = [form.product if isinstance(form, Quantity) else _latex(form) for form in (a, b)]
-        return self.symbols.equal(*latex) if all(latex) else False
-
-    def _percent(self, per_cent: Form, other: Form, equal: Verdict, is_reference: bool) -> Verdict:
-        """`30\\%` is 0.3, and 30 where a number of per cent was asked for; but no fraction is its own per cent."""
-        if isinstance(per_cent, Number) and isinstance(other, Number):
-            part = Number(per_cent.value / 100, "", per_cent.is_decimal)
-            if self._number(part, other):
-                return True
-            if equal and abs(per_cent.value) < 1:
-                return None if is_reference else False
-            return equal
-        return self.symbols.equal(rf"\frac{{{_latex(per_cent)}}}{{100}}", _latex(other)) or equal
-
-    def _converted(self, a: Form, unit: str, b: Form, other: str) -> Verdict:
-        """Whether two quantities of different units are equal, as 2 hours and 120 minutes are."""
-        factor = self.symbols.factor(unit, other)
-        if factor is None:
-            return False
-        if isinstance(a, Number) and isinstance(b, Number):
-            value = a.value * Fraction(factor)
-            if factor == 1:
-                return self._number(Number(value, "", a.is_decimal), b)
-            return abs(value - b.value) <= Fraction(1, 10**9) * abs(b.value)
-        scale = Fraction(factor).limit_denominator(10**9)
-        return self.symbols.equal(rf"({_latex(a)})\cdot\frac{{{scale.numerator}}}{{{scale.denominator}}}", _latex(b))
-
-    def _compound(self, a: Form, b: Form) -> Verdict:
-        parts = [form.parts if isinstance(form, Compound) else (form,) for form in (a, b)]
-        if not all(isinstance(part, Quantity) for some in parts for part in some):
-            members = [Members("list", form.parts) if isinstance(form, Compound) else form for form in (a, b)]
-            return self._members(*members) if isinstance(a, Members) or isinstance(b, Members) else False
-        totals = [self._total(some) for some in parts]  # type: ignore[arg-type]
-        if None in totals or self.symbols.factor(parts[0][0].unit, parts[1][0].unit) is None:  # type: ignore[union-attr]
-            return self._matched(*parts) if len(parts[0]) == len(parts[1]) else False
-        (one, unit), (two, other) = totals  # type: ignore[misc]
-        return self._converted(one, unit, two, other)
-
-    def _total(self, parts: tuple[Quantity, ...]) -> tuple[Number, str] | None:
-        """The sum in the unit of the first part; `None` where the parts measure different things."""
-        total = Fraction(0)
-        for part in parts:
-            factor = self.symbols.factor(part.unit, parts[0].unit)
-            if factor is None or not isinstance(part.number, Number):
-                return None
-            total += part.number.value * Fraction(factor).limit_denominator(10**9)
-        return Number(total, "", any(getattr(part.number, "is_decimal", False) for part in parts)), parts[0].unit
-
 
 def _is_region(form: Form) -> bool:
     """Whether members are conditions on one number, or intervals."""
@@ -417,16 +234,6 @@ def _all(verdicts: object) -> Verdict:
 
 def _name(form: Form) -> str:
     return form.name if isinstance(form, Equation) else ""
-
-
-def _latex(form: Form) -> str:
-    return form.latex if isinstance(form, Number | Expression) else ""
-
-
-def _unit(unit: str) -> str:
-    """A unit's name for comparison by its letters; short ones are symbols, whose case and last letter count."""
-    unit = unit.replace(" ", "").rstrip(".")
-    return unit if len(unit) <= 3 else unit.casefold().removesuffix("s")
 
 
 def _is_constant(form: Form) -> bool:

@@ -53,23 +53,16 @@ FUNCTION = re.compile(
 )
 ROW = "\ue001"  # between the rows of a matrix while spacing is removed
 SYSTEM = re.compile(r"\\left\s*\\\{\s*(?=\\begin)|\\lbrace\s*(?=\\begin)")
-FRACTION_OF_UNITS = re.compile(
-    r"\\frac\{ ?\\text\{([^{}]*)\} ?\}\{ ?\\text\{([^{}]*)\}((?:\^(?:\d|\{\d\}))?) ?\}"
-)
+FRACTION_OF_UNITS = re.compile(r"\\frac\{ ?\\text\{([^{}]*)\} ?\}\{ ?\\text\{([^{}]*)\}((?:\^(?:\d|\{\d\}))?) ?\}")
 FULL_STOP = re.compile(r"(?<![.\s])\s*\.$")
 BOUNDARY = re.compile(r"^(?:[\s;]|,\s|=(?!=)\s*|\\approx\s*|\\sim\s*(?=\d))+|(?:[\s,;]|\\\\|(?<!\\)\\)+$")
 
 
 def plain(text: str) -> str:
-    r"""The text in plain LaTeX, one space where there was any, words in `\text{}`; the empty string where nothing is left.
-
-    It is idempotent but for what a second look would unwrap again.
-    """
+    r"""The text in plain LaTeX, with one space where there was any, and words in `\text{}`; it may be empty."""
     text = _typed(text)
-    if r"\begin" in text:
-        text = text.replace("\\\\", ROW)  # of a matrix or a system
-    else:
-        text = re.sub(r"\\\\(?=[A-Za-z$%])", r"\\", text)
+    is_table = r"\begin" in text  # of a matrix or a system; elsewhere a backslash may be doubled
+    text = text.replace("\\\\", ROW) if is_table else re.sub(r"\\\\(?=[A-Za-z$%])", r"\\", text)
     text = COMMAND.sub(lambda match: COMMANDS.get(match[1], match[0]) + " " * (match[1] in COMMANDS), text)
     text = COMMA_POINT.sub(".", GROUPED.sub("", text))
     text = COLOUR.sub("", SPACING.sub(" ", LOOKS.sub(" ", SYSTEM.sub("", text))))

@@ -14,7 +14,8 @@ DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 DECIMAL = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)"
 PLAIN = re.compile(rf"(?P<sign>[+-]?) ?(?P<number>{DECIMAL})(?:[eE](?P<exponent>[+-]?\d+))?")
 POWER_OF_TEN = re.compile(
-    rf"(?P<sign>[+-]?) ?(?:(?P<number>{DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?)?10 ?\^ ?(?:\{{ ?(?P<braced>[+-]?\d+) ?\}}|(?P<bare>[+-]?\d))"
+    rf"(?P<sign>[+-]?) ?(?:(?P<number>{DECIMAL}) ?(?:\\times|\\cdot|\*|x) ?)?"
+    r"10 ?\^ ?(?:\{ ?(?P<braced>[+-]?\d+) ?\}|(?P<bare>[+-]?\d))"
 )
 FRACTION = re.compile(
     r"(?P<sign>[+-]?) ?(?:(?P<whole>\d+)(?: (?=\d)| ?(?=\\frac)))?"
@@ -36,7 +37,8 @@ MONTH = re.compile(
 )
 DAY_OR_YEAR = re.compile(r"(\d{1,4})(?:st|nd|rd|th)?\b", re.IGNORECASE)
 NUMERAL = re.compile(
-    r"(?P<digits>[0-9A-F]*[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))"
+    r"(?P<digits>[0-9A-F]*[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?"
+    r"(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))"
 )
 BASES = {
     "two": 2,
@@ -56,7 +58,7 @@ RATIO = re.compile(r"(\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+)")
 
 
 def number(text: str) -> Number | None:
-    """The exact value of a plain number, of one with a power of ten, of a fraction, a mixed number or a recurring decimal."""
+    """The exact value of a plain number, a power of ten, a fraction, a mixed number or a recurring decimal."""
     if match := PLAIN.fullmatch(text):
         return _scientific(match["sign"], match["number"], match["exponent"] or "0")
     if match := POWER_OF_TEN.fullmatch(text):
@@ -69,7 +71,7 @@ def number(text: str) -> Number | None:
 
 
 def literal(text: str) -> Special | None:
-    """A time of day, a date, a numeral with its base, a quotient with its remainder, or a ratio; `None` for anything else."""
+    """A time of day, a date, a numeral with its base, a quotient with its remainder, or a ratio."""
     if match := TIME.fullmatch(text):
         return _time(match, text)
     date = _date(text)

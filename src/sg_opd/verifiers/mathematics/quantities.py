@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 
 from .forms import Compound, Expression, Form, Number, Quantity
-from .signs import CJK
 from .numerals import SCALES, number
+from .signs import CJK
 
 MARK = "\ue000"  # before each word that stood in a text command
 LETTERS = rf"A-Za-z{CJK}\u00c0-\u024f"
@@ -17,7 +17,8 @@ UNIT = (
 )
 TAIL = re.compile(rf"(?<![A-Za-z\\{MARK}]){UNIT}(?:(?: ?(?:/|\\cdot|\*|-) ?| )?\(?{UNIT}\)?)*$")
 MONEY = re.compile(
-    rf"(?P<sign>[+-]?) ?(?P<unit>(?:US|A|C)? ?\\\$|[€£¥₹₽₩₫]|{MARK}?(?:Rs|USD|EUR|GBP|INR|RMB|CNY)\.?(?![A-Za-z])) ?(?P<rest>[+-]?[\d.\\].*)"
+    rf"(?P<sign>[+-]?) ?(?P<unit>(?:US|A|C)? ?\\\$|[€£¥₹₽₩₫]|{MARK}?(?:Rs|USD|EUR|GBP|INR|RMB|CNY)\.?(?![A-Za-z]))"
+    r" ?(?P<rest>[+-]?[\d.\\].*)"
 )
 VALUE = r"\d+ \d+/\d+|\d+/\d+|(?:\d+ ?)?\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?"
 PART = re.compile(
@@ -128,7 +129,7 @@ def _may_be_unit(unit: str, head: str, is_apart: bool) -> bool:
 
 
 def _is_sure(unit: str, is_apart: bool) -> bool:
-    """Whether letters outside of text commands are no product: signs, other scripts, or a word with a space before it."""
+    """Whether letters outside of text commands are no product: signs, other scripts, or a word apart."""
     unit = unit.replace(r"\cdot", "")
     if re.search(rf"[^A-Za-z ^{{}}\d.*/-]|[{CJK}]|\\", unit):
         return True

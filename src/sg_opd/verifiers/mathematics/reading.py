@@ -46,14 +46,17 @@ OR = re.compile(
     rf",? ?(?<![{LETTERS}]){MARK}?or(?![{LETTERS}]) ?,?|,? ?\\lor(?![A-Za-z]) ?(?=[A-Za-z] ?[<>=\\])", re.IGNORECASE
 )
 AND = re.compile(
-    rf",? ?(?<![{LETTERS}]){MARK}?and(?![{LETTERS}]) ?,?|,? ?\\& ?|,? ?\\land(?![A-Za-z]) ?(?=[A-Za-z] ?[<>=\\])", re.IGNORECASE
+    rf",? ?(?<![{LETTERS}]){MARK}?and(?![{LETTERS}]) ?,?|,? ?\\& ?|,? ?\\land(?![A-Za-z]) ?(?=[A-Za-z] ?[<>=\\])",
+    re.IGNORECASE,
 )
 SET_BUILDER = re.compile(r"(?P<name>.{1,60}?) ?(?:\\mid(?![A-Za-z])|\||:) ?(?P<condition>.+)")
 INTEGER = re.compile(
     rf"[,;]? ?\(?(?:{MARK}?where |{MARK}?for |{MARK}?any )*(?P<name>[a-z]) ?"
     rf"(?:\\in ?(?:\\mathbb ?\{{? ?[ZN] ?\}}?|[ZN])(?:\^[+*])?|{MARK}?is {MARK}?an {MARK}?integer)\)?$"
 )
-ROWS = re.compile(r"(?:\\\{ ?)?\\begin\{(?:cases|aligned|align\*?|gathered|array)\}(?:\{[lcr ]*\})?(?P<rows>.+)\\end\{[a-z*]+\}")
+ROWS = re.compile(
+    r"(?:\\\{ ?)?\\begin\{(?:cases|aligned|align\*?|gathered|array)\}(?:\{[lcr ]*\})?(?P<rows>.+)\\end\{[a-z*]+\}"
+)
 MATRIX = re.compile(r"[(\[]?\\begin\{[pbv]?(matrix|array)\}(?:\{[^{}]*\})?(?P<rows>.*)\\end\{[pbv]?\1\}[)\]]?")
 PM = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 MAX_PM = 3  # signs, each doubling the members

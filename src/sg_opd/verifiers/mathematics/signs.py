@@ -45,11 +45,11 @@ SIGNS = {
     "⌉": r"\rceil ",
     "⟨": "(",
     "⟩": ")",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}",
-    "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}",
+    "ℝ": r"\mathbb{R}",  # noqa: RUF001
+    "ℤ": r"\mathbb{Z}",  # noqa: RUF001
+    "ℚ": r"\mathbb{Q}",  # noqa: RUF001
+    "ℕ": r"\mathbb{N}",  # noqa: RUF001
+    "ℂ": r"\mathbb{C}",  # noqa: RUF001
     "。": ".",
     "、": ",",
     "．": ".",  # noqa: RUF001

@@ -1,7 +1,7 @@
 r"""Formulas, equations and sets by sympy and math-verify; for workers, which can be killed: sympy may take for ever.
 
-`FormulaAlgebra` is what `comparing` calls `Symbols`. Formulas that sympy has no meaning for, such as `A\cap B`, are compared
-sign by sign, operands of symmetric relations in any order.
+`FormulaAlgebra` is what `comparing` calls `Symbols`. Formulas that sympy has no meaning for, such as `A\cap B`, are
+compared sign by sign, operands of symmetric relations in any order.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from math_verify import verify
 from sympy.core.relational import Relational
 
 from . import units
-from .comparing import close
 from .forms import Condition, Expression, Form, Interval, Members, Number
+from .measures import close
 
 # what sympy would evaluate for ever: huge exponents, towers of powers, huge or repeated factorials
 BOMB = re.compile(
@@ -66,7 +66,9 @@ class FormulaAlgebra:
         if len(sides) == 2 and all(isinstance(side, sympy.Expr) and side.free_symbols for side in sides):
             ratio = _value(sides[0] / sides[1], POINTS[0]), _value(sides[0] / sides[1], POINTS[1])
             if None not in ratio and _agree(*ratio):
-                return _equal_formulas(sides[0], sides[1] * sympy.nsimplify(ratio[0], rational=True)) or _verified(*some)
+                return _equal_formulas(sides[0], sides[1] * sympy.nsimplify(ratio[0], rational=True)) or _verified(
+                    *some
+                )
         return _verified(*some)
 
     def are_equal_sides(self, sides: Sequence[str]) -> bool | None:
@@ -144,7 +146,7 @@ def canonical(latex: str) -> tuple[str, ...]:
 
 
 def _same_signs(a: str, b: str, parsed: Sequence[Any]) -> bool | None:
-    """What can be told of formulas that are not both read: two without a meaning to sympy differ where their signs do."""
+    """What can be told of formulas of which one or both have no meaning to sympy: then their signs count."""
     return canonical(a) == canonical(b) or (None if any(value is not None for value in parsed) else False)
 
 
@@ -183,7 +185,10 @@ def _bounds(relation: Any) -> list[tuple[type, sympy.Expr]]:
     return [
         (type(part), part.lhs - part.rhs)
         if isinstance(part, sympy.Ne | sympy.Eq)
-        else (sympy.StrictGreaterThan if isinstance(part, sympy.Gt | sympy.Lt) else sympy.GreaterThan, part.gts - part.lts)
+        else (
+            sympy.StrictGreaterThan if isinstance(part, sympy.Gt | sympy.Lt) else sympy.GreaterThan,
+            part.gts - part.lts,
+        )
         for part in parts
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
-from pint import UnitRegistry
+from pint import Unit, UnitRegistry
 from pint.errors import PintError
 
 CURRENCIES = {
@@ -56,7 +56,7 @@ CASE_MATTERS = 3  # letters, up to which a name is a symbol: mW is no MW
 @functools.lru_cache(maxsize=1)
 def registry() -> UnitRegistry:
     """Pint's units with currencies."""
-    known = UnitRegistry(autoconvert_offset_to_baseunit=True)
+    known: UnitRegistry = UnitRegistry(autoconvert_offset_to_baseunit=True)
     for name in CURRENCIES:
         if name not in ("us_cent", "penny"):
             known.define(f"{name} = [{name}]")
@@ -67,14 +67,11 @@ def registry() -> UnitRegistry:
 
 
 @functools.lru_cache(maxsize=4096)
-def unit(name: str) -> object | None:
+def unit(name: str) -> Unit | None:
     """A unit by the name that an answer gives it; `None` where it is none."""
     text = " ".join(re.sub(r"\.(?=\s|$|[A-Za-z])", " ", name).replace("\\cdot", "*").replace("·", "*").split())
     whole = text.casefold().replace(r"^\circ ", r"^\circ")
-    if whole in SPELLINGS:
-        text = SPELLINGS[whole]
-    else:
-        text = _formula(text)
+    text = SPELLINGS[whole] if whole in SPELLINGS else _formula(text)
     if not ALLOWED.fullmatch(text):
         return None
     try:
@@ -96,7 +93,7 @@ def factor(a: str, b: str) -> float | None:
     units = unit(a), unit(b)
     if a == b or (units == (None, None) and _singular(a) == _singular(b)):
         return 1.0
-    if None in units:
+    if units[0] is None or units[1] is None:
         words = [{_singular(word) for word in re.findall(r"[^\W\d]+", name)} for name in (a, b)]
         # "brown eggs" are eggs; two names of which one alone is a unit have nothing in common
         return (
@@ -105,7 +102,7 @@ def factor(a: str, b: str) -> float | None:
             else None
         )
     one, other = (registry().Quantity(1.0, some) for some in units)
-    if one.dimensionality != other.dimensionality or _is_ratio(units[0]) != _is_ratio(units[1]):
+    if one.dimensionality != other.dimensionality or _ratio_of(units[0]) != _ratio_of(units[1]):
         return None
     if units[0] == units[1]:
         return 1.0
@@ -114,9 +111,9 @@ def factor(a: str, b: str) -> float | None:
     return float(one.to(other.units).magnitude)
 
 
-def _is_ratio(some: object) -> str:
+def _ratio_of(some: Unit) -> str:
     """Which of the dimensionless units it is: an angle is no percentage."""
-    if not registry().Quantity(1.0, some).dimensionless:  # type: ignore[call-overload]
+    if not registry().Quantity(1.0, some).dimensionless:
         return ""
     return "percent" if "percent" in str(some) else "angle"
 

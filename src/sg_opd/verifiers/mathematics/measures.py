@@ -1,0 +1,210 @@
+"""Compares numbers, and numbers with something: a unit, a percent sign, a label, a base, a time of day."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Protocol
+
+from .forms import Compound, Expression, Form, Labelled, Members, Number, Quantity, Special
+
+Verdict = bool | None  # `None`: it cannot be told
+PLACES = 6  # to which a rounded decimal is compared with what is none
+SMALL = Fraction(1, 10**5)  # relative difference of two small numbers that are equal to so many places
+
+
+class UndecidedError(Exception):
+    """The comparison needs sympy or units, and there are none here."""
+
+
+class Symbols(Protocol):
+    """What a worker knows of formulas, sets and units; see `symbols`."""
+
+    def equal(self, a: str, b: str) -> Verdict:
+        """Whether two formulas are equal."""
+
+    def equation(self, a: str, b: str) -> Verdict:
+        """Whether two equations have the same solutions."""
+
+    def are_equal_sides(self, sides: Sequence[str]) -> Verdict:
+        """Whether all sides that are numbers are one number; `None` where less than two are."""
+
+    def same_set(self, a: Form, b: Form) -> Verdict:
+        """Whether two conditions, intervals or sets hold the same numbers."""
+
+    def progression(self, a: str, b: str) -> Verdict:
+        """Whether two formulas have the same values where `k` is any integer."""
+
+    def factor(self, a: str, b: str) -> Fraction | float | None:
+        """How many of unit b one of unit a is; `None` where they measure different things."""
+
+    def knows(self, unit: str) -> bool:
+        """Whether it is the name of a unit."""
+
+
+def close(a: Fraction, b: Fraction) -> bool:
+    """Whether a number and a decimal that may be rounded are equal: to six places, small ones to five digits."""
+    return round(a, PLACES) == round(b, PLACES) and abs(a - b) <= SMALL * max(abs(a), abs(b))
+
+
+class MeasureComparison(ABC):
+    """Comparisons that need nothing but values; `same` compares any two forms."""
+
+    def __init__(self, symbols: Symbols | None) -> None:
+        self.given = symbols
+
+    @property
+    def symbols(self) -> Symbols:
+        if self.given is None:
+            raise UndecidedError
+        return self.given
+
+    @abstractmethod
+    def same(self, a: Form, b: Form) -> Verdict:
+        """Whether two forms are equal."""
+
+    def _matched(self, a: Sequence[Form], b: Sequence[Form]) -> Verdict:
+        """Whether the members of one side can be paired with equal ones of the other, each once."""
+        left, unsure = list(b), False
+        for one in a:
+            verdicts = [self.same(one, other) for other in left]
+            if True in verdicts:
+                left.pop(verdicts.index(True))
+            elif None in verdicts:
+                left.pop(verdicts.index(None))
+                unsure = True
+            else:
+                return False
+        return None if unsure else True
+
+    def _number(self, a: Number, b: Number) -> bool:
+        if a.value == b.value or a.is_decimal == b.is_decimal:
+            return a.value == b.value
+        exact = b if a.is_decimal else a
+        # a decimal may be a rounded value of what no decimal is equal to
+        return 10**400 % exact.value.denominator != 0 and close(a.value, b.value)
+
+    def _labelled(self, a: Form, b: Form) -> Verdict:
+        if isinstance(a, Labelled) and isinstance(b, Labelled):
+            return self.same(a.value, b.value) if a.label == b.label else False
+        labelled, other = (a, b) if isinstance(a, Labelled) else (b, a)
+        assert isinstance(labelled, Labelled)
+        found = self.same(*((labelled.value, other) if labelled is a else (other, labelled.value)))
+        return None if found else found
+
+    def _special(self, a: Form, b: Form) -> Verdict:
+        for form, other in ((a, b), (b, a)):
+            if (
+                isinstance(form, Special)
+                and form.kind == "ratio"
+                and len(form.value) == 2
+                and isinstance(other, Number)
+            ):
+                return form.value[1] != 0 and form.value[0] / form.value[1] == other.value
+            if isinstance(form, Special) and form.kind == "numeral" and isinstance(other, Number):
+                return form.value[0] == other.latex
+            if (
+                isinstance(form, Special)
+                and isinstance(other, Expression)
+                and form.kind in ("ratio", "numeral", "ellipsis")
+            ):
+                return None
+        if not isinstance(a, Special) or not isinstance(b, Special):
+            return False
+        if {a.kind, b.kind} == {"ratio", "time"}:  # "4:30" without its half of the day
+            ratio, time = (a, b) if a.kind == "ratio" else (b, a)
+            return len(ratio.value) == 2 and (60 * ratio.value[0] + ratio.value[1] - time.value[0]) % 720 == 0
+        if a.kind != b.kind:
+            return False
+        if a.kind == "ratio":
+            return len(a.value) == len(b.value) and all(
+                p * s == q * r for (p, q), (r, s) in itertools.combinations(zip(a.value, b.value, strict=True), 2)
+            )
+        if a.kind == "date":
+            return a.value[1:] == b.value[1:] and (a.value[0] == b.value[0] or 0 in (a.value[0], b.value[0]))
+        return a.value == b.value
+
+    def _quantity(self, a: Form, b: Form) -> Verdict:
+        if isinstance(a, Quantity) and isinstance(b, Quantity):
+            if _unit(a.unit) == _unit(b.unit):
+                return self.same(a.number, b.number)
+            for product in {a.product, b.product} - {""}:
+                if not self.symbols.knows(a.unit if product == a.product else b.unit):
+                    return self._as_products(a, b)
+            return self._converted(a.number, a.unit, b.number, b.unit)
+        quantity, other = (a, b) if isinstance(a, Quantity) else (b, a)
+        assert isinstance(quantity, Quantity)
+        if not isinstance(other, Number | Expression):
+            return False
+        if quantity.product and not self.symbols.knows(quantity.unit):
+            return self._as_products(a, b)
+        equal = self.same(*((quantity.number, other) if quantity is a else (other, quantity.number)))
+        if quantity.unit == "%":
+            return self._percent(quantity.number, other, equal, quantity is a)
+        if not equal and quantity.unit == r"^\circ" and isinstance(other, Expression):  # radians
+            return self.symbols.equal(rf"({latex_of(quantity.number)})\frac{{\pi}}{{180}}", other.latex)
+        return equal
+
+    def _as_products(self, a: Form, b: Form) -> Verdict:
+        """Letters that are no unit are factors."""
+        latex = [form.product if isinstance(form, Quantity) else latex_of(form) for form in (a, b)]
+        return self.symbols.equal(*latex) if all(latex) else False
+
+    def _percent(self, per_cent: Form, other: Form, equal: Verdict, is_reference: bool) -> Verdict:
+        """`30\\%` is 0.3, and 30 where a number of per cent was asked for; but no fraction is its own per cent."""
+        if isinstance(per_cent, Number) and isinstance(other, Number):
+            part = Number(per_cent.value / 100, "", per_cent.is_decimal)
+            if self._number(part, other):
+                return True
+            if equal and abs(per_cent.value) < 1:
+                return None if is_reference else False
+            return equal
+        return self.symbols.equal(rf"\frac{{{latex_of(per_cent)}}}{{100}}", latex_of(other)) or equal
+
+    def _converted(self, a: Form, unit: str, b: Form, other: str) -> Verdict:
+        """Whether two quantities of different units are equal, as 2 hours and 120 minutes are."""
+        factor = self.symbols.factor(unit, other)
+        if factor is None:
+            return False
+        if isinstance(a, Number) and isinstance(b, Number):
+            value = a.value * Fraction(factor)
+            if factor == 1:
+                return self._number(Number(value, "", a.is_decimal), b)
+            return abs(value - b.value) <= Fraction(1, 10**9) * abs(b.value)
+        scale = Fraction(factor).limit_denominator(10**9)
+        return self.symbols.equal(
+            rf"({latex_of(a)})\cdot\frac{{{scale.numerator}}}{{{scale.denominator}}}", latex_of(b)
+        )
+
+    def _compound(self, a: Form, b: Form) -> Verdict:
+        parts = [form.parts if isinstance(form, Compound) else (form,) for form in (a, b)]
+        if not all(isinstance(part, Quantity) for some in parts for part in some):
+            members = [Members("list", form.parts) if isinstance(form, Compound) else form for form in (a, b)]
+            return self.same(*members) if isinstance(a, Members) or isinstance(b, Members) else False
+        totals = [self._total(some) for some in parts]  # type: ignore[arg-type]
+        if None in totals or self.symbols.factor(parts[0][0].unit, parts[1][0].unit) is None:  # type: ignore[union-attr]
+            return self._matched(*parts) if len(parts[0]) == len(parts[1]) else False
+        (one, unit), (two, other) = totals  # type: ignore[misc]
+        return self._converted(one, unit, two, other)
+
+    def _total(self, parts: tuple[Quantity, ...]) -> tuple[Number, str] | None:
+        """The sum in the unit of the first part; `None` where the parts measure different things."""
+        total = Fraction(0)
+        for part in parts:
+            factor = self.symbols.factor(part.unit, parts[0].unit)
+            if factor is None or not isinstance(part.number, Number):
+                return None
+            total += part.number.value * Fraction(factor).limit_denominator(10**9)
+        return Number(total, "", any(getattr(part.number, "is_decimal", False) for part in parts)), parts[0].unit
+
+
+def latex_of(form: Form) -> str:
+    return form.latex if isinstance(form, Number | Expression) else ""
+
+
+def _unit(unit: str) -> str:
+    """A unit's name for comparison by its letters; short ones are symbols, whose case and last letter count."""
+    unit = unit.replace(" ", "").rstrip(".")
+    return unit if len(unit) <= 3 else unit.casefold().removesuffix("s")

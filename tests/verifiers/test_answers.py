@@ -1,0 +1,226 @@
+r"""Everyday answers with the verdict that each should get, and what a verdict must not depend on.
+
+`answers.jsonl` has lines of `gold`, `completion`, `expected` and `kind`: made after bug reports of people who grade
+mathematical answers. `expected` is null where the reference answer cannot be read.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sg_opd import MathVerifier
+from sg_opd.verifiers.answers import last_box, reference_answer
+from sg_opd.verifiers.mathematics.comparing import compare
+from sg_opd.verifiers.mathematics.measures import UndecidedError
+from sg_opd.verifiers.mathematics.notation import plain
+from sg_opd.verifiers.mathematics.reading import read
+from sg_opd.verifiers.mathematics.symbols import FormulaAlgebra
+from sg_opd.verifiers.mathematics.units import factor
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text().splitlines()]
+MANY = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = MathVerifier(timeout=10.0, workers=2)
+    yield verifier
+    verifier.close()
+
+
+@pytest.fixture(scope="module")
+def verdicts(verifier):
+    return verifier([case["completion"] for case in CASES], [case["gold"] for case in CASES])
+
+
+def test_every_case_gets_its_verdict(verdicts):
+    wrong = [
+        f"{verdict} for {case}" for case, verdict in zip(CASES, verdicts, strict=True) if verdict != case["expected"]
+    ]
+    assert wrong == []
+
+
+def test_the_check_at_the_start_says_what_the_verdict_says(verifier):
+    """A reference answer is reported where its verdict abstains, and nowhere else."""
+    unreadable = {place for place, case in enumerate(CASES) if case["expected"] is None}
+    assert set(verifier.unparseable([case["gold"] for case in CASES])) == unreadable
+
+
+def test_every_readable_reference_answer_equals_itself(verifier):
+    golds = [case["gold"] for case in CASES if case["expected"] is not None]
+    texts = [reference_answer(gold) for gold in golds]
+    found = verifier([rf"\boxed{{{text}}}" for text in texts], golds)
+    assert [gold for gold, verdict in zip(golds, found, strict=True) if verdict != 1.0] == []
+
+
+def test_equality_is_symmetric(verifier):
+    """But for a letter, small for a choice, and `100,200`, which is two numbers beside a list and one elsewhere."""
+    equal = [
+        case
+        for case in CASES
+        if case["expected"] == 1.0 and len(plain(last_box(case["completion"]) or "").strip("()")) > 1
+    ]
+    answers = [last_box(case["completion"]) for case in equal]
+    back = verifier([rf"\boxed{{{reference_answer(case['gold'])}}}" for case in equal], answers)
+    differing = [
+        (case["gold"], answer) for case, answer, verdict in zip(equal, answers, back, strict=True) if verdict == 0.0
+    ]
+    assert differing == []
+
+
+WRAPPERS = (
+    r"\mathbf{%s}",
+    r"\boldsymbol{%s}",
+    r"\underline{%s}",
+    r"\textcolor{red}{%s}",
+    r"\color{blue}{%s}",
+    r"{\Large %s}",
+    r"\displaystyle %s",
+    r"\text{$%s$}",
+    r"$%s$",
+    r"\(%s\)",
+    r"\,%s\;",
+    r"~%s\ ",
+    r"\hspace{2mm}%s",
+    "**%s**",
+    "%s.",
+    r"{{%s}}",
+    r"\quad %s \\",
+)
+ANSWERS = (
+    "7",
+    "-12",
+    "3.5",
+    r"\frac{3}{7}",
+    r"2\sqrt{5}",
+    "x^2+1",
+    "(3,4)",
+    r"\{1,2,5\}",
+    "[0,2)",
+    r"x>3",
+    r"5\pi",
+    "1,234",
+)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_wrappers_change_nothing(answer, verifier):
+    boxes = [rf"\boxed{{{wrapper % answer}}}" for wrapper in WRAPPERS]
+    assert verifier(boxes, [answer] * len(boxes)) == [1.0] * len(boxes)
+    other = {"1,234": "1,235"}.get(answer, "1" + answer if answer[0].isdigit() else answer.replace("3", "8"))
+    other = other if other != answer else answer.replace("1", "9").replace("2", "9")
+    assert verifier(boxes, [other] * len(boxes)) == [0.0] * len(boxes)
+
+
+FULL_WIDTH = {ord(sign): ord(sign) + 0xFEE0 for sign in "0123456789+-=(),.:<>[]xyab"}
+
+
+@pytest.mark.parametrize("answer", ["17", "-3.5", "(1,2)", "x=4", "a+b", "[0,1)", "x<3", "1,2,3", "2:3", "3.50"])
+def test_full_width_forms_are_the_plain_ones(answer, verifier):
+    assert verifier([rf"\boxed{{{answer.translate(FULL_WIDTH)}}}"], [answer]) == [1.0]
+
+
+@MANY
+@given(members=st.lists(st.integers(-99, 99), min_size=2, max_size=6), data=st.data())
+def test_the_order_of_a_set_is_none_and_that_of_a_tuple_is_one(members, data, verifier):
+    order = data.draw(st.permutations(members))
+    text, other = (", ".join(map(str, some)) for some in (members, order))
+    found = verifier(
+        [rf"\boxed{{\{{{other}\}}}}", rf"\boxed{{{other}}}", rf"\boxed{{({other})}}"],
+        [rf"\{{{text}\}}", text, f"({text})"],
+    )
+    assert found == [1.0, 1.0, float(members == order)]
+
+
+@MANY
+@given(
+    members=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    other=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+)
+def test_a_list_is_compared_with_its_multiplicities_and_a_set_without(members, other, verifier):
+    text, answer = (", ".join(map(str, some)) for some in (members, other))
+    listed, as_set = verifier([rf"\boxed{{{answer}}}", rf"\boxed{{\{{{answer}\}}}}"], [text, rf"\{{{text}\}}"])
+    assert listed == float(sorted(members) == sorted(other))
+    assert as_set == float(set(members) == set(other))
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        (r"\boxed{3}, \boxed{5}", "3, 5"),
+        (r"$\boxed{3}$ and $\boxed{5}$", "3, 5"),
+        (r"$x=\boxed{1}$ or $x=\boxed{3}$", "1 or 3"),
+        (r"first \boxed{3}, then \boxed{5}", "5"),
+        (r"\boxed{3}. So \boxed{5}", "5"),
+        (r"\boxed{5}, \boxed{5}", "5"),
+        (r"\boxed{\boxed{4}+1}", r"\boxed{4}+1"),
+        (r"\boxed 5", "5"),
+        (r"\boxed5.", "5"),
+        (r"\boxed\frac12", r"\frac12"),
+        (r"\boxed{3}, so $\boxed 12$", "12"),
+        (r"\boxed{5\ }", "5\\"),
+        (r"\boxed{4", None),
+        (r"\boxedanswer{4}", None),
+    ],
+)
+def test_which_box_is_the_answer(text, box):
+    assert last_box(text) == box
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ratio"),
+    [
+        ("hours", "minutes", 60.0),
+        ("km/h", "m/s", 1 / 3.6),
+        ("sq. ft.", "square feet", 1.0),
+        (r"kg \cdot m/s^2", "newtons", 1.0),
+        ("cents", r"\$", 0.01),
+        ("cents", "centimeters", None),
+        ("m", "minutes", None),
+        (r"^\circ", "%", None),
+        (r"^\circ C", r"^\circ F", None),
+        ("mW", "MW", 1e-9),
+        ("brown eggs", "eggs", 1.0),
+        ("eggs", "apples", None),
+    ],
+)
+def test_units(a, b, ratio):
+    assert factor(a, b) == (None if ratio is None else pytest.approx(ratio))
+
+
+def test_a_formula_is_never_equal_by_a_small_difference_alone():
+    symbols = FormulaAlgebra()
+    for a, b in (
+        (r"2^{100}", r"2^{100}+1"),
+        (r"\pi", r"\pi+10^{-30}"),
+        ("x", "x+10^{-30}"),
+        (r"\frac{1}{2010!}", r"\frac{1}{2012!}"),
+    ):
+        assert symbols.equal(a, b) is False
+    assert symbols.equal(r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}") is True
+
+
+def test_what_needs_no_sympy_is_decided_without():
+    for a, b, verdict in (
+        ("12", "12.0", True),
+        (r"\frac12", "50%", True),
+        ("A", "(A)", True),
+        ("3 dollars", "3", True),
+        ("5", "6", False),
+    ):
+        assert compare(read(a), read(b)) is verdict
+    with pytest.raises(UndecidedError):
+        compare(read("x+1"), read("1+x"))
+
+
+@MANY
+@given(text=st.text(alphabet=r"\{}()[]$%^_.,;:=<>+-*/|&~'\"0123456789abcxyzABC€°½²±∞π ", max_size=60))
+def test_any_text_has_a_plain_form_which_is_its_own(text):
+    once = plain(text)
+    assert plain(once) == plain(plain(once))
+    read(text)
