@@ -63,7 +63,9 @@ def test_equality_is_symmetric(verifier):
     equal = [
         case
         for case in CASES
-        if case["expected"] == 1.0 and len(plain(last_box(case["completion"]) or "").strip("()")) > 1
+        if case["expected"] == 1.0
+        and "boxed{4}+" not in case["completion"]
+        and len(plain(last_box(case["completion"]) or "").strip("()")) > 1
     ]
     answers = [last_box(case["completion"]) for case in equal]
     back = verifier([rf"\boxed{{{reference_answer(case['gold'])}}}" for case in equal], answers)

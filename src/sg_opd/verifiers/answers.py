@@ -11,7 +11,7 @@ MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is
 MAX_ANSWER = 1_000  # a longer answer is not read
 MAX_REFERENCE = 4_000  # the same for a reference answer; below the number of digits that Python refuses to read
 THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
-BOX_TOKEN = re.compile(r"\\+(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<brace>\{)?|\\.|[{}]", re.DOTALL)
+BOX_TOKEN = re.compile(r"(?<!\\)\\+(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<brace>\{)?|\\.|[{}]", re.DOTALL)
 # what a box without braces holds: a number, a command with its arguments, or a letter
 BARE = re.compile(
     r"[+-]?\d[\d,]*(?:\.\d+)?%?|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|\\sqrt\{[^{}]*\}|[A-Za-z]"

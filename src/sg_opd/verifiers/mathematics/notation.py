@@ -10,7 +10,7 @@ import re
 import unicodedata
 
 from .brackets import closing, closing_parenthesis
-from .signs import CJK, COMMANDS, SIGNS, TEXTS, WRAPPERS
+from .signs import CHINESE_WORDS, CJK, COMMANDS, SIGNS, TEXTS, WRAPPERS
 
 MAX_DEPTH = 24  # of commands within commands
 
@@ -20,6 +20,7 @@ SCRIPT = re.compile(rf"[{RAISED}]+|[{LOWERED}]+")
 ROOT = re.compile(r"([√∛∜])\s*(?=[({\w\\])")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 CONNECTIVE = re.compile(rf"(?<![{CJK}])([或和与且及])(?![{CJK}])")
+CHINESE = re.compile("|".join(sorted(CHINESE_WORDS, key=len, reverse=True)))
 GREEK = re.compile(r"[α-λν-ωΓΔΘΛΞΠΣΦΨ]|(?<![A-Za-z])[μΩ](?![A-Za-z])")  # noqa: RUF001
 
 # commands that change the look of what follows, or of the line
@@ -82,6 +83,7 @@ def _typed(text: str) -> str:
         return text
     text = SCRIPT.sub(_script, ROOT.sub(_root, text))
     text = CONNECTIVE.sub(lambda match: " or " if match[1] == "或" else " and ", text)
+    text = CHINESE.sub(lambda match: f" {CHINESE_WORDS[match[0]]} ", text)
     parts = []
     for character in text:
         if character in SIGNS:

@@ -32,7 +32,7 @@ SENTINEL = re.compile(
 # words of sentences: beside digits or formulas they make prose of it, which nothing can be compared with
 PROSE = (
     "is are was were be so the it its hence thus therefore then because since get gets gives give adding there that"
-    " this which have has had can will would should must answer equals let find with our you they he she his her their"
+    " this which have has had can will would should must equals let find with our you they he she his her their"
     " we us if"
 )
 PROSE_WORD = re.compile(rf"(?<![\\{LETTERS}])(?:{'|'.join(PROSE.split())})(?![{LETTERS}])", re.IGNORECASE)
@@ -63,6 +63,7 @@ MAX_PM = 3  # signs, each doubling the members
 WORD = re.compile(rf"{MARK}?[{LETTERS}]+")
 LABEL = re.compile(rf"((?:{MARK}?[{LETTERS}]{{2,}}[.]? ?)+:?) ?(?=\S)")
 BARE_LABEL = re.compile(r"(?=[^ ]*[aeiouy])[A-Za-z]*[a-z]{2}[a-z ]* ")
+ANSWER_WORDS = frozenset(("answer", "ans", "final answer", "result", "答案", "答"))
 PAIRS = {"(": ")]", "[": "])", "\\{": "\\}"}
 
 
@@ -274,8 +275,8 @@ def _single(text: str, depth: int) -> Form | None:
         return measured
     label = LABEL.match(text)
     if label and (MARK in label[1] or label[1].endswith(":") or BARE_LABEL.fullmatch(label[1])):
-        value = _read(text[label.end() :], depth)
-        return None if value is None else Labelled(unmarked(label[1]).strip(" :").casefold(), value)
+        value, name = _read(text[label.end() :], depth), unmarked(label[1]).strip(" :").casefold()
+        return value if value is None or name in ANSWER_WORDS else Labelled(name, value)
     return None if MARK in text or not text.isascii() else Expression(text)
 
 

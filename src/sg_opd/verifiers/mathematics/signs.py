@@ -63,6 +63,15 @@ SIGNS = {
     "\u2062": "",
 }
 
+# before a number
+CHINESE_WORDS = {
+    **dict.fromkeys(("至少", "不少于", "不小于", "大于等于", "大于或等于"), "at least"),
+    **dict.fromkeys(("至多", "最多", "不超过", "不大于", "小于等于", "小于或等于"), "at most"),
+    **dict.fromkeys(("大于", "超过", "多于"), "more than"),
+    **dict.fromkeys(("小于", "少于", "不足"), "less than"),
+    **dict.fromkeys(("不等于", "不是"), "not equal to"),
+    **dict.fromkeys(("大约", "约为"), "about"),
+}
 COMMANDS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), r"\frac"),
     **dict.fromkeys(("dbinom", "tbinom"), r"\binom"),

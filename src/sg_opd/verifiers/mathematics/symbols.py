@@ -33,11 +33,15 @@ AGREE = sympy.Float("1e-25")  # relative difference of two values that are equal
 POINTS = (Fraction(3137, 4219), Fraction(7919, 2741), Fraction(-1429, 911))  # at which formulas are compared first
 DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|[a-z]|\)) ?\^\\circ(?! ?[CF])")
 WITHOUT_MEANING = re.compile(
-    r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|subset)(?![A-Za-z])"
+    r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|subset|equiv)(?![A-Za-z])"
 )
 SIGNS = re.compile(r"[A-Za-z0-9]|\\(?:aleph|beth|infty|emptyset|hbar|ell|wp|Re|Im|mathbb)")
 LOGARITHM = re.compile(r"\\log(?![A-Za-z]| ?_)")
 COMMAND = re.compile(r"\\[A-Za-z]+")
+STATEMENT = re.compile(
+    r"\\(?:neg|land|lor|to|Rightarrow|Leftrightarrow|iff|in|notin|not|subset|subseteq|parallel|perp|cup|cap|equiv|sim|mid)"
+    r"(?![A-Za-z])"
+)
 SYMMETRIC = re.compile(r" ?\\(cap|cup|land|lor|sim|parallel|perp|cong|Leftrightarrow|iff|oplus|equiv)(?![A-Za-z]) ?")
 IMAGINARY = sympy.Symbol("i", real=True), sympy.I
 
@@ -147,7 +151,12 @@ def canonical(latex: str) -> tuple[str, ...]:
 
 def _same_signs(a: str, b: str, parsed: Sequence[Any]) -> bool | None:
     """What can be told of formulas of which one or both have no meaning to sympy: then their signs count."""
-    return canonical(a) == canonical(b) or (None if any(value is not None for value in parsed) else False)
+    if canonical(a) == canonical(b):
+        return True
+    is_statement = [STATEMENT.search(latex) is not None for latex in (a, b)]
+    known = [value is not None for value in parsed]
+    # both have no meaning to sympy, or one is a statement or a set of letters, and the other a value
+    return False if not any(known) or is_statement[0] != is_statement[1] else None
 
 
 def as_set(form: Form) -> sympy.Set | None:
@@ -167,6 +176,13 @@ def as_set(form: Form) -> sympy.Set | None:
         return sympy.Interval(*values, brackets[0] == "(", brackets[1] == ")") if len(values) == 2 else None
     if isinstance(form, Members):
         parts = [as_set(item) for item in form.items]
+        if form.kind == "set":  # whose members may be sets
+            parts = [
+                sympy.FiniteSet(part)
+                if isinstance(item, Expression) and isinstance(parse(item.latex), sympy.Set)
+                else part
+                for item, part in zip(form.items, parts, strict=True)
+            ]
         if None in parts:
             return None
         if not any(isinstance(item, Condition) for item in form.items) or form.kind == "or":
