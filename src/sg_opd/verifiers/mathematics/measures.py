@@ -37,8 +37,8 @@ class Symbols(Protocol):
     def progression(self, a: str, b: str) -> Verdict:
         """Whether two formulas have the same values where `k` is any integer."""
 
-    def factor(self, a: str, b: str) -> Fraction | float | None:
-        """How many of unit b one of unit a is; `None` where they measure different things."""
+    def conversion(self, a: str, b: str) -> tuple[Fraction, Fraction] | None:
+        """Factor and offset from units a to units b; `None` where they measure different things."""
 
     def knows(self, unit: str) -> bool:
         """Whether it is the name of a unit."""
@@ -165,18 +165,17 @@ class MeasureComparison(ABC):
 
     def _converted(self, a: Form, unit: str, b: Form, other: str) -> Verdict:
         """Whether two quantities of different units are equal, as 2 hours and 120 minutes are."""
-        factor = self.symbols.factor(unit, other)
-        if factor is None:
+        conversion = self.symbols.conversion(unit, other)
+        if conversion is None:
             return False
+        factor, offset = conversion
         if isinstance(a, Number) and isinstance(b, Number):
-            value = a.value * Fraction(factor)
-            if factor == 1:
+            value = a.value * factor + offset
+            if (factor, offset) == (1, 0):
                 return self._number(Number(value, "", a.is_decimal), b)
             return abs(value - b.value) <= Fraction(1, 10**9) * abs(b.value)
-        scale = Fraction(factor).limit_denominator(10**9)
-        return self.symbols.equal(
-            rf"({latex_of(a)})\cdot\frac{{{scale.numerator}}}{{{scale.denominator}}}", latex_of(b)
-        )
+        scaled = rf"({latex_of(a)})\cdot\frac{{{factor.numerator}}}{{{factor.denominator}}}"
+        return self.symbols.equal(rf"{scaled}+\frac{{{offset.numerator}}}{{{offset.denominator}}}", latex_of(b))
 
     def _compound(self, a: Form, b: Form) -> Verdict:
         parts = [form.parts if isinstance(form, Compound) else (form,) for form in (a, b)]
@@ -184,7 +183,7 @@ class MeasureComparison(ABC):
             members = [Members("list", form.parts) if isinstance(form, Compound) else form for form in (a, b)]
             return self.same(*members) if isinstance(a, Members) or isinstance(b, Members) else False
         totals = [self._total(some) for some in parts]  # type: ignore[arg-type]
-        if None in totals or self.symbols.factor(parts[0][0].unit, parts[1][0].unit) is None:  # type: ignore[union-attr]
+        if None in totals or self.symbols.conversion(parts[0][0].unit, parts[1][0].unit) is None:  # type: ignore[union-attr]
             return self._matched(*parts) if len(parts[0]) == len(parts[1]) else False
         (one, unit), (two, other) = totals  # type: ignore[misc]
         return self._converted(one, unit, two, other)
@@ -193,10 +192,10 @@ class MeasureComparison(ABC):
         """The sum in the unit of the first part; `None` where the parts measure different things."""
         total = Fraction(0)
         for part in parts:
-            factor = self.symbols.factor(part.unit, parts[0].unit)
-            if factor is None or not isinstance(part.number, Number):
+            conversion = self.symbols.conversion(part.unit, parts[0].unit)
+            if conversion is None or not isinstance(part.number, Number):
                 return None
-            total += part.number.value * Fraction(factor).limit_denominator(10**9)
+            total += part.number.value * conversion[0]
         return Number(total, "", any(getattr(part.number, "is_decimal", False) for part in parts)), parts[0].unit
 
 

@@ -106,8 +106,8 @@ class FormulaAlgebra:
         shift = sympy.simplify((some[0] - some[1]).subs(k, 0) / steps[0])
         return shift.is_integer
 
-    def factor(self, a: str, b: str) -> float | None:
-        return units.factor(a, b)
+    def conversion(self, a: str, b: str) -> tuple[Fraction, Fraction] | None:
+        return units.conversion(a, b)
 
     def knows(self, unit: str) -> bool:
         return units.unit(unit) is not None

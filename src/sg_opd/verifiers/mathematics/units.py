@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from fractions import Fraction
 
 from pint import Unit, UnitRegistry
 from pint.errors import PintError
@@ -47,7 +48,7 @@ SPELLINGS = {
     "ccs": "cm**3",
     "%": "percent",
 }
-LETTERS = re.compile(r"[a-zA-Zµμ]+")
+DENOMINATOR = 10**9  # of a factor: pint computes it with floats
 ALLOWED = re.compile(r"[A-Za-z_µμΩÅ0-9*/() ^-]{1,60}")
 POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 CASE_MATTERS = 3  # letters, up to which a name is a symbol: mW is no MW
@@ -88,27 +89,23 @@ def unit(name: str) -> Unit | None:
         return None
 
 
-def factor(a: str, b: str) -> float | None:
-    """How many of unit b one of unit a is; `None` where they measure different things, or are no units."""
-    units = unit(a), unit(b)
-    if a == b or (units == (None, None) and _singular(a) == _singular(b)):
-        return 1.0
-    if units[0] is None or units[1] is None:
+def conversion(a: str, b: str) -> tuple[Fraction, Fraction] | None:
+    """The factor and the offset that make a number of units b of one of units a; `None` where they measure different
+    things, or where one of them is no unit. Two names that are no units are one where they have the same words."""
+    one, other = unit(a), unit(b)
+    if a == b:
+        return Fraction(1), Fraction(0)
+    if one is None or other is None:
         words = [{_singular(word) for word in re.findall(r"[^\W\d]+", name)} for name in (a, b)]
-        # "brown eggs" are eggs; two names of which one alone is a unit have nothing in common
-        return (
-            1.0
-            if units == (None, None) and words[0] and words[1] and (words[0] <= words[1] or words[1] <= words[0])
-            else None
-        )
-    one, other = (registry().Quantity(1.0, some) for some in units)
-    if one.dimensionality != other.dimensionality or _ratio_of(units[0]) != _ratio_of(units[1]):
+        # brown eggs are eggs
+        is_same = one is other and all(words) and (words[0] <= words[1] or words[1] <= words[0])
+        return (Fraction(1), Fraction(0)) if is_same else None
+    nothing, single = (registry().Quantity(value, one) for value in (0.0, 1.0))
+    if single.dimensionality != registry().Quantity(1.0, other).dimensionality or _ratio_of(one) != _ratio_of(other):
         return None
-    if units[0] == units[1]:
-        return 1.0
-    if not one._is_multiplicative or not other._is_multiplicative:
-        return None  # degrees of two scales are no multiples of one another
-    return float(one.to(other.units).magnitude)
+    offset = float(nothing.to(other).magnitude)
+    factor = float(single.to(other).magnitude) - offset
+    return Fraction(factor).limit_denominator(DENOMINATOR), Fraction(offset).limit_denominator(DENOMINATOR)
 
 
 def _ratio_of(some: Unit) -> str:
