@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sg_opd import MathVerifier
-from sg_opd.verifiers.answers import last_box, reference_answer
+from sg_opd.verifiers.answers import extract_answer, last_box, reference_answer
 from sg_opd.verifiers.mathematics.comparing import compare
 from sg_opd.verifiers.mathematics.measures import UndecidedError
 from sg_opd.verifiers.mathematics.notation import plain
 from sg_opd.verifiers.mathematics.reading import read
 from sg_opd.verifiers.mathematics.symbols import FormulaAlgebra
 from sg_opd.verifiers.mathematics.units import conversion
+from sg_opd.verifiers.worker import judge_of_tasks
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text().splitlines()]
 MANY = settings(
@@ -43,6 +44,14 @@ def test_every_case_gets_its_verdict(verdicts):
         f"{verdict} for {case}" for case, verdict in zip(CASES, verdicts, strict=True) if verdict != case["expected"]
     ]
     assert wrong == []
+
+
+def test_no_verdict_hides_an_error():
+    """In this process, where nothing is caught: what a worker would swallow as an abstention is raised."""
+    judge, cases = judge_of_tasks(), [case for case in CASES if case["expected"] is not None]
+    for case in cases[::3]:
+        reference, answer = reference_answer(case["gold"]), extract_answer(case["completion"])
+        assert answer is None or judge(reference, answer) == case["expected"], case
 
 
 def test_the_check_at_the_start_says_what_the_verdict_says(verifier):

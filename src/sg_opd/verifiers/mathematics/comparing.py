@@ -79,9 +79,7 @@ class _Comparison(MeasureComparison):
         if isinstance(other, Expression | Equation) and choice.option is None:  # the letter may be a variable
             other_latex = other.latex if isinstance(other, Expression) else other.sides[-1]
             return self.symbols.equal(choice.letter, other_latex) if choice.letter in other_latex else False
-        return (
-            False if choice.option is None else self.same(*((choice.option, b) if choice is a else (a, choice.option)))
-        )
+        return False if choice.option is None else self.instead(choice, choice.option, a, b)
 
     def _words(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Words) and isinstance(b, Words):
@@ -93,11 +91,9 @@ class _Comparison(MeasureComparison):
         if words.words in NO_SOLUTION and isinstance(other, Expression):
             return other.latex == r"\emptyset"
         if words.product and isinstance(other, Expression):
-            if len(words.product) > 4 and not set(words.product) & set(other.latex):
-                return False
             return self.symbols.equal(words.product, other.latex)
         if words.product and isinstance(other, Equation):
-            return self.same(*((words, other.value) if words is a else (other.value, words))) if other.name else None
+            return self.instead(other, other.value, a, b) if other.name else None
         return False
 
     # several
@@ -116,10 +112,10 @@ class _Comparison(MeasureComparison):
         if any(isinstance(form, SET_LIKE) or _is_region(form) for form in (a, b)):
             return self._set(a, b)
         if isinstance(a, Equation) or isinstance(b, Equation):
-            one, other = (a, b) if isinstance(a, Equation) else (b, a)
+            one = a if isinstance(a, Equation) else b
             assert isinstance(one, Equation)
             if one.name and isinstance(one.value, Members | Expression):
-                return self.same(*((one.value, other) if one is a else (other, one.value)))
+                return self.instead(one, one.value, a, b)
         a, b = (vector(form.latex) or form if isinstance(form, Expression) else form for form in (a, b))
         items = [self._items(form) for form in (a, b)]
         kinds = [form.kind if isinstance(form, Members) else "list" for form in (a, b)]
@@ -162,7 +158,8 @@ class _Comparison(MeasureComparison):
 
     def _in_order(self, a: Sequence[Form], b: Sequence[Form]) -> Verdict:
         a, b = (sorted(some, key=_name) if all(map(_name, some)) else some for some in (a, b))
-        return _all(self.same(one, other) for one, other in zip(a, b, strict=True))
+        verdicts = [self.same(one, other) for one, other in zip(a, b, strict=True)]
+        return False if False in verdicts else None if None in verdicts else True
 
     # relations and sets
 
@@ -181,14 +178,11 @@ class _Comparison(MeasureComparison):
         equation, other = (a, b) if isinstance(a, Equation) else (b, a)
         assert isinstance(equation, Equation)
         if isinstance(other, SET_LIKE):
-            return self._set(a, b) if not equation.name else self._valued(equation, other, equation is a)
-        found = self._valued(equation, other, equation is a)
+            return self.instead(equation, equation.value, a, b) if equation.name else self._set(a, b)
+        found = self.instead(equation, equation.value, a, b)
         if equation.name or not found or self._has_value(equation):
             return found
         return False if equation is a else None  # `m+n=17` says 17, but is it what was asked for?
-
-    def _valued(self, equation: Equation, other: Form, is_reference: bool) -> Verdict:
-        return self.same(equation.value, other) if is_reference else self.same(other, equation.value)
 
     def _is_false(self, equation: Equation) -> bool:
         """Whether two sides are numbers that differ, as in 12+6=17."""
@@ -206,13 +200,10 @@ class _Comparison(MeasureComparison):
                 return False
             if (
                 isinstance(form, Interval)
-                and form.brackets == "[]"
                 and isinstance(other, Members)
-                and len(other.items) == 2
+                and (form.brackets, len(other.items)) == ("[]", 2)
             ):
-                if other.kind in ("list", "and"):
-                    return None  # a list in Python's notation, or an interval
-                return False
+                return None if other.kind in ("list", "and") else False  # an interval, or a list in Python's notation
         names = [form.variable for form in (a, b) if isinstance(form, Condition)]
         if len(names) == 2 and all(names) and names[0] != names[1]:
             return False
@@ -225,11 +216,6 @@ def _is_region(form: Form) -> bool:
         return False
     names = {item.variable for item in form.items if isinstance(item, Condition)}
     return len(names) <= 1 and all(isinstance(item, SET_LIKE) or _is_region(item) for item in form.items)
-
-
-def _all(verdicts: object) -> Verdict:
-    found = list(verdicts)  # type: ignore[call-overload]
-    return False if False in found else None if None in found else True
 
 
 def _name(form: Form) -> str:

@@ -65,6 +65,10 @@ class MeasureComparison(ABC):
     def same(self, a: Form, b: Form) -> Verdict:
         """Whether two forms are equal."""
 
+    def instead(self, form: Form, other: Form, a: Form, b: Form) -> Verdict:
+        """Whether two forms are equal, with `other` in the place of that one which is `form`."""
+        return self.same(other if form is a else a, other if form is b else b)
+
     def _matched(self, a: Sequence[Form], b: Sequence[Form]) -> Verdict:
         """Whether the members of one side can be paired with equal ones of the other, each once."""
         left, unsure = list(b), False
@@ -89,39 +93,32 @@ class MeasureComparison(ABC):
     def _labelled(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Labelled) and isinstance(b, Labelled):
             return self.same(a.value, b.value) if a.label == b.label else False
-        labelled, other = (a, b) if isinstance(a, Labelled) else (b, a)
+        labelled = a if isinstance(a, Labelled) else b
         assert isinstance(labelled, Labelled)
-        found = self.same(*((labelled.value, other) if labelled is a else (other, labelled.value)))
+        found = self.instead(labelled, labelled.value, a, b)
         return None if found else found
 
     def _special(self, a: Form, b: Form) -> Verdict:
-        for form, other in ((a, b), (b, a)):
-            if (
-                isinstance(form, Special)
-                and form.kind == "ratio"
-                and len(form.value) == 2
-                and isinstance(other, Number)
-            ):
-                return form.value[1] != 0 and form.value[0] / form.value[1] == other.value
-            if isinstance(form, Special) and form.kind == "numeral" and isinstance(other, Number):
-                return form.value[0] == other.latex
-            if (
-                isinstance(form, Special)
-                and isinstance(other, Expression)
-                and form.kind in ("ratio", "numeral", "ellipsis")
-            ):
-                return None
-        if not isinstance(a, Special) or not isinstance(b, Special):
-            return False
+        if isinstance(a, Special) and isinstance(b, Special):
+            return self._specials(a, b)
+        special, other = (a, b) if isinstance(a, Special) else (b, a)
+        assert isinstance(special, Special)
+        if isinstance(other, Number) and special.kind == "numeral":
+            return special.value[0] == other.latex
+        if isinstance(other, Number) and special.kind == "ratio" and len(special.value) == 2:
+            return special.value[1] != 0 and special.value[0] / special.value[1] == other.value
+        return None if isinstance(other, Expression) and special.kind in ("ratio", "numeral", "ellipsis") else False
+
+    @staticmethod
+    def _specials(a: Special, b: Special) -> bool:
         if {a.kind, b.kind} == {"ratio", "time"}:  # "4:30" without its half of the day
             ratio, time = (a, b) if a.kind == "ratio" else (b, a)
             return len(ratio.value) == 2 and (60 * ratio.value[0] + ratio.value[1] - time.value[0]) % 720 == 0
-        if a.kind != b.kind:
+        if a.kind != b.kind or len(a.value) != len(b.value):
             return False
         if a.kind == "ratio":
-            return len(a.value) == len(b.value) and all(
-                p * s == q * r for (p, q), (r, s) in itertools.combinations(zip(a.value, b.value, strict=True), 2)
-            )
+            pairs = itertools.combinations(zip(a.value, b.value, strict=True), 2)
+            return all(p * s == q * r for (p, q), (r, s) in pairs)
         if a.kind == "date":
             return a.value[1:] == b.value[1:] and (a.value[0] == b.value[0] or 0 in (a.value[0], b.value[0]))
         return a.value == b.value
@@ -140,7 +137,7 @@ class MeasureComparison(ABC):
             return False
         if quantity.product and not self.symbols.knows(quantity.unit):
             return self._as_products(a, b)
-        equal = self.same(*((quantity.number, other) if quantity is a else (other, quantity.number)))
+        equal = self.instead(quantity, quantity.number, a, b)
         if quantity.unit == "%":
             return self._percent(quantity.number, other, equal, quantity is a)
         if not equal and quantity.unit == r"^\circ" and isinstance(other, Expression):  # radians

@@ -43,7 +43,7 @@ STATEMENT = re.compile(
     r"(?![A-Za-z])"
 )
 SYMMETRIC = re.compile(r" ?\\(cap|cup|land|lor|sim|parallel|perp|cong|Leftrightarrow|iff|oplus|equiv)(?![A-Za-z]) ?")
-IMAGINARY = sympy.Symbol("i", real=True), sympy.I
+IMAGINARY = {sympy.Symbol("i", real=True): sympy.I}
 
 
 class FormulaAlgebra:
@@ -70,9 +70,8 @@ class FormulaAlgebra:
         if len(sides) == 2 and all(isinstance(side, sympy.Expr) and side.free_symbols for side in sides):
             ratio = _value(sides[0] / sides[1], POINTS[0]), _value(sides[0] / sides[1], POINTS[1])
             if None not in ratio and _agree(*ratio):
-                return _equal_formulas(sides[0], sides[1] * sympy.nsimplify(ratio[0], rational=True)) or _verified(
-                    *some
-                )
+                factor = sympy.nsimplify(ratio[0], rational=True)
+                return _equal_formulas(sides[0], sides[1] * factor) or _verified(*some)
         return _verified(*some)
 
     def are_equal_sides(self, sides: Sequence[str]) -> bool | None:
@@ -131,7 +130,7 @@ def parse(latex: str) -> Any:
     except Exception:  # the parser raises nothing more particular; a formula without meaning is compared by its signs
         return None
     if isinstance(value, sympy.Expr):
-        value = value.xreplace({IMAGINARY[0]: IMAGINARY[1]})
+        value = value.xreplace(IMAGINARY)
     return value
 
 
@@ -174,37 +173,34 @@ def as_set(form: Form) -> sympy.Set | None:
         values = [_rational(parse(end.latex)) for end in ends if isinstance(end, Number | Expression)]
         brackets = form.brackets if isinstance(form, Interval) else "()"
         return sympy.Interval(*values, brackets[0] == "(", brackets[1] == ")") if len(values) == 2 else None
-    if isinstance(form, Members):
-        parts = [as_set(item) for item in form.items]
-        if form.kind == "set":  # whose members may be sets
-            parts = [
-                sympy.FiniteSet(part)
-                if isinstance(item, Expression) and isinstance(parse(item.latex), sympy.Set)
-                else part
-                for item, part in zip(form.items, parts, strict=True)
-            ]
-        if None in parts:
-            return None
-        if not any(isinstance(item, Condition) for item in form.items) or form.kind == "or":
-            return sympy.Union(*parts)
-        both = sympy.Intersection(*parts)
-        # a comma between conditions that exclude one another stands for "or"
-        return sympy.Union(*parts) if form.kind == "list" and both.is_empty else both
-    return None
+    return _union(form) if isinstance(form, Members) else None
+
+
+def _union(members: Members) -> sympy.Set | None:
+    """The union of members, the intersection of conditions."""
+    parts = [as_set(item) for item in members.items]
+    if members.kind == "set":  # whose members may be sets
+        sets = [isinstance(item, Expression) and isinstance(parse(item.latex), sympy.Set) for item in members.items]
+        parts = [sympy.FiniteSet(part) if is_set else part for is_set, part in zip(sets, parts, strict=True)]
+    if None in parts:
+        return None
+    if members.kind == "or" or not any(isinstance(item, Condition) for item in members.items):
+        return sympy.Union(*parts)
+    both = sympy.Intersection(*parts)
+    # a comma between conditions that exclude one another stands for "or"
+    return sympy.Union(*parts) if members.kind == "list" and both.is_empty else both
 
 
 def _bounds(relation: Any) -> list[tuple[type, sympy.Expr]]:
     """An inequality, or a chain of them, as kinds and expressions that are positive; nothing of what is none."""
     parts = relation.args if isinstance(relation, sympy.And) else (relation,)
-    if not all(isinstance(part, Relational) for part in parts):
+    if not all(isinstance(part, Relational) and not isinstance(part, sympy.Eq) for part in parts):
         return []
+    strict = sympy.StrictGreaterThan, sympy.StrictLessThan
     return [
-        (type(part), part.lhs - part.rhs)
-        if isinstance(part, sympy.Ne | sympy.Eq)
-        else (
-            sympy.StrictGreaterThan if isinstance(part, sympy.Gt | sympy.Lt) else sympy.GreaterThan,
-            part.gts - part.lts,
-        )
+        (sympy.Ne, part.lhs - part.rhs)
+        if isinstance(part, sympy.Ne)
+        else (sympy.Gt if isinstance(part, strict) else sympy.Ge, part.gts - part.lts)
         for part in parts
     ]
 
