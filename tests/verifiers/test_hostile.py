@@ -99,6 +99,39 @@ def test_no_pattern_takes_more_than_squares_of_its_texts_length(module, name):
         pattern.fullmatch(text)
 
 
+MARKED = (
+    "\ue000ab",
+    "\ue000a ",
+    "or ",
+    "ab:",
+    "\\frac",
+    "\\sqrt",
+    "\\pm",
+    "^{",
+    "_{",
+    "(",
+    "[",
+    "\\{",
+    "=x",
+    "<",
+    "\\le ",
+    "√",
+    "½",
+    "个",
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("part", [*REPEATED, *MARKED])
+def test_no_text_takes_long_to_read(part):
+    """Reading happens in the trainer's process too; a second for the longest answer is far more than any takes."""
+    for begin, end in itertools.product(("1", "", "x=", "5 "), ("", "x", "1", " cm", "}")):
+        text = begin + part * (MAX_ANSWER // len(part)) + end
+        start = time.process_time()
+        reading.read(text)
+        assert time.process_time() - start < 1.0
+
+
 def test_what_an_attack_broke_is_named():
     found = {"hangs": 0, "taken_for_correct": [], "worker_peak_mib": 100, "throughput_ratio": 1.0}
     assert held(found) == []

@@ -37,7 +37,7 @@ MONTH = re.compile(
 )
 DAY_OR_YEAR = re.compile(r"(\d{1,4})(?:st|nd|rd|th)?\b", re.IGNORECASE)
 NUMERAL = re.compile(
-    r"(?P<digits>[0-9A-F]*[0-9][0-9A-F]*(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?"
+    r"(?P<digits>(?=[A-F]*[0-9])[0-9A-F]++(?:\.[0-9A-F]+)?|\([0-9A-F]+\)) ?_ ?"
     r"(?:\{ ?(?P<base>\d{1,2}|[a-z]+) ?\}|(?P<one>\d))"
 )
 BASES = {

@@ -12,10 +12,11 @@ from .signs import CJK
 MARK = "\ue000"  # before each word that stood in a text command
 LETTERS = rf"A-Za-z{CJK}\u00c0-\u024f"
 UNIT = (
-    rf"(?:{MARK}?[A-Za-zµμΩÅ]+\.?|{MARK}?[{CJK}]+|\^\\circ ?{MARK}?(?:[CFK](?![A-Za-z]))?|%|[€£¥₹¢₽₩₫]|\\\$)"
+    rf"(?:{MARK}?[A-Za-zµμΩÅ]++\.?|{MARK}?[{CJK}]++|\^\\circ ?{MARK}?(?:[CFK](?![A-Za-z]))?|%|[€£¥₹¢₽₩₫]|\\\$)"
     r"(?: ?\^ ?(?:\{ ?-?\d ?\}|-?\d))?"
 )
-TAIL = re.compile(rf"(?<![A-Za-z\\{MARK}]){UNIT}(?:(?: ?(?:/|\\cdot|\*|-) ?| )?\(?{UNIT}\)?)*$")
+# parts are joined by a sign, a space or a full stop: without one of them a run of letters could be split in many ways
+TAIL = re.compile(rf"(?<![A-Za-z\\{MARK}]){UNIT}(?:(?: ?(?:/|\\cdot|\*|-) ?| |(?<=\.))\(?{UNIT}\)?){{0,7}}$")
 MONEY = re.compile(
     rf"(?P<sign>[+-]?) ?(?P<unit>(?:US|A|C)? ?\\\$|[€£¥₹₽₩₫]|{MARK}?(?:Rs|USD|EUR|GBP|INR|RMB|CNY)\.?(?![A-Za-z]))"
     r" ?(?P<rest>[+-]?[\d.\\].*)"

@@ -61,7 +61,7 @@ MATRIX = re.compile(r"[(\[]?\\begin\{[pbv]?(matrix|array)\}(?:\{[^{}]*\})?(?P<ro
 PM = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 MAX_PM = 3  # signs, each doubling the members
 WORD = re.compile(rf"{MARK}?[{LETTERS}]+")
-LABEL = re.compile(rf"((?:{MARK}?[{LETTERS}]{{2,}}[.]? ?)+:?) ?(?=\S)")
+LABEL = re.compile(rf"((?:{MARK}?[{LETTERS}]{{2,}}+[.]? ?)+:?) ?(?=\S)")
 BARE_LABEL = re.compile(r"(?=[^ ]*[aeiouy])[A-Za-z]*[a-z]{2}[a-z ]* ")
 ANSWER_WORDS = frozenset(("answer", "ans", "final answer", "result", "答案", "答"))
 PAIRS = {"(": ")]", "[": "])", "\\{": "\\}"}
