@@ -285,6 +285,7 @@ def test_any_text_has_a_plain_form_which_is_its_own(text):
         (r"10^\circ C", r"10^\circ F", 0.0),
         ("5", "1" * 1001, None),
         ("5", r"\frac{5", None),
+        ("5", r"\begin{cases}\,\end{cases}", None),
     ],
 )
 def test_what_the_page_on_verifiers_says(reference, answer, verdict, verifier):

@@ -210,8 +210,8 @@ def _members(kind: Literal["list", "and", "or", "set", "tuple"], parts: Sequence
     if any(part.strip() == r"\ldots" for part in parts):
         return Special("ellipsis", tuple(unmarked(part).replace(" ", "") for part in parts))
     items = [_read(part, depth) for part in parts]
-    if len(items) == 1:
-        return items[0]
+    if len(items) < 2:
+        return items[0] if items else None
     first, others = items[0], items[1:]
     if isinstance(first, Equation) and first.name and all(isinstance(o, Number | Expression | Members) for o in others):
         items[0] = first.value
