@@ -247,11 +247,11 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         """Same as GRPOTrainer with the gate's advantages; with estimator="full" the divergence instead."""
         if self.args.estimator == "full":
             return self._full_loss(model, inputs)
-        self._gate_inputs, old_logps = inputs, inputs.get("old_per_token_logps")
+        self._gate_inputs = inputs
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
-            self._gate_inputs, inputs["old_per_token_logps"] = None, old_logps
+            self._gate_inputs = None
         return loss + inputs.pop("nll", 0.0)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:

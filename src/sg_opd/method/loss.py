@@ -41,7 +41,8 @@ def sequence_old_logps(
     """The old log-probabilities with which each token's ratio is its sequence's, as in GSPO's token form.
 
     `s_t = sg(s) * pi_S / sg(pi_S)` with `s = exp(mean_t log rho_t)` over the trained tokens (arXiv 2507.18071, section
-    4.3): the value of the sequence's ratio, and the gradient of the token's own, so that each keeps its advantage.
+    4.3): the value of the sequence's ratio, and the gradient of the token's own, so that each keeps its advantage. The
+    mean over the sequence stays, so they can take the old ones' place for later passes too.
     """
     logps = logps.detach()
     trained = mask.to(logps.dtype)
