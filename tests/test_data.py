@@ -1,14 +1,18 @@
 """The usual forms of mathematics sets and benchmarks."""
 
 import json
+import math
 
+import numpy as np
+import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from sg_opd import MathVerifier, data
 from sg_opd.data import (
     INSTRUCTION,
     TASKS,
+    as_gold,
     load_data,
     load_task,
     prepare_dataset,
@@ -63,6 +67,93 @@ def test_a_question_that_asks_for_a_box_is_left_alone():
     assert prepared[0]["prompt"] == [{"role": "user", "content": question}]
     bare = prepare_dataset(Dataset.from_list([{"question": "2+2?", "answer": "4"}]), instruction=None)
     assert bare[0]["prompt"] == [{"role": "user", "content": "2+2?"}]
+
+
+ASKING = (
+    r"Put your final answer within \boxed{}.",
+    r"Use \boxed{} for the final answer.",
+    r"Give your answer as \boxed{answer}.",
+    r"Output the final answer inside $\boxed{}$",
+    r"Write the solution in the form \boxed{a/b}.",
+    r"请把最终答案放在\boxed{}中。",
+)
+SHOWING = (
+    r"What is inside \boxed{x}?",
+    r"Which digit goes into \boxed{}: 3 + \boxed{} = 7?",
+    r"Find the digit such that the result is 3\boxed{}7.",
+    r"What is \boxed{2} + 2? Give the answer in metres.",
+)
+
+
+@pytest.mark.parametrize("question", ASKING)
+def test_a_question_that_asks_for_a_box_in_other_words(question):
+    question = f"What is 2+2? {question}"
+    prepared = prepare_dataset(Dataset.from_list([{"question": question, "answer": "4"}]))
+    assert prepared[0]["prompt"][0]["content"] == question
+
+
+@pytest.mark.parametrize("question", SHOWING)
+def test_a_question_that_merely_shows_a_box_is_asked_for_one(question):
+    prepared = prepare_dataset(Dataset.from_list([{"question": question, "answer": "4"}]))
+    assert prepared[0]["prompt"][0]["content"] == f"{question}\n{INSTRUCTION}"
+
+
+def test_messages_of_content_parts():
+    """Parts of text become one text, DAPO's frame is found in them, and an image keeps the message as it is."""
+
+    def parts(*texts):
+        return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
+
+    def prompt(messages):
+        return prepare_dataset(Dataset.from_list([{"prompt": messages, "answer": "4"}]))[0]["prompt"]
+
+    assert prompt(parts("What is", " 2+2?")) == [{"role": "user", "content": "What is 2+2?"}]
+    frame = "Solve the following math problem step by step. Say so.\n\n{}\n\nRemember to put your answer last."
+    assert prompt(parts(*frame.format("What is 2+2?").split("2+", 1)))[0]["content"] == "What is 2?\n" + INSTRUCTION
+    image = [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image", "text": None}]}]
+    assert prompt(image) == image
+    system = [{"role": "system", "content": [{"type": "text", "text": "Box it."}]}, *parts("What?")]
+    assert prompt(system) == [{"role": "system", "content": "Box it."}, {"role": "user", "content": "What?"}]
+
+
+MISSING = (
+    None,
+    math.nan,
+    np.nan,
+    np.float32("nan"),
+    pd.NA,
+    pd.NaT,
+    {"ground_truth": None},
+    [],
+    [None],
+    ["4", math.nan],
+)
+
+
+@pytest.mark.parametrize("answer", MISSING, ids=repr)
+def test_a_missing_answer(answer):
+    assert as_gold(answer) is None
+
+
+def test_missing_answers_in_columns():
+    """In a column of numbers pandas writes NaN, in one of texts None."""
+    for answers, golds in (([4, math.nan], ["4.0", None]), (["4", None], ["4", None]), (["4", math.nan], ["4", None])):
+        frame = pd.DataFrame({"question": ["a", "b"], "answer": answers})
+        assert prepare_dataset(Dataset.from_pandas(frame))["solution"][:] == golds
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])
+def test_a_format_gives_way_to_plain_values(form, streamed):
+    rows = Dataset.from_list([{"question": "What is 2+2?", "answer": 4}])
+    rows = rows.to_iterable_dataset() if streamed else rows
+    assert next(iter(prepare_dataset(rows.with_format(form)))) == {"prompt": ASKED, "solution": "4"}
+
+
+def test_a_dataset_without_rows():
+    for empty in (IterableDataset.from_generator(lambda: iter([])), Dataset.from_list([])):
+        with pytest.raises(ValueError, match="The dataset is empty: it has neither columns nor rows"):
+            prepare_dataset(empty)
 
 
 def test_splits_and_streams():

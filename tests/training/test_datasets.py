@@ -1,14 +1,15 @@
 """Datasets that are refused or warned of before training."""
 
 import logging
+import math
 
 import PIL.Image
 import pytest
 from accelerate import PartialState
 from datasets import Dataset, Image, IterableDataset
 
-from sg_opd import SGOPDConfig
-from sg_opd.training.datasets import check_batch, check_dataset, check_datasets, check_held_out
+from sg_opd import MathVerifier, SGOPDConfig
+from sg_opd.training.datasets import check_batch, check_dataset, check_datasets, check_held_out, questions
 
 
 def check(train, held_out=None, unparseable=None, with_environments=False, **settings):
@@ -68,6 +69,64 @@ def test_collected_completions_of_a_wrong_type(collected):
     check_dataset("train_dataset", rows, None)
     with pytest.raises(ValueError, match=r"`teacher_completions` in `train_dataset`, row 2: expected a list of texts"):
         check_dataset("train_dataset", [*rows, {"prompt": "p", "teacher_completions": collected}], None)
+
+
+def test_content_in_parts():
+    """Text in parts is the same question as in one text; a part of it may be an image."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]}]
+    rows = Dataset.from_list([{"prompt": parts}] * 4)
+    check_dataset("train_dataset", rows, None)
+    assert list(questions(rows)) == list(questions(Dataset.from_list([{"prompt": user("What is 2+2?")}] * 4)))
+    image = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "tool_calls": [{"type": "f"}]}]
+    with pytest.raises(ValueError, match="has images"):
+        check_dataset("train_dataset", [{"prompt": image}], None, teacher_phase=True)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])
+def test_rows_in_a_format(form, streamed):
+    rows = Dataset.from_list([{"prompt": user("a"), "solution": 4}] * 4)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    with pytest.raises(
+        ValueError, match=rf"`train_dataset` gives its rows in the format '{form}'.*with_format\(None\)"
+    ):
+        check(rows.with_format(form))
+    check(rows.with_format(form).with_format(None), unparseable=all_parse)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no columns", "columns"])
+def test_streams_without_rows(known):
+    """In training and in evaluation, whether the columns are known or not."""
+    rows = Dataset.from_list([{"prompt": "p"}] * 4)
+    empty = IterableDataset.from_generator(lambda: iter([]))
+    if known:
+        empty = rows.to_iterable_dataset().filter(lambda row: False)
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        check(empty)
+    with pytest.raises(ValueError, match=r"`eval_dataset\['x'\]` is empty"):
+        check(rows, {"x": empty})
+
+
+def test_environments_supply_prompts():
+    rows = Dataset.from_list([{"level": 1}] * 4)
+    check(rows, rows.to_iterable_dataset(), with_environments=True)
+    with pytest.raises(ValueError, match="lacks the column 'prompt'"):
+        check(rows)
+    with pytest.raises(ValueError, match="lacks the column 'solution'"):
+        check(rows, unparseable=all_parse, with_environments=True)
+    with pytest.raises(ValueError, match="row 0 is empty"):
+        check(Dataset.from_list([{"prompt": ""}] * 4), with_environments=True)
+
+
+def test_answers_that_are_missing(caplog):
+    """None and NaN are no answers: they are counted, as `MathVerifier` will abstain on them."""
+    verifier = MathVerifier(workers=1)
+    rows = Dataset.from_dict({"prompt": ["p"] * 4, "solution": [4.0, math.nan, 5.0, None]})
+    assert verifier([r"\boxed{4}"] * 4, rows["solution"]) == [1.0, None, 0.0, None]
+    with caplog.at_level(logging.WARNING):
+        check_dataset("train_dataset", rows, verifier.unparseable)
+    assert "2 of the 4 reference answers checked in `train_dataset` cannot be parsed, first row 1: 'nan'" in caplog.text
+    verifier.close()
 
 
 def test_solutions_that_do_not_parse(caplog):

@@ -6,12 +6,11 @@ import re
 
 import pytest
 import torch
-from trainers import Recorder, assert_same_weights, coin_verifier, make_config, plain_logits
+from trainers import LOSS_TYPES, Recorder, assert_same_weights, coin_verifier, make_config, plain_logits
 from trl import GRPOTrainer
 
 from sg_opd.method.loss import sequence_old_logps
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 LENGTH, TEMPERATURE, RATE = 12, 0.8, 0.3
 LOW, HIGH = 0.2, 0.28  # PPO's clip; `HIGH` of CISPO is a bound of the ratio itself
 CISPO_HIGH = 1.05

@@ -9,12 +9,13 @@ import torch
 from chatting import byte_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
-from test_losses import LOSS_TYPES
 from trainers import (
+    LOSS_TYPES,
     Recorder,
     assert_same_weights,
     assert_same_weights_exactly,
     coin_verifier,
+    decided,
     make_config,
     plain_logits,
 )
@@ -22,37 +23,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sg_opd import MathVerifier, SGOPDTrainer
 
-
-def decided(model, teacher, batch, temperature=0.8):
-    """log pi_S and A_t of the first update, by hand: 1.8 * delta where teacher and verdict agree, else delta."""
-    ids = batch["completion_ids"].unsqueeze(-1)
-    student, taught = (
-        (plain_logits(m, batch).float() / temperature).log_softmax(-1).gather(-1, ids).squeeze(-1)
-        for m in (model, teacher)
-    )
-    delta = (taught - student).detach()
-    side = torch.where(batch["verifier_labels"] == 1, 1.0, torch.where(batch["verifier_labels"] == 0, -1.0, 0.0))
-    return student, torch.where(side.unsqueeze(1) * delta > 0, 1.8, 1.0) * delta
-
-
 # --- tools -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chat():
-    """Tokenizer, and a factory of models that answer in its bytes."""
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def chat_model(chat, make_model):
-    def make(seed, **config):
-        return make_model(
-            seed, len(chat), max_position_embeddings=4096, eos_token_id=chat.eos_token_id,
-            pad_token_id=chat.pad_token_id, **config,
-        )  # fmt: skip
-
-    return make
 
 
 ASKED = Dataset.from_list([{"prompt": [{"role": "user", "content": f"How much is {i} + 1?"}]} for i in range(4)])
@@ -119,8 +90,6 @@ def test_tools(estimator, chat, chat_model, tmp_path):
         for parameter in simulated.parameters():
             parameter -= 0.05 * parameter.grad
     assert_same_weights(student, simulated)
-    factor = (advantage / (advantage + 0)).nan_to_num() * 0 + torch.where(mask == 1, 1.0, 0.0)
-    assert factor.sum() == mask.sum()
     assert math.isfinite(trainer.losses[0])
 
 
@@ -183,131 +152,7 @@ def test_an_id_that_the_teacher_lacks(estimator, make_model, tokenizer, dataset,
         trainer.train()
 
 
-# --- environments ------------------------------------------------------------------------------------------------
-
-
-class Counting:
-    """Rewards 1, 0 and None in turn; counts the instances that were made and the rewards that were asked for."""
-
-    made, asked = 0, 0
-
-    def __init__(self):
-        type(self).made += 1
-        self.number = self.made
-
-    def reset(self, **kwargs):
-        return " How much is 4 + 1?"
-
-    def successor(self, number: int) -> str:
-        """
-        The number after a number.
-
-        Args:
-            number: any number.
-        """
-        return f"it is {number + 1}"
-
-    def get_reward(self):
-        type(self).asked += 1
-        return (1, 0, None)[self.number % 3]
-
-
-def silent():
-    """An environment without a reward, made by a function."""
-
-    class Silent(Counting):
-        get_reward = None
-
-    return Silent()
-
-
-class Late(Counting):
-    async def get_reward(self):
-        return (1, 0, None)[self.number % 3]
-
-
-@pytest.mark.parametrize("kind", [Counting, Late])
-@pytest.mark.parametrize("as_function", [False, True], ids=["class", "function"])
-def test_an_environments_reward_is_the_verdict(kind, as_function, chat, chat_model, tmp_path):
-    """And nothing else: `reward` is the share of 1 among 1 and 0, each is asked once, and no instance is made twice."""
-    kind.made = kind.asked = 0
-    args = make_config(tmp_path, max_completion_length=8, gradient_accumulation_steps=1)
-    factory = (lambda: kind()) if as_function else kind
-    trainer = Recorder(
-        chat_model(1), chat_model(2), None, args, None, processing_class=chat, environment_factory=factory
-    )
-    trainer.train()
-    (batch,) = trainer.batches
-    assert kind.made == 4
-    # instances 1 to 4, in a batch that GRPOTrainer shuffles
-    assert sorted(batch["verifier_labels"].nan_to_num(nan=2.0).tolist()) == [0.0, 0.0, 1.0, 2.0]
-    logs = trainer.state.log_history[0]
-    assert logs["reward"] == logs[f"rewards/{kind.__name__}/mean"] == pytest.approx(1 / 3)
-    assert logs["verdict/correct"] == 0.25
-    assert logs["verdict/abstained"] == 0.25
-    assert kind is Late or kind.asked == 4
-    logps, advantage = decided(chat_model(1), chat_model(2), batch)
-    torch.testing.assert_close(batch["advantages"].shape, torch.Size([4])) if False else None
-    decision = trainer._buffered_inputs[0]["decision"]["advantage"]
-    mask = batch["completion_mask"]
-    torch.testing.assert_close(decision * mask, advantage * mask, rtol=1e-4, atol=1e-5)
-
-
-def test_a_verifier_beside_an_environments_reward(chat, chat_model, tmp_path, caplog):
-    """The verifier wins, and may ask the environments itself; GRPOTrainer would add both to `reward`."""
-    Counting.made = Counting.asked = 0
-
-    def at_least_half(environments, **kwargs):
-        return [float((environment.get_reward() or 0) >= 0.5) for environment in environments]
-
-    args = make_config(tmp_path, max_completion_length=8, gradient_accumulation_steps=1)
-    trainer = Recorder(
-        chat_model(1), chat_model(2), at_least_half, args, None, processing_class=chat, environment_factory=Counting
-    )
-    assert "`get_reward` of Counting is not asked, since a `verifier` is given" in caplog.text
-    trainer.train()
-    assert trainer.state.log_history[0]["reward"] == 0.25
-    assert Counting.asked == 4
-    assert not any("Counting" in name for name in trainer.state.log_history[0])
-
-
-@pytest.mark.parametrize("data", ["none", "a column of environments"])
-def test_environments_that_nobody_judges(data, chat, tmp_path):
-    """Before a model is loaded: neither name is one."""
-    args, factory, rows = make_config(tmp_path), silent, None
-    if data != "none":
-        rows, factory = Dataset.from_dict({"environment": ["a", "b"] * 4}), {"a": silent, "b": silent}
-    with pytest.raises(
-        ValueError, match=r"Pass a `verifier`.* give Silent.* a `get_reward`.* no column 'solution' for MathVerifier"
-    ):
-        SGOPDTrainer("none/student", "none/teacher", None, args, rows, environment_factory=factory)
-    mixed = {"a": silent, "b": Counting}
-    rows = Dataset.from_dict({"environment": ["a", "b"] * 4, "solution": ["1"] * 8})
-    with pytest.raises(ValueError, match=r"Pass a `verifier`.* only Counting has one"):
-        SGOPDTrainer("none/student", "none/teacher", None, args, rows, environment_factory=mixed)
-
-
-def test_an_environment_supplies_the_prompts(chat, chat_model, tmp_path):
-    """A dataset that only says which environment, as GRPOTrainer takes it, in training and in evaluation."""
-    Counting.made = 0
-    rows = Dataset.from_dict({"environment": ["a"] * 4})
-    args = make_config(
-        tmp_path, max_completion_length=4, gradient_accumulation_steps=1, eval_strategy="steps", eval_steps=1
-    )
-    trainer = Recorder(
-        chat_model(1), chat_model(2), None, args, rows, rows.select([0]), processing_class=chat,
-        environment_factory={"a": Counting},
-    )  # fmt: skip
-    trainer.train()
-    assert "How much is 4 + 1?" in chat.decode(trainer.batches[0]["prompt_ids"][0])
-    assert {"eval_reward", "eval_rewards/Counting/mean"} <= set(trainer.state.log_history[-2])
-
-
 # --- evaluation --------------------------------------------------------------------------------------------------
-
-
-def by_column(prompts, completions, verdict, **kwargs):
-    return verdict
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])
@@ -317,12 +162,10 @@ def test_each_of_several_evaluation_sets_has_its_own_metrics(streamed, make_mode
     verdicts = {"good": [1, 1, 1, 0], "bad": [0, 0, 1, 0], "eval": [None, 1]}
     sets = {name: rows.add_column("verdict", verdicts[name]) for name, rows in sets.items()}
     sets = {name: rows.to_iterable_dataset() if streamed else rows for name, rows in sets.items()}
-    steps = []
 
     def verifier(prompts, completions, trainer_state, verdict=None, **kwargs):
         if verdict is None:
             return [1.0] * len(completions)
-        steps.append(trainer_state.global_step)
         return [0 if trainer_state.global_step == 2 and v else v for v in verdict]
 
     args = make_config(
