@@ -152,7 +152,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         if own is not None and isinstance(self.verifier, MathVerifier):
             check_box(own, getattr(self.processing_class, "chat_template", None))
         if own is not None and not self._is_vlm:
-            checks.check_bos(prompt(), self._tokenizer)
+            checks.check_bos(own, self._tokenizer)
             contexts = checks.context_of(student), self.teacher.context
             served = isinstance(self.teacher, ServerTeacher)
             checks.check_prompts(own, self._tokenize_prompts, contexts, args.max_completion_length, served)

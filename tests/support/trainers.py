@@ -98,7 +98,7 @@ def assert_same_weights_exactly(model, other):
 
 
 def decided(model, teacher, batch, temperature=0.8):
-    """log pi_S and A_t of the first update, by hand: 1.8 * delta where teacher and verdict agree, else delta."""
+    """log pi_S, A_t and its factor in the first update, by hand: 1.8 where teacher and verdict agree, else 1."""
     ids = batch["completion_ids"].unsqueeze(-1)
     student, taught = (
         (plain_logits(m, batch).float() / temperature).log_softmax(-1).gather(-1, ids).squeeze(-1)
@@ -106,4 +106,5 @@ def decided(model, teacher, batch, temperature=0.8):
     )
     delta = (taught - student).detach()
     side = torch.where(batch["verifier_labels"] == 1, 1.0, torch.where(batch["verifier_labels"] == 0, -1.0, 0.0))
-    return student, torch.where(side.unsqueeze(1) * delta > 0, 1.8, 1.0) * delta
+    factor = torch.where(side.unsqueeze(1) * delta > 0, 1.8, 1.0)
+    return student, factor * delta, factor

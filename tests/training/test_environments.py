@@ -68,7 +68,7 @@ def test_an_environments_reward_is_the_verdict(kind, as_function, chat, chat_mod
     assert logs["verdict/correct"] == 0.25
     assert logs["verdict/abstained"] == 0.25
     assert kind is Late or kind.asked == 4
-    _, advantage = decided(chat_model(1), chat_model(2), batch)
+    _, advantage, _ = decided(chat_model(1), chat_model(2), batch)
     decision = trainer._buffered_inputs[0]["decision"]["advantage"]
     mask = batch["completion_mask"]
     torch.testing.assert_close(decision * mask, advantage * mask, rtol=1e-4, atol=1e-5)

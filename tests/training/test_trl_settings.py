@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from trainers import (
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sg_opd import MathVerifier, SGOPDTrainer
+from sg_opd.evaluation.evaluator import tokenize_prompts
 
 # --- tools -------------------------------------------------------------------------------------------------------
 
@@ -77,20 +77,19 @@ def test_tools(estimator, chat, chat_model, tmp_path):
     assert sorted(bool(text) for text in results) == [False, False, True, True]
     assert all("it is 5" in text and "successor" not in text for text in results if text)
     assert int(batch["num_items_in_batch"]) == int(mask.sum()) < int(batch["completion_mask"].sum())
-    logps, advantage = decided(simulated, copy_of_teacher, batch)
+    logps, advantage, factor = decided(simulated, copy_of_teacher, batch)
     if estimator == "sampled":
         loss = -(logps * advantage * mask).sum() / mask.sum()
     else:
         own, taught = ((plain_logits(m, batch).float() / 0.8).log_softmax(-1) for m in (simulated, copy_of_teacher))
-        delta = (taught - own).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
-        factor = (advantage / delta).detach()
         loss = (factor * (own.exp() * (own - taught.detach())).sum(-1) * mask).sum() / mask.sum()
     loss.backward()
     with torch.no_grad():
         for parameter in simulated.parameters():
             parameter -= 0.05 * parameter.grad
     assert_same_weights(student, simulated)
-    assert math.isfinite(trainer.losses[0])
+    assert trainer.losses[0] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    assert logs["gate/factor"] == pytest.approx((factor * mask).sum().item() / mask.sum().item(), rel=1e-5)
 
 
 # --- rollout_func ------------------------------------------------------------------------------------------------
@@ -129,7 +128,8 @@ def test_rollout_func(make_model, tokenizer, dataset, tmp_path):
     assert seen == [1, 0, None, 1]
     mask = batch["completion_mask"] * batch["tool_mask"]
     assert int(mask.sum()) == 9 == int(batch["num_items_in_batch"])
-    logps, advantage = decided(simulated, copy_of_teacher, batch)
+    logps, advantage, factor = decided(simulated, copy_of_teacher, batch)
+    assert trainer.state.log_history[0]["gate/factor"] == pytest.approx((factor * mask).sum().item() / 9, rel=1e-5)
     (-(logps * advantage * mask).sum() / 9).backward()
     with torch.no_grad():
         for parameter in simulated.parameters():
@@ -231,7 +231,7 @@ def test_a_mixture_of_experts(coefficient, make_moe, tokenizer, dataset, tmp_pat
     tokens = sum(batch["completion_mask"].sum() for batch in trainer.batches)
     losses = []
     for batch in trainer.batches:
-        logps, advantage = decided(simulated, copy_of_teacher, batch)
+        logps, advantage, _ = decided(simulated, copy_of_teacher, batch)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         router = simulated(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
@@ -333,6 +333,8 @@ def test_text_in_parts_is_read(chat, chat_model, tmp_path):
         batches.append(trainer.batches[0])
     assert "How much is" in chat.decode(batches[0]["prompt_ids"][0])
     assert batches[0]["prompt_ids"].equal(batches[1]["prompt_ids"])
+    own = tokenize_prompts(chat, [row["prompt"] for row in rows])  # those of an evaluation
+    assert own == tokenize_prompts(chat, [row["prompt"] for row in ASKED])
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])

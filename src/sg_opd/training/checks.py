@@ -143,11 +143,12 @@ def context_of(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_bos(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a first prompt whose text begins with the tokenizer's BOS, before which tokenising puts another."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and prompt[:2] == [bos, bos]:
-        token = tokenizer.bos_token
+def check_bos(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse text prompts, by the first, that begin with the tokenizer's BOS, before which tokenising puts another."""
+    prompt, token = next(iter(dataset))["prompt"], tokenizer.bos_token
+    if not (isinstance(prompt, str) and token):
+        return
+    if tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
         raise ValueError(
             f"`prompt` in `train_dataset`, row 0 begins with {token!r}, and the tokenizer puts another before it: the "
             "models would see two. Pass messages instead of text, or take it off: "
