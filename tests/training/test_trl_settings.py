@@ -79,7 +79,7 @@ def test_tools(estimator, chat, chat_model, tmp_path):
     assert int(batch["num_items_in_batch"]) == int(mask.sum()) < int(batch["completion_mask"].sum())
     logps, advantage, factor = decided(simulated, copy_of_teacher, batch)
     if estimator == "sampled":
-        loss = -(logps * advantage * mask).sum() / mask.sum()
+        loss = -((logps - logps.detach()).exp() * advantage * mask).sum() / mask.sum()
     else:
         own, taught = ((plain_logits(m, batch).float() / 0.8).log_softmax(-1) for m in (simulated, copy_of_teacher))
         loss = (factor * (own.exp() * (own - taught.detach())).sum(-1) * mask).sum() / mask.sum()
