@@ -181,11 +181,11 @@ class GateLogging(ResumableTrainer):
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._eval_set = ""  # the key of the set that is evaluated, in a dict of several
+        self._abstention_told = False
         self._meter = GateMeter()
         #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
-        self._eval_set = ""  # the key of the set that is evaluated, in a dict of several
-        self._abstention_told = False
         super().__init__(*args, **kwargs)
         self._empty_logs, self._eval_logs = copy.deepcopy(self._logs), copy.deepcopy(self._logs)
 
