@@ -192,11 +192,12 @@ def test_each_of_several_evaluation_sets_has_its_own_metrics(streamed, make_mode
     assert not any(key.startswith(("eval_good", "eval_eval")) for key in plain)
 
 
-def test_a_best_metric_that_no_set_of_several_logs(make_model, tokenizer, dataset, tmp_path):
-    args = make_config(tmp_path, eval_strategy="steps", metric_for_best_model="eval_reward", greater_is_better=True)
-    sets = {"a": dataset, "b": dataset}
-    with pytest.raises(ValueError, match=r"`metric_for_best_model='eval_reward'`.*'eval_a_reward', 'eval_b_reward'"):
-        SGOPDTrainer("none/student", "none/teacher", coin_verifier, args, dataset, sets)
+@pytest.mark.parametrize("metric", ["eval_reward", "reward", "eval_verdict/correct"])
+def test_a_best_metric_that_no_set_of_several_logs(metric, dataset, tmp_path):
+    args = make_config(tmp_path, eval_strategy="steps", metric_for_best_model=metric, greater_is_better=True)
+    name = metric.removeprefix("eval_")
+    with pytest.raises(ValueError, match=rf"`metric_for_best_model='{metric}'`.*'eval_a_{name}', 'eval_b_{name}'"):
+        SGOPDTrainer("none/student", "none/teacher", coin_verifier, args, dataset, {"a": dataset, "b": dataset})
 
 
 # --- mixtures of experts -----------------------------------------------------------------------------------------

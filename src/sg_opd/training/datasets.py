@@ -48,10 +48,11 @@ def check_datasets(
 
 def check_best_metric(held_out: Any, metric: str | None) -> None:
     """Refuse a metric for the best model that no evaluation logs, because each of several sets has its own."""
-    if isinstance(held_out, dict) and metric in ("reward", "eval_reward"):
+    name = (metric or "").removeprefix("eval_")
+    if isinstance(held_out, dict) and (name == "reward" or name.startswith(("rewards/", "verdict/", "completions/"))):
         raise ValueError(
             f"`metric_for_best_model={metric!r}` with a dict of evaluation sets: each logs its own. Choose one of "
-            f"{', '.join(repr(f'eval_{key}_reward') for key in held_out)}."
+            f"{', '.join(repr(f'eval_{key}_{name}') for key in held_out)}."
         )
 
 
