@@ -110,7 +110,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         checks.check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
         kwargs["environment_factory"], environments = probed(kwargs.get("environment_factory"))
         verifier = verifier_of(verifier, environments, train_dataset, lambda: self.async_loop)
-        check_datasets(train_dataset, eval_dataset, checks.unparseable_by(verifier), args, bool(environments))
+        turns = next((name for name in ("environment_factory", "tools") if kwargs.get(name)), None)
+        check_datasets(train_dataset, eval_dataset, checks.unparseable_by(verifier), args, turns)
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults

@@ -12,11 +12,11 @@ from sg_opd import MathVerifier, SGOPDConfig
 from sg_opd.training.datasets import check_batch, check_dataset, check_datasets, check_held_out, questions
 
 
-def check(train, held_out=None, unparseable=None, with_environments=False, **settings):
+def check(train, held_out=None, unparseable=None, turns=None, **settings):
     """As the trainer does, with a verifier that reads no `solution` unless told, and batches of four."""
     given = {"teacher_phase_steps": 0, "per_device_train_batch_size": 4, "num_generations": 4, **settings}
     args = SGOPDConfig("out", bf16=False, use_cpu=True, report_to="none", gradient_accumulation_steps=1, **given)
-    check_datasets(train, held_out, unparseable, args, with_environments)
+    check_datasets(train, held_out, unparseable, args, turns)
 
 
 @pytest.fixture(autouse=True)
@@ -109,13 +109,23 @@ def test_streams_without_rows(known):
 
 def test_environments_supply_prompts():
     rows = Dataset.from_list([{"level": 1}] * 4)
-    check(rows, rows.to_iterable_dataset(), with_environments=True)
+    check(rows, rows.to_iterable_dataset(), turns="environment_factory")
     with pytest.raises(ValueError, match="lacks the column 'prompt'"):
         check(rows)
     with pytest.raises(ValueError, match="lacks the column 'solution'"):
-        check(rows, unparseable=all_parse, with_environments=True)
+        check(rows, unparseable=all_parse, turns="environment_factory")
     with pytest.raises(ValueError, match="row 0 is empty"):
-        check(Dataset.from_list([{"prompt": ""}] * 4), with_environments=True)
+        check(Dataset.from_list([{"prompt": ""}] * 4), turns="environment_factory")
+
+
+@pytest.mark.parametrize("turns", ["tools", "environment_factory"])
+def test_text_prompts_where_a_rollout_has_turns(turns):
+    """In GRPOTrainer an AttributeError or a TypeError, after the first generation."""
+    with pytest.raises(ValueError, match=rf"`prompt` in `train_dataset`, row 2 is text, but with `{turns}` .*messages"):
+        check_dataset(
+            "train_dataset", [{"prompt": user("p")}, {"prompt": user("p")}, {"prompt": "p"}], None, turns=turns
+        )
+    check(Dataset.from_list([{"prompt": user("p")}] * 4), turns=turns)
 
 
 def test_answers_that_are_missing(caplog):
@@ -153,7 +163,7 @@ def test_columns_that_the_trainer_would_drop():
 
 
 def test_a_training_dataset_is_required_without_environments():
-    check(None, with_environments=True)
+    check(None, turns="environment_factory")
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         check(None)
 

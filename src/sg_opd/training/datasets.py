@@ -14,12 +14,13 @@ from ..data import COLLECTED, format_of, text_of
 
 logger = get_logger(__name__)  # of the main process only
 
+SUPPLIES_PROMPTS = "environment_factory"  # the argument of GRPOTrainer
 ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
 Unparseable = Callable[[Sequence[Any]], list[int]]  # of a column `solution`, the rows on which a verifier would abstain
 
 
 def check_datasets(
-    train: Any, held_out: Any, unparseable: Unparseable | None, args: SGOPDConfig, with_environments: bool = False
+    train: Any, held_out: Any, unparseable: Unparseable | None, args: SGOPDConfig, turns: str | None = None
 ) -> None:
     """Refuse datasets that a trainer cannot use, and warn once of what is doubtful in them.
 
@@ -28,19 +29,20 @@ def check_datasets(
         held_out: its `eval_dataset`, or a dict of several.
         unparseable: of a column `solution`, the rows to abstain on; `None` where the verifier does not read it.
         args: of the trainer.
-        with_environments: whether environments may supply prompts, so that there need be neither `prompt` nor dataset.
+        turns: the argument that makes several turns of a rollout, for which prompts must be messages: "tools", or
+            "environment_factory", which may supply them, so that there need be neither `prompt` nor dataset.
 
     Raises:
         ValueError: what cannot be used, by dataset and row.
     """
-    if train is None and not with_environments:
+    if train is None and turns != SUPPLIES_PROMPTS:
         raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
     parts = [*named_parts("train_dataset", train), *named_parts("eval_dataset", held_out)]
     for name, dataset in parts:
-        check_dataset(name, dataset, unparseable, args.teacher_phase_steps > 0, with_environments)
+        check_dataset(name, dataset, unparseable, args.teacher_phase_steps > 0, turns)
     if parts and args.remove_unused_columns and unparseable is not None:
         raise ValueError("`remove_unused_columns=True` would drop the column 'solution'; leave it at False.")
-    if not with_environments:  # whose questions are in no column
+    if turns != SUPPLIES_PROMPTS:  # whose questions are in no column
         check_held_out(train, held_out)
     check_batch(train, args.generation_batch_size, args.num_generations)
     check_best_metric(held_out, args.metric_for_best_model)
@@ -64,11 +66,7 @@ def named_parts(name: str, dataset: Any) -> list[tuple[str, Any]]:
 
 
 def check_dataset(
-    name: str,
-    dataset: Any,
-    unparseable: Unparseable | None,
-    teacher_phase: bool = False,
-    with_environments: bool = False,
+    name: str, dataset: Any, unparseable: Unparseable | None, teacher_phase: bool = False, turns: str | None = None
 ) -> None:
     """Check that a dataset has rows and their columns, and what stands in these; of a streaming one the first row."""
     if (form := format_of(dataset)) not in (None, "custom"):
@@ -80,7 +78,7 @@ def check_dataset(
     first = next(iter(dataset), None) if not sized else dataset[0] if len(dataset) else None
     if first is None:
         raise ValueError(f"`{name}` is empty.")
-    needed = [] if with_environments else ["prompt"]
+    needed = [] if turns == SUPPLIES_PROMPTS else ["prompt"]
     needed += [] if unparseable is None else ["solution"]
     missing = [column for column in needed if column not in first]
     if missing:
@@ -89,20 +87,20 @@ def check_dataset(
             f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
         )
     columns = [column for column in ("prompt", *needed, COLLECTED) if column in first]
-    check_rows(name, narrowed(dataset, columns) if sized else [first], unparseable is not None)
+    check_rows(name, narrowed(dataset, columns) if sized else [first], unparseable is not None, turns)
     if teacher_phase and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
     if sized and unparseable is not None:
         check_solutions(name, narrowed(dataset, ["solution"]), unparseable)
 
 
-def check_rows(name: str, dataset: Any, with_solution: bool) -> None:
+def check_rows(name: str, dataset: Any, with_solution: bool, turns: str | None = None) -> None:
     """Refuse a row by what stands in its `prompt`, its `solution` or its `teacher_completions`."""
     for row in rows_to_check(len(dataset)):
         values = dataset[row]
         solution, collected = values.get("solution"), values.get(COLLECTED)
         if "prompt" in values:
-            check_prompt(f"`prompt` in `{name}`, row {row}", values["prompt"])
+            check_prompt(f"`prompt` in `{name}`, row {row}", values["prompt"], turns)
         if with_solution and not isinstance(solution, str | int | float | None):
             raise ValueError(
                 f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(solution)[:80]!r}. "
@@ -115,14 +113,22 @@ def check_rows(name: str, dataset: Any, with_solution: bool) -> None:
             )
 
 
-def check_prompt(place: str, prompt: Any) -> None:
-    """Refuse a prompt that is neither text nor a list of messages, or has nothing in it; `place` names it."""
+def check_prompt(place: str, prompt: Any, turns: str | None) -> None:
+    """Refuse a prompt that is neither text nor a list of messages, or has nothing in it; `place` names it.
+
+    Text too where an argument of the trainer makes several `turns`.
+    """
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError(f"{place} is empty: {prompt!r}.")
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise ValueError(
             f"{place}: expected text, or a list of messages {{'role': ..., 'content': ...}}, got {str(prompt)[:80]!r}. "
             "`sg_opd.data.prepare_dataset` makes them."
+        )
+    if turns and isinstance(prompt, str):
+        raise ValueError(
+            f"{place} is text, but with `{turns}` a rollout has several turns: pass a list of messages, "
+            "[{'role': 'user', 'content': ...}]."
         )
 
 
