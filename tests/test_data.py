@@ -1,21 +1,18 @@
-"""The usual forms of mathematics sets and benchmarks; datasets that are refused or warned of before training."""
+"""The usual forms of mathematics sets and benchmarks."""
 
 import json
-import logging
+import math
 
-import PIL.Image
+import numpy as np
+import pandas as pd
 import pytest
-from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Image, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from sg_opd import MathVerifier, data
 from sg_opd.data import (
     INSTRUCTION,
     TASKS,
-    check_batch,
-    check_dataset,
-    check_datasets,
-    check_held_out,
+    as_gold,
     load_data,
     load_task,
     prepare_dataset,
@@ -70,6 +67,93 @@ def test_a_question_that_asks_for_a_box_is_left_alone():
     assert prepared[0]["prompt"] == [{"role": "user", "content": question}]
     bare = prepare_dataset(Dataset.from_list([{"question": "2+2?", "answer": "4"}]), instruction=None)
     assert bare[0]["prompt"] == [{"role": "user", "content": "2+2?"}]
+
+
+ASKING = (
+    r"Put your final answer within \boxed{}.",
+    r"Use \boxed{} for the final answer.",
+    r"Give your answer as \boxed{answer}.",
+    r"Output the final answer inside $\boxed{}$",
+    r"Write the solution in the form \boxed{a/b}.",
+    r"请把最终答案放在\boxed{}中。",
+)
+SHOWING = (
+    r"What is inside \boxed{x}?",
+    r"Which digit goes into \boxed{}: 3 + \boxed{} = 7?",
+    r"Find the digit such that the result is 3\boxed{}7.",
+    r"What is \boxed{2} + 2? Give the answer in metres.",
+)
+
+
+@pytest.mark.parametrize("question", ASKING)
+def test_a_question_that_asks_for_a_box_in_other_words(question):
+    question = f"What is 2+2? {question}"
+    prepared = prepare_dataset(Dataset.from_list([{"question": question, "answer": "4"}]))
+    assert prepared[0]["prompt"][0]["content"] == question
+
+
+@pytest.mark.parametrize("question", SHOWING)
+def test_a_question_that_merely_shows_a_box_is_asked_for_one(question):
+    prepared = prepare_dataset(Dataset.from_list([{"question": question, "answer": "4"}]))
+    assert prepared[0]["prompt"][0]["content"] == f"{question}\n{INSTRUCTION}"
+
+
+def test_messages_of_content_parts():
+    """Parts of text become one text, DAPO's frame is found in them, and an image keeps the message as it is."""
+
+    def parts(*texts):
+        return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
+
+    def prompt(messages):
+        return prepare_dataset(Dataset.from_list([{"prompt": messages, "answer": "4"}]))[0]["prompt"]
+
+    assert prompt(parts("What is", " 2+2?")) == [{"role": "user", "content": "What is 2+2?"}]
+    frame = "Solve the following math problem step by step. Say so.\n\n{}\n\nRemember to put your answer last."
+    assert prompt(parts(*frame.format("What is 2+2?").split("2+", 1)))[0]["content"] == "What is 2?\n" + INSTRUCTION
+    image = [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image", "text": None}]}]
+    assert prompt(image) == image
+    system = [{"role": "system", "content": [{"type": "text", "text": "Box it."}]}, *parts("What?")]
+    assert prompt(system) == [{"role": "system", "content": "Box it."}, {"role": "user", "content": "What?"}]
+
+
+MISSING = (
+    None,
+    math.nan,
+    np.nan,
+    np.float32("nan"),
+    pd.NA,
+    pd.NaT,
+    {"ground_truth": None},
+    [],
+    [None],
+    ["4", math.nan],
+)
+
+
+@pytest.mark.parametrize("answer", MISSING, ids=repr)
+def test_a_missing_answer(answer):
+    assert as_gold(answer) is None
+
+
+def test_missing_answers_in_columns():
+    """In a column of numbers pandas writes NaN, in one of texts None."""
+    for answers, golds in (([4, math.nan], ["4.0", None]), (["4", None], ["4", None]), (["4", math.nan], ["4", None])):
+        frame = pd.DataFrame({"question": ["a", "b"], "answer": answers})
+        assert prepare_dataset(Dataset.from_pandas(frame))["solution"][:] == golds
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])
+def test_a_format_gives_way_to_plain_values(form, streamed):
+    rows = Dataset.from_list([{"question": "What is 2+2?", "answer": 4}])
+    rows = rows.to_iterable_dataset() if streamed else rows
+    assert next(iter(prepare_dataset(rows.with_format(form)))) == {"prompt": ASKED, "solution": "4"}
+
+
+def test_a_dataset_without_rows():
+    for empty in (IterableDataset.from_generator(lambda: iter([])), Dataset.from_list([])):
+        with pytest.raises(ValueError, match="The dataset is empty: it has neither columns nor rows"):
+            prepare_dataset(empty)
 
 
 def test_splits_and_streams():
@@ -171,147 +255,3 @@ def test_tasks_that_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "P", "answer": "1"}) + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl: the task aime25 needs 'problem', 'problem_idx'.*'question'"):
         load_task("aime25", str(tmp_path / "rows.jsonl"))
-
-
-def check(train, held_out=None, **settings):
-    """As the trainer does, with a verifier that reads no `solution` unless told."""
-    given = {
-        "unparseable": None,
-        "required": True,
-        "remove_unused_columns": False,
-        "teacher_phase": False,
-        "generation_batch_size": 4,
-        "num_generations": 4,
-        **settings,
-    }
-    check_datasets(train, held_out, **given)
-
-
-@pytest.fixture(autouse=True)
-def _state_of_accelerate():
-    PartialState(cpu=True)  # which its loggers ask for the main process
-
-
-def all_parse(solutions):
-    return []
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-PROMPTS = {
-    "empty text": ("", r"`prompt` in `train_dataset`, row 2 is empty: ''\."),
-    "white space": ("  \n", "row 2 is empty"),
-    "none": (None, "row 2 is empty: None"),
-    "a number": (7, r"row 2: expected text, or a list of messages .*, got '7'.*prepare_dataset"),
-    "texts": (["What?"], "row 2: expected text, or a list of messages"),
-    "no content": ([{"role": "user"}], "row 2: expected text"),
-    "no content, no calls": ([{"role": "assistant", "content": None}], "row 2: expected text"),
-    "no role": ([{"content": "What?"}], "row 2: expected text"),
-}
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_prompts(name):
-    """As rows of a list, where each row may be of another type."""
-    value, words = PROMPTS[name]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
-    rows = [{"prompt": [*user("p"), call]}, {"prompt": user("q")}, {"prompt": value}]
-    with pytest.raises(ValueError, match=words):
-        check_dataset("train_dataset", rows, None)
-    check_dataset("train_dataset", rows[:2], None)
-
-
-def test_solutions_of_a_wrong_type():
-    rows = Dataset.from_list([{"prompt": "p", "solution": {"value": "4"}}])
-    with pytest.raises(ValueError, match=r"`solution` in `eval_dataset`, row 0: expected text, a number or None, got "):
-        check_dataset("eval_dataset", rows, all_parse)
-    for solution in (4, 2.5, "4"):
-        check_dataset("eval_dataset", Dataset.from_list([{"prompt": "p", "solution": solution}]), all_parse)
-
-
-@pytest.mark.parametrize("collected", ["text", [1, 2], [[]], [["a"]], [[1], None]], ids=repr)
-def test_collected_completions_of_a_wrong_type(collected):
-    rows = [{"prompt": "p", "teacher_completions": None}, {"prompt": "p", "teacher_completions": ["text", [1, 2]]}]
-    check_dataset("train_dataset", rows, None)
-    with pytest.raises(ValueError, match=r"`teacher_completions` in `train_dataset`, row 2: expected a list of texts"):
-        check_dataset("train_dataset", [*rows, {"prompt": "p", "teacher_completions": collected}], None)
-
-
-def test_solutions_that_do_not_parse(caplog):
-    """They are asked for at once, with what the verifier says of them; only all of them are an error."""
-    rows = Dataset.from_list([{"prompt": "p", "solution": solution} for solution in ("?", None, "4", "", "5", "?")])
-
-    def unparseable(solutions):
-        return [row for row, solution in enumerate(solutions) if solution not in ("4", "5")]
-
-    with caplog.at_level(logging.WARNING):
-        check({"a": rows}, unparseable=unparseable)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "4 of the 6 reference answers checked in `train_dataset['a']` cannot be parsed, first row 0" in said
-    assert "row 0: '?'; row 1: 'None'; row 3: ''." in said
-    with pytest.raises(ValueError, match="abstain on every row"):
-        check(rows.select([0, 1, 3, 5]), unparseable=unparseable)
-
-
-def test_columns_that_the_trainer_would_drop():
-    rows = Dataset.from_list([{"prompt": "p", "solution": "4"}] * 4)
-    check(rows, remove_unused_columns=True)
-    with pytest.raises(ValueError, match="`remove_unused_columns=True` would drop the column 'solution'"):
-        check(rows, unparseable=all_parse, remove_unused_columns=True)
-
-
-def test_a_training_dataset_is_required_without_environments():
-    check(None, required=False)
-    with pytest.raises(ValueError, match="`train_dataset` is required"):
-        check(None)
-
-
-def test_rows_made_by_a_transform(caplog):
-    """The column `prompt` is made when a row is read; nothing is warned of, since all rows would have to be made."""
-    rows = Dataset.from_list([{"question": "a", "solution": "1"}] * 3)
-    rows.set_transform(lambda batch: {"prompt": batch["question"], "solution": batch["solution"]})
-    check(rows, unparseable=all_parse)
-    assert not caplog.records
-
-
-def test_images_are_decoded_of_one_row_only(caplog, monkeypatch):
-    """One question about eight pictures is no repeated question."""
-    decoded = []
-    decode = Image.decode_example
-    monkeypatch.setattr(Image, "decode_example", lambda *a, **k: decoded.append(1) or decode(*a, **k))
-    pictures = [PIL.Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(8)]
-    rows = Dataset.from_dict({"prompt": [user("What?")] * 8, "solution": ["1"] * 8, "image": pictures})
-    rows = rows.cast_column("image", Image())
-    with caplog.at_level(logging.WARNING):
-        check(rows, unparseable=all_parse)
-    assert not caplog.records
-    assert 1 <= len(decoded) <= 2
-    with pytest.raises(ValueError, match=r"`train_dataset` has images.*teacher_phase_steps=0"):
-        check(rows, teacher_phase=True)
-
-
-def test_a_batch_larger_than_the_dataset(dataset):
-    """Eight completions, one a prompt: eight prompts. GRPOTrainer would train no step, and say so at its end."""
-    with pytest.raises(ValueError, match=r"has 7 rows, but one generation takes 8 prompts .*num_generations=1"):
-        check_batch(dataset.select(range(7)), 8, 1)
-    check_batch(dataset.select(range(8)), 8, 1)
-    check_batch(IterableDataset.from_generator(lambda: iter([{"prompt": "p"}])), 8, 1)
-
-
-def test_questions_that_are_held_out_too(caplog):
-    """Three of four held-out questions are trained on: one under another system message, one with other spaces."""
-    train = Dataset.from_list([{"prompt": user(q)} for q in ("a", "b  c", "d", "e", "e")])
-    system = [{"role": "system", "content": "Think."}]
-    held_out = Dataset.from_list([{"prompt": p} for p in (user("a"), user("b c"), system + user("d"), user("new"))])
-    with caplog.at_level(logging.WARNING):
-        check_held_out(train, held_out)
-    said = [record.getMessage() for record in caplog.records]
-    assert said[0].endswith("1 of the 5 rows of `train_dataset` repeat an earlier row's question.")
-    assert "3 of the 4 questions of `eval_dataset` are in `train_dataset` too" in said[1]
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        check(train.select(range(4)), {"x": held_out.select([3]), "y": held_out})
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "3 of the 4 questions of `eval_dataset['y']`" in said

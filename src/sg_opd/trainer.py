@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,16 +19,18 @@ from .checkpoints.folders import loading
 from .checkpoints.resume import ResumableTrainer
 from .checkpoints.stops import FiniteGuard
 from .config import SGOPDConfig, own_fields
-from .data import check_datasets
+from .data import plain_messages
 from .method.divergence import full_per_token, head_of, last_hidden_state, sequence
 from .method.gate import GateDecision
-from .method.loss import SignGatedLoss, policy_gradient
+from .method.loss import SignGatedLoss, policy_gradient, sequence_old_logps
 from .method.teacher_phase import TeacherPhaseSampler
 from .teachers.local import LocalTeacher, loading_defaults, padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher, TeacherError, ask
 from .teachers.server import ServerTeacher
-from .training.checks import by_main_process, check_arguments, check_prompts, check_set_up, context_of
+from .training import checks
+from .training.datasets import check_box, check_datasets
+from .training.environments import probed, verifier_of
 from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
 from .training.rollouts import Generated, Proposer, Rollouts, suppress, teacher_slots
@@ -89,19 +90,6 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
 
     args: SGOPDConfig
 
-    _tag_names = ["trl", "sg-opd"]
-    _name = "SG-OPD"
-    _paper = {
-        "title": "Sign-Gated On-Policy Distillation",
-        "id": "2606.09304",
-        "citation": textwrap.dedent("""\
-            @article{sgopd2026,
-                title  = {{Sign-Gated On-Policy Distillation}},
-                year   = 2026,
-                eprint = {arXiv:2606.09304},
-            }"""),
-    }
-
     def __init__(
         self,
         model: Any,
@@ -118,19 +106,12 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SGOPDConfig(f"{name.split('/')[-1]}-SG-OPD")
-        verifier = MathVerifier() if verifier is None else verifier
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
-        check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
-        check_datasets(
-            train_dataset,
-            eval_dataset,
-            unparseable=by_main_process(verifier.unparseable) if isinstance(verifier, MathVerifier) else None,
-            required=kwargs.get("environment_factory") is None,
-            remove_unused_columns=args.remove_unused_columns,
-            teacher_phase=args.teacher_phase_steps > 0,
-            generation_batch_size=args.generation_batch_size,
-            num_generations=args.num_generations,
-        )
+        checks.check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
+        kwargs["environment_factory"], environments = probed(kwargs.get("environment_factory"))
+        verifier = verifier_of(verifier, environments, train_dataset, lambda: self.async_loop)
+        turns = next((name for name in ("environment_factory", "tools") if kwargs.get(name)), None)
+        check_datasets(train_dataset, eval_dataset, checks.unparseable_by(verifier), args, turns)
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
@@ -142,6 +123,10 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         inherited |= {"peft_config": peft_config, "quantization_config": quantization_config}
         super().__init__(reward_funcs=lambda **columns: self._rollouts.reward(**columns), **inherited, **kwargs)
         self.reward_func_names[0] = get_callable_name(verifier)
+        for of_each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+            del of_each[1:]  # GRPOTrainer adds the environments' own rewards, which only the verifier may ask
+        self.reward_weights = self.reward_weights[:1]
+        self.importance_sampling_level = "token"  # the sequence's ratio comes by `sequence_old_logps`
         clipped = args.log_ratio_clip is not None
         self.finite = FiniteGuard(self._tokenizer, self.accelerator, args.non_finite_log_probs == "skip", clipped)
         self.add_callback(self.finite)
@@ -153,7 +138,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     def _set_up_frozen(self, teacher: Any, captured: PreTrainedModel | None, quantization: Any) -> None:
         """Set up the teacher and, where it is the reference, the initial policy; check both beside the student."""
         args, student = self.args, self.accelerator.unwrap_model(self.model)
-        prompt = partial(first_prompt, self.train_dataset, self._tokenizer, self._tokenize_prompts)
+        own = self.train_dataset if self.environment_factories is None else None  # without environments: its prompts
+        prompt = partial(first_prompt, own, self._tokenizer, self._tokenize_prompts)
         run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
         self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
         padding = padding_ids(student, self.shared_vocabulary) or []
@@ -163,20 +149,29 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
             loading |= {} if quantization is None else {"quantization_config": quantization}
             of_run = self.accelerator, self.temperature
             self.initial_policy = InitialPolicy(captured, lambda: self.model, *of_run, **loading)
-        check_set_up(args, student, self.teacher, self._is_vlm, self.aux_loss_enabled, self._dist.fsdp_version)
-        if not self._is_vlm and self.environment_factories is None:
-            contexts = context_of(student), self.teacher.context
+        checks.check_set_up(args, student, self.teacher, self._is_vlm, self._dist.fsdp_version)
+        if own is not None and isinstance(self.verifier, MathVerifier):
+            check_box(own, getattr(self.processing_class, "chat_template", None))
+        if own is not None and not self._is_vlm:
+            checks.check_bos(own, self._tokenizer)
+            contexts = checks.context_of(student), self.teacher.context
             served = isinstance(self.teacher, ServerTeacher)
-            check_prompts(self.train_dataset, self._tokenize_prompts, contexts, args.max_completion_length, served)
+            checks.check_prompts(own, self._tokenize_prompts, contexts, args.max_completion_length, served)
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:
         """The teacher phase of this run; a phase that is a share of the steps has its length once training began."""
         return self.args.teacher_phase_sampler(self.state.max_steps)
 
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """Same as GRPOTrainer; text in parts becomes one text, which templates of text models else leave out."""
+        return super()._tokenize_prompts(prompts if self._is_vlm else [*map(plain_messages, prompts)])
+
     def _generate(self, prompts: list) -> tuple:
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         output = super()._generate(prompts)
+        if self.model.training and self.rollout_func is not None:
+            checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:
             self._mix(prompts, *output[:2], *output[3:5])
         return output
@@ -261,7 +256,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         return loss + inputs.pop("nll", 0.0)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        """Same as GRPOTrainer. During `_compute_loss` it also sets `inputs["advantages"]`, which that reads next."""
+        """Same as GRPOTrainer. During `_compute_loss` it also sets what that reads next of `inputs`."""
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._gate_inputs is not None:
             self._set_advantages(outputs[0], self._gate_inputs)
@@ -274,6 +269,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         given = {"teacher": inputs["teacher_per_token_logps"], "initial": inputs.get("initial_per_token_logps")}
         decision = self._decide(inputs, student=old_logps, updated=logps.detach(), **given)
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
+        if self.args.importance_sampling_level == "sequence":
+            inputs["old_per_token_logps"] = old_logps = sequence_old_logps(logps, old_logps, mask)
         inputs["advantages"] = decision.advantage.masked_fill(by_likelihood, 0.0)
         per_token = policy_gradient(logps.detach(), inputs["advantages"], old_logps)
         if self.args.teacher_rollout_loss == "nll":

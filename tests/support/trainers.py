@@ -5,6 +5,7 @@ import torch
 from sg_opd import SGOPDConfig, SGOPDTrainer
 
 RATE = 0.05
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
 def coin_verifier(prompts, completions, completion_ids, **kwargs):
@@ -94,3 +95,16 @@ def sgd_step(model, losses):
 def assert_same_weights_exactly(model, other):
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert a.equal(b), name
+
+
+def decided(model, teacher, batch, temperature=0.8):
+    """log pi_S, A_t and its factor in the first update, by hand: 1.8 where teacher and verdict agree, else 1."""
+    ids = batch["completion_ids"].unsqueeze(-1)
+    student, taught = (
+        (plain_logits(m, batch).float() / temperature).log_softmax(-1).gather(-1, ids).squeeze(-1)
+        for m in (model, teacher)
+    )
+    delta = (taught - student).detach()
+    side = torch.where(batch["verifier_labels"] == 1, 1.0, torch.where(batch["verifier_labels"] == 0, -1.0, 0.0))
+    factor = torch.where(side.unsqueeze(1) * delta > 0, 1.8, 1.0)
+    return student, factor * delta, factor

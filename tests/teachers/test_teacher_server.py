@@ -18,13 +18,14 @@ from fault_proxy import FaultProxy, StandIn
 from scoring import COMPLETIONS, PROMPTS, expected_logps
 from trainers import coin_verifier, make_config
 
-from sg_opd import SGOPDConfig, SGOPDTrainer, data
+from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.teachers import http as endpoints_module
 from sg_opd.teachers import probe
 from sg_opd.teachers.http import Endpoints, TeacherServerError
 from sg_opd.teachers.probe import logit_spacing, rounded_up
 from sg_opd.teachers.protocol import Teacher, TeacherError
 from sg_opd.teachers.server import ServerTeacher
+from sg_opd.training import datasets
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 8}
 
@@ -424,7 +425,7 @@ def test_another_vocabulary_is_refused(build, proxy):
 
 def test_every_row_that_may_be_too_long_is_checked(build, proxy, dataset, monkeypatch):
     """The only long prompt is one that the evenly spread rows leave out."""
-    monkeypatch.setattr(data, "ROWS_CHECKED", 4)
+    monkeypatch.setattr(datasets, "ROWS_CHECKED", 4)
     rows = [{**row, "prompt": [{"role": "user", "content": "Start with 3"}]} for row in dataset]
     proxy.upstream.context = 60
     build(train_dataset=Dataset.from_list(rows))

@@ -10,7 +10,6 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
-from sg_opd.data import check_dataset, has_images, rows_to_check
 from sg_opd.training.checks import (
     by_main_process,
     check_arguments,
@@ -19,6 +18,7 @@ from sg_opd.training.checks import (
     check_set_up,
     check_tokenizers,
 )
+from sg_opd.training.datasets import check_dataset, has_images, rows_to_check
 
 
 def coin(prompts, completions, **kwargs):
@@ -193,9 +193,9 @@ def test_full_estimator_under_fsdp(build):
     """Version 2 is fine, version 1 is refused; neither can be switched on without several processes."""
     trainer = build(config={"estimator": "full"})
     models = trainer.args, trainer.model, trainer.teacher
-    check_set_up(*models, multimodal=False, router_loss=False, fsdp_version=2)
+    check_set_up(*models, multimodal=False, fsdp_version=2)
     with pytest.raises(ValueError, match=r"FSDP version 1.*fsdp_version: 2.*'sampled'"):
-        check_set_up(*models, multimodal=False, router_loss=False, fsdp_version=1)
+        check_set_up(*models, multimodal=False, fsdp_version=1)
 
 
 def test_a_teacher_that_is_no_causal_model(build, tokenizer):

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
+from ..data import plain_messages
 from ..verifiers.answers import extract_answer
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
 from .engines import Engine, Sampling, TransformersEngine
@@ -229,7 +230,7 @@ def tokenize_prompts(
     """Token ids of prompts, each plain text or a list of messages ready for the assistant's turn."""
     plain: Any = processing_class
     chat: Any = partial(processing_class.apply_chat_template, add_generation_prompt=True, return_dict=True, **template)
-    return [(plain if isinstance(prompt, str) else chat)(prompt)["input_ids"] for prompt in prompts]
+    return [(plain if isinstance(prompt, str) else chat)(plain_messages(prompt))["input_ids"] for prompt in prompts]
 
 
 class EvaluationCallback(TrainerCallback):

@@ -35,6 +35,21 @@ def policy_gradient(
     return -torch.exp(logps - old_logps) * advantage.detach()
 
 
+def sequence_old_logps(
+    logps: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """The old log-probabilities with which each token's ratio is its sequence's, as in GSPO's token form.
+
+    `s_t = sg(s) * pi_S / sg(pi_S)` with `s = exp(mean_t log rho_t)` over the trained tokens (arXiv 2507.18071, section
+    4.3): the value of the sequence's ratio, and the gradient of the token's own, so that each keeps its advantage. The
+    mean over the sequence stays, so they can take the old ones' place for later passes too.
+    """
+    logps = logps.detach()
+    trained = mask.to(logps.dtype)
+    mean = ((logps - old_logps) * trained).sum(1, keepdim=True) / trained.sum(1, keepdim=True).clamp(min=1.0)
+    return logps - mean
+
+
 def gated_divergence(
     student_logits: Float[Tensor, "B T V"],
     teacher_logits: Float[Tensor, "B T V"],

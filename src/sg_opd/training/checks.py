@@ -11,18 +11,20 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SGOPDConfig
-from ..data import rows_to_check
 from ..method.divergence import check_linear, head_of
 from ..teachers.local import LocalTeacher, blocks_of
 from ..teachers.protocol import Teacher, eos_set
+from ..verifiers.verdicts import MathVerifier
+from .datasets import Unparseable, rows_to_check
 
 logger = get_logger(__name__)  # of the main process only
 
 TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
+HUB_ARGUMENTS = ("revision", "trust_remote_code", "cache_dir", "subfolder", "token", "local_files_only")
 
 
 def by_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +35,11 @@ def by_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
         return broadcast_object_list(found)[0]
 
     return call
+
+
+def unparseable_by(verifier: Any) -> Unparseable | None:
+    """What tells the reference answers a verifier cannot read, asked once for all ranks; `None` if it reads none."""
+    return by_main_process(verifier.unparseable) if isinstance(verifier, MathVerifier) else None
 
 
 def check_arguments(
@@ -60,7 +67,9 @@ def check_arguments(
         raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
     if args.teacher_offload:
         check_offload(teacher, args)
-    if not callable(verifier):
+    if args.estimator == "full":
+        check_router_loss(model, args)
+    if verifier is not None and not callable(verifier):
         raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
     if args.teacher_phase_steps > 0:
         for name in REFUSED_WITH_PHASE:
@@ -96,6 +105,26 @@ def check_offload(teacher: Any, args: SGOPDConfig) -> None:
         )
 
 
+def check_router_loss(model: Any, args: SGOPDConfig) -> None:
+    """Refuse the full estimator with a mixture of experts whose router loss counts; a student by name by its config."""
+    coefficient = args.router_aux_loss_coef
+    if coefficient == 0.0:
+        return
+    if isinstance(model, str):
+        given = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        config = AutoConfig.from_pretrained(model, **{name: given[name] for name in HUB_ARGUMENTS if name in given})
+    else:
+        config = model.config
+    text = config.get_text_config()
+    # as GRPOTrainer decides it
+    coefficient = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+    if hasattr(text, "output_router_logits") and coefficient:
+        raise ValueError(
+            f"estimator='full' has no router loss, but `model` is a mixture of experts with one (coefficient "
+            f"{coefficient}): set `router_aux_loss_coef=0.0`, or use estimator='sampled'."
+        )
+
+
 def check_path(name: str, value: Any) -> None:
     """Refuse a local path that is not there, for which the hub would be asked instead."""
     if not isinstance(value, str) or Path(value).is_dir():
@@ -112,6 +141,30 @@ def check_path(name: str, value: Any) -> None:
 def context_of(model: PreTrainedModel) -> int | None:
     """Longest sequence that a model takes, in tokens; `None` where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_bos(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse text prompts, by the first, that begin with the tokenizer's BOS, before which tokenising puts another."""
+    prompt, token = next(iter(dataset))["prompt"], tokenizer.bos_token
+    if not (isinstance(prompt, str) and token):
+        return
+    if tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        raise ValueError(
+            f"`prompt` in `train_dataset`, row 0 begins with {token!r}, and the tokenizer puts another before it: the "
+            "models would see two. Pass messages instead of text, or take it off: "
+            f"dataset.map(lambda row: {{'prompt': row['prompt'].removeprefix({token!r})}})."
+        )
+
+
+def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
+    """Refuse token ids of a `rollout_func` that student and teacher do not share; by the name of the sequences."""
+    for name, rows in sequences.items():
+        for row, ids in enumerate(rows):
+            if beyond := [token for token in ids if not 0 <= token < vocabulary]:
+                raise ValueError(
+                    f"`rollout_func` returned the token {beyond[0]} in `{name}`, row {row}, but the vocabulary that "
+                    f"student and teacher share has the ids below {vocabulary} only."
+                )
 
 
 def check_prompts(
@@ -159,7 +212,6 @@ def check_set_up(
     student: PreTrainedModel,
     teacher: Teacher,
     multimodal: bool,
-    router_loss: bool,
     fsdp_version: int | None,
 ) -> None:
     """Refuse a teacher that cannot do what the student and the estimator need."""
@@ -174,8 +226,6 @@ def check_set_up(
         )
     if multimodal:
         raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
-    if router_loss:
-        raise ValueError("estimator='full' has no router loss: set `router_aux_loss_coef=0`.")
     if fsdp_version == 1:
         raise ValueError(
             "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
@@ -278,6 +328,3 @@ def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
         value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device, value.dtype))
         for name, value in ours.items()
     )
-
-
-logger = get_logger(__name__)

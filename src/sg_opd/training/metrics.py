@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather, send_to_device
 from torch import Tensor
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from ..config import SGOPDConfig
 else:  # the plots read METRICS, and must not pay for TRL
     ResumableTrainer = object
+
+logger = get_logger(__name__)  # of the main process only
 
 # definitions; computed by `gate_totals` in method/gate.py, `rollout_totals` and `GateMeter`
 METRICS = {
@@ -42,6 +46,10 @@ METRICS = {
     "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
     "loss/teacher": "the same in the teacher's rollouts",
 }
+ABSTAINED = (
+    "The verifier %s abstained on every rollout since the last log (now at step %d), so the gate is neutral and the "
+    "teacher alone teaches. Look at the verifier's answers (`log_completions=True`) and at the columns it reads."
+)
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
@@ -159,7 +167,22 @@ class GateLogging(ResumableTrainer):
     finite: FiniteGuard
     teacher: Any
 
+    _tag_names = ["trl", "sg-opd"]
+    _name = "SG-OPD"
+    _paper = {
+        "title": "Sign-Gated On-Policy Distillation",
+        "id": "2606.09304",
+        "citation": textwrap.dedent("""\
+            @article{sgopd2026,
+                title  = {{Sign-Gated On-Policy Distillation}},
+                year   = 2026,
+                eprint = {arXiv:2606.09304},
+            }"""),
+    }
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._eval_set = ""  # the key of the set that is evaluated, in a dict of several
+        self._abstention_told = False
         self._meter = GateMeter()
         #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
@@ -187,20 +210,31 @@ class GateLogging(ResumableTrainer):
             self._show_advantages([math.nan] * len(self._logs["advantages"]))
         return output
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Same as GRPOTrainer; its completions table begins anew."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Same as GRPOTrainer; its completions table begins anew, and of a dict each set logs metrics of its own."""
         self._eval_logs = copy.deepcopy(self._empty_logs)
-        return super().evaluate(*args, **kwargs)
+        self._eval_set = metric_key_prefix.removeprefix("eval_") if metric_key_prefix.startswith("eval_") else ""
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Same as GRPOTrainer, and like it not collective: a callback may call it on one rank."""
+        if self._eval_set and not self.model.training:  # GRPOTrainer would call each set's metrics by one name
+            metrics = self._metrics["eval"]
+            for name in list(metrics):
+                metrics[f"{self._eval_set}_{name}"] = metrics.pop(name)
         with self._table_of_mode():
             super().log(logs, start_time)
 
     def _gather_metrics(self) -> None:
         """Reduce over ranks what the next log will show; every rank enters it."""
-        for name, value in self._meter.compute(self.accelerator).items():
+        found = self._meter.compute(self.accelerator)
+        for name, value in found.items():
             self._metrics["train"][name].append(value)
+        if found.get("verdict/abstained") == 1.0 and not self._abstention_told:
+            self._abstention_told = True
+            logger.warning(ABSTAINED, self.reward_func_names[0], self.state.global_step)
         if self.log_completions and self._row_advantages is not None:
             self._show_advantages(gather(self._row_advantages).tolist())
 
