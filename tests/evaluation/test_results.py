@@ -12,8 +12,9 @@ import pytest
 from documents import ROOT
 
 from sg_opd.evaluation import results
+from sg_opd.evaluation.comparison import compare
 from sg_opd.evaluation.figures import QuestionResult, Sample, majority, mean_interval, pass_at_k
-from sg_opd.evaluation.results import EvaluationResult, compare
+from sg_opd.evaluation.results import EvaluationResult
 from sg_opd.verifiers.answers import canonical_answer
 
 

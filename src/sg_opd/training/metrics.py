@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather, send_to_device
 from torch import Tensor
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ..config import SGOPDConfig
 else:  # the plots read METRICS, and must not pay for TRL
     ResumableTrainer = object
+
+logger = get_logger(__name__)  # of the main process only
 
 # definitions; computed by `gate_totals` in method/gate.py, `rollout_totals` and `GateMeter`
 METRICS = {
@@ -152,6 +155,17 @@ class GateMeter:
         return metrics
 
 
+def tell_cut(share: float, args: SGOPDConfig) -> None:
+    """Warn where more than half of the first rollouts were cut; `share` is over all ranks."""
+    if share > 0.5:
+        logger.warning(
+            "%.0f %% of the first rollouts were cut at max_completion_length=%d, before they had an answer. Raise it. "
+            "If the model thinks first, as Qwen3 does unless told otherwise, chat_template_kwargs={'enable_thinking': "
+            "False} keeps it from that. truncated_verdict='abstain' (now %r) makes cut rollouts neutral.",
+            *(100 * share, args.max_completion_length, args.truncated_verdict),
+        )
+
+
 class GateLogging(ResumableTrainer):
     """Mixed into a ResumableTrainer: logs the metrics above and, in the completions table, the gate's advantages."""
 
@@ -163,6 +177,7 @@ class GateLogging(ResumableTrainer):
         self._meter = GateMeter()
         #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
+        self._first_rollouts = True
         super().__init__(*args, **kwargs)
         self._empty_logs, self._eval_logs = copy.deepcopy(self._logs), copy.deepcopy(self._logs)
 
@@ -185,6 +200,9 @@ class GateLogging(ResumableTrainer):
         with self._table_of_mode():
             output = super()._generate_and_score_completions(inputs)
             self._show_advantages([math.nan] * len(self._logs["advantages"]))
+        if self.model.training and self._first_rollouts:
+            self._first_rollouts = False
+            tell_cut(self._metrics["train"]["completions/clipped_ratio"][-1], self.args)
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
