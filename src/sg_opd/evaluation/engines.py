@@ -60,8 +60,8 @@ class Completion(NamedTuple):
 class Engine(Protocol):
     """What an evaluation asks of an engine.
 
-    One that knows its checkpoint's `generation_config`, a dict, may have it as an attribute: what of it does not count is
-    then warned of.
+    One that knows its checkpoint's `generation_config`, a dict, may have it as an attribute; what of it does not
+    count is then warned of.
     """
 
     seeds: Literal["batch", "sample"]  #: Whether a batch shares one seed, or each sample has its own.
