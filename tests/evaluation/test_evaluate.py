@@ -149,7 +149,9 @@ def test_sampling_settings_reach_the_model(make_model, tokenizer, dataset, tmp_p
     assert texts["greedy"] == texts["k"] == texts["p"] != texts["all"]
 
 
-@pytest.mark.parametrize("name", ["max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize(
+    "name", ["max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+)
 def test_sampling_out_of_range_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         Sampling(**{name: -1})

@@ -15,6 +15,7 @@ from sg_opd.evaluation.evaluator import EvaluationCallback, evaluate_model
 from sg_opd.teachers.sampling import NEUTRAL, SERVED, TOKEN_IDS, only_stated, run_sampling, without_effect
 
 LEAKS = [{"min_p": 0.99}, {"no_repeat_ngram_size": 3}, {"typical_p": 0.2}, {"num_beams": 4}]
+REPEATING = {"temperature": 0.3, "max_completion_length": 32}  # so that random models repeat three tokens
 QWEN3 = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
@@ -50,7 +51,7 @@ def trained(tokenizer, dataset, tmp_path):
     """Two steps with teacher rollouts, then an evaluation, each from a fresh seed."""
 
     def train(student, teacher, peft_config=None, **overrides):
-        args = make_config(tmp_path / "out", **{**MIXED, "max_steps": 2, "log_completions": False, **overrides})
+        args = make_config(tmp_path / "out", **{**MIXED, "max_steps": 2, **REPEATING, **overrides})
         trainer = Sampled(
             student, teacher, coin_verifier, args, dataset, dataset.select(range(4)), peft_config=peft_config
         )
@@ -118,7 +119,7 @@ def test_what_the_user_states_wins_and_is_no_news(pair, spoiled, trained, caplog
 def test_an_evaluation_is_that_of_the_clean_checkpoint(pair, spoiled, tokenizer, dataset, leak, caplog):
     def evaluated(path, **sampling):
         model = AutoModelForCausalLM.from_pretrained(path)
-        more = {"max_completion_length": 12, "progress": False, **sampling}
+        more = {"progress": False, **REPEATING, **sampling}
         return evaluate_model(model, tokenizer, dataset.select(range(4)), coin_verifier, 4, **more)
 
     clean, leaking = evaluated(pair / "student"), evaluated(spoiled("student", leak))
