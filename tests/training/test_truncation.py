@@ -30,7 +30,7 @@ def rows(trainer, name):
 
 @pytest.mark.parametrize("phase", [{}, MIXED], ids=["student", "mixed"])
 def test_cut_rollouts_abstain_where_the_run_says_so(trained, tokenizer, phase):
-    """Judged, all are correct; else those without an EOS are neutral: no verdict, no sign, their share in the metric."""
+    """Judged, all are correct; else those without an EOS are neutral: no verdict, and their share in the metrics."""
     judged, neutral = trained("judge", **phase), trained("abstain", **phase)
     assert (rows(judged, "verifier_labels") == 1).all()
     labels, student = rows(neutral, "verifier_labels"), ~rows(neutral, "from_teacher")
