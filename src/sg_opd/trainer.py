@@ -76,7 +76,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     trainer = SGOPDTrainer(
         model="Qwen/Qwen3-1.7B",
         teacher_model="Qwen/Qwen3-4B",
-        args=SGOPDConfig(output_dir="out"),
+        args=SGOPDConfig(output_dir="out", chat_template_kwargs={"enable_thinking": False}),
         train_dataset=dataset,  # columns: prompt, solution
     )
     trainer.train()
