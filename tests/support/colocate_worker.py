@@ -1,6 +1,6 @@
 """Run by test_vllm.py with the interpreter that has vLLM: student rollouts from a colocated engine on the CPU.
 
-python colocate_worker.py FOLDER [SETTINGS]    writes FOLDER/result.json; SETTINGS: JSON, for the student's generation config
+python colocate_worker.py FOLDER [SETTINGS]    writes FOLDER/result.json; SETTINGS: JSON for its generation config
 """
 
 import json
