@@ -335,6 +335,7 @@ def test_a_server_samples_as_it_is_told(server, tokenizer, dataset, tmp_path):
     assert len(server.posts) == 6 + 4
     ids = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
     said = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 8}
+    said |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
     said |= {"model": "served", "stop_token_ids": [tokenizer.eos_token_id], "return_token_ids": True}
     assert {**said, "prompt": ids, "seed": derived(3, 0, 1)} in server.posts
     assert result.settings["engine"] == "vllm-server"

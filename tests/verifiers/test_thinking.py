@@ -3,11 +3,14 @@
 import pytest
 from scoring import Countdown
 from trainers import Recorder, make_config
+from transformers import TrainerState
+from trl.chat_template_utils import parse_response, qwen3_template
 
 from sg_opd import MathVerifier, score_rollout
 from sg_opd.data import COLLECTED
 from sg_opd.evaluation.engines import Completion, Sampling
 from sg_opd.evaluation.evaluator import evaluate
+from sg_opd.training.rollouts import Rollouts
 from sg_opd.verifiers.thinking import opened, opening_of
 
 
@@ -151,3 +154,23 @@ def test_a_rollout_that_is_looked_at(thinking, make_model, verifier, template, v
     told = {"verifier": verifier, "chat_template_kwargs": template}
     view = score_rollout(*models, thinking, row, r"\boxed{5}", **told)
     assert view.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"), [(r"\boxed{5}", 0.0), (r"\boxed{4}</think>\boxed{5}", 1.0), (r"\boxed{5}</think>", 0.0)]
+)
+@pytest.mark.parametrize("parsed", [False, True], ids=["as sampled", "parsed"])
+def test_messages_that_grpo_parsed(thinking, verifier, text, verdict, parsed):
+    """With a tokenizer that splits think blocks off, the content is what follows; the delimiter would hide it."""
+    question = [{"role": "user", "content": "Start with 5."}]
+    prompt_ids = thinking.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids, message = thinking(text)["input_ids"], {"role": "assistant", "content": text}
+    if parsed:
+        thinking.response_template = qwen3_template | {"start_anchor": "<|assistant|>"}
+        message = parse_response(thinking, ids, prefix=prompt_ids)
+        assert "<think>" not in message["content"]
+        assert "reasoning_content" in message
+    rollouts = Rollouts([{"solution": "5"}], verifier, TrainerState())
+    rollouts.read_prompts(thinking, [prompt_ids])
+    answers = {"prompts": [question], "completions": [[message]], "completion_ids": [ids], "solution": ["5"]}
+    assert rollouts.reward(**answers) == [verdict]

@@ -106,16 +106,19 @@ class Rollouts:
     verifier: Callable  #: in TRL's reward-function form
     state: TrainerState  #: the trainer's, given to the verifier as GRPOTrainer does
     ends: frozenset[int] | None = None  #: rollouts that end with none of these were cut: abstained on; `None`: judged
-    openings: Sequence[str] = ()  #: the think delimiter that each row's prompt ends with, empty where with none
-    parsed: bool = False  #: whether the student's completions come without their think blocks
+    openings: list[str] = field(init=False)  #: the think delimiter that each row's prompt ends with, empty where none
+    parsed: bool = False  #: whether GRPOTrainer splits think blocks off the student's messages, opened ones too
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.openings = [""] * len(self.rows)
+
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]]) -> None:
         """Take in what the prompts, as they were tokenised, say of their completions; before any is judged."""
         self.openings = openings(tokenizer, prompt_ids)
-        self.parsed = any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
+        self.parsed = getattr(tokenizer, "response_template", None) is not None
 
     def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
@@ -163,7 +166,7 @@ class Rollouts:
         every = range(len(prompts))
         by_row: dict[int, float | None] = dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
         rows = [row for row in every if row not in self.taken]
-        if not self.parsed:
+        if not (self.parsed and isinstance(completions[0], list)):
             completions = [opened(self.openings[row], completion) for row, completion in enumerate(completions)]
 
         def log_extra(column: str, values: list) -> None:
