@@ -9,10 +9,12 @@ import torch
 from peft import LoraConfig
 from trainers import MIXED, Recorder, assert_same_weights_exactly, coin_verifier, make_config
 from transformers import AutoModelForCausalLM, GenerationConfig
+from trl.generation.vllm_generation import VLLMGeneration
 
 from sg_opd.evaluation.comparison import compare
 from sg_opd.evaluation.evaluator import EvaluationCallback, evaluate_model
 from sg_opd.teachers.sampling import NEUTRAL, SERVED, TOKEN_IDS, only_stated, run_sampling, without_effect
+from sg_opd.training.rollouts import state_sampling
 
 LEAKS = [{"min_p": 0.99}, {"no_repeat_ngram_size": 3}, {"typical_p": 0.2}, {"num_beams": 4}]
 REPEATING = {"temperature": 0.3, "max_completion_length": 32}  # so that random models repeat three tokens
@@ -207,3 +209,14 @@ def test_a_run_samples_by_its_fields_and_generation_kwargs(tmp_path):
     shared = {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "min_p": 0.1, "repetition_penalty": 1.0}
     assert run_sampling(args) == shared
     assert run_sampling(args, SERVED) == {**shared, "presence_penalty": 0.5, "frequency_penalty": 0.0}
+
+
+def test_a_vllm_engine_is_sent_what_a_file_could_fill_in(make_model, tmp_path):
+    """What the user sends wins, and the user's own dict stays as it is."""
+    args = make_config(tmp_path, generation_kwargs={"presence_penalty": 0.5})
+    generation = object.__new__(VLLMGeneration)
+    generation.generation_kwargs = args.generation_kwargs
+    state_sampling(args, make_model(1), [7], generation)
+    sent = {"presence_penalty": 0.5, "frequency_penalty": 0.0, "logit_bias": {7: -100.0}}
+    assert generation.generation_kwargs == sent
+    assert args.generation_kwargs == {"presence_penalty": 0.5}

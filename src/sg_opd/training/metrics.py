@@ -39,7 +39,7 @@ METRICS = {
     "delta/clipped": "share of trained tokens with a log-ratio beyond log_ratio_clip",
     "verdict/correct": "share of the student's rollouts that the verifier calls correct",
     "verdict/incorrect": "share of the student's rollouts that the verifier calls incorrect",
-    "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
+    "verdict/abstained": "share of the student's rollouts on which the verifier abstains, or truncated_verdict does",
     "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
     "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
     "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
