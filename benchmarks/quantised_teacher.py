@@ -39,7 +39,8 @@ from sg_opd.evaluation.evaluator import tokenize_prompts
 from sg_opd.evaluation.figures import CONFIDENCE
 from sg_opd.evaluation.results import as_table, installed, provenance, write_json
 from sg_opd.method.gate import GateSettings, decide
-from sg_opd.teachers.protocol import padded, sample_completions
+from sg_opd.teachers.protocol import padded
+from sg_opd.teachers.sampling import sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
 ARITHMETIC, RESULT = ROOT / "examples" / "arithmetic", ROOT / "benchmarks" / "results" / "quantised_teacher.json"

@@ -17,8 +17,9 @@ import numpy as np
 from design import LINE, PLANE, WHOLE
 from pages import filled
 
+from sg_opd.evaluation.comparison import compare, values_by_id
 from sg_opd.evaluation.figures import Interval, mean_interval
-from sg_opd.evaluation.results import EvaluationResult, compare, provenance, values_by_id, write_json
+from sg_opd.evaluation.results import EvaluationResult, provenance, write_json
 
 # means over a run's last third of the steps, and over its whole teacher phase
 AT_THE_END = (

@@ -69,6 +69,8 @@ class EvaluationArguments:
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "1 is the whole distribution."})
     top_k: int = field(default=0, metadata={"help": "0 is the whole distribution."})
+    min_p: float = field(default=0.0, metadata={"help": "0 is the whole distribution."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "1 is none."})
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": """JSON for the chat template, such as '{"enable_thinking": false}'."""}
     )
@@ -109,7 +111,8 @@ def main(args: EvaluationArguments) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    sampling = Sampling(args.max_completion_length, args.temperature, args.top_p, args.top_k)
+    shaping = args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty
+    sampling = Sampling(args.max_completion_length, *shaping)
     result = evaluate(
         make_engine(args, tokenizer),
         tokenizer,

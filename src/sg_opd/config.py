@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from .method.gate import GateSettings
 from .method.teacher_phase import SCHEDULES, TeacherPhaseSampler
 from .teachers.http import check_url
+from .teachers.sampling import WHOLE_DISTRIBUTION
 
 # what is left out wherever a configuration is written down or shown: addresses of servers and tokens
 CONFIDENTIAL = ("teacher_server_url", "vllm_server_base_url", "hub_token", "push_to_hub_token")
@@ -33,6 +34,7 @@ CHOICES = {
     "preset": tuple(PRESETS),
     "teacher_phase_schedule": tuple(SCHEDULES),
     "teacher_rollout_loss": ("gated", "nll"),
+    "truncated_verdict": ("judge", "abstain"),
     "non_finite_log_probs": ("stop", "skip"),
 }
 LEAST = {"teacher_candidates": 1, "log_gate_samples": 0, "teacher_server_concurrency": 1, "teacher_server_retries": 0}
@@ -150,6 +152,11 @@ class SGOPDConfig(GRPOConfig):
         default=5,
         help="Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0.",
     )
+    truncated_verdict: str = HfArg(
+        default="judge",
+        help="Verdict on a rollout that was cut at `max_completion_length`, in training: 'judge' (as on any other) or "
+        "'abstain' (neutral in the gate).",
+    )
     non_finite_log_probs: str = HfArg(
         default="stop",
         help="What a NaN or infinite log-probability of a sampled token does: 'stop' ends the run, 'skip' drops its "
@@ -246,6 +253,9 @@ class SGOPDConfig(GRPOConfig):
                     "`vllm_importance_sampling_correction=True` corrects a ratio that estimator='full' does not have; "
                     "set it to False."
                 )
+        for name, whole in WHOLE_DISTRIBUTION.items():
+            if getattr(self, name) is None and name != "min_p":  # else transformers' own default, a top_k of 50
+                setattr(self, name, whole)
         if self.reward_weights is not None:
             raise ValueError(
                 "`reward_weights` has nothing to weigh: a verdict is a sign, not a reward. Leave it at None."

@@ -27,22 +27,18 @@ from .method.teacher_phase import TeacherPhaseSampler
 from .teachers.local import LocalTeacher, loading_defaults, padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher, TeacherError, ask
+from .teachers.sampling import only_stated
 from .teachers.server import ServerTeacher
 from .training import checks
 from .training.datasets import check_box, check_datasets
 from .training.environments import probed, verifier_of
 from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import GateLogging, rollout_totals, verdict_metrics
-from .training.rollouts import Generated, Proposer, Rollouts, suppress, teacher_slots
+from .training.rollouts import MULTIMODAL_KEYS, Generated, Proposer, Rollouts, state_sampling, teacher_slots
 from .verifiers.verdicts import MathVerifier
 from .views.gate_samples import GateSamples
 
 NOT_COMPARED = ("teacher_server_", "log_gate_samples")  # own settings that do not alter what is computed
-# what a multimodal batch carries beside token ids, as GRPOTrainer's forward takes it
-MULTIMODAL_KEYS = (
-    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
-    *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
-)
 
 
 class SGOPDTrainer(GateLogging, ResumableTrainer):
@@ -81,7 +77,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     trainer = SGOPDTrainer(
         model="Qwen/Qwen3-1.7B",
         teacher_model="Qwen/Qwen3-4B",
-        args=SGOPDConfig(output_dir="out"),
+        args=SGOPDConfig(output_dir="out", chat_template_kwargs={"enable_thinking": False}),
         train_dataset=dataset,  # columns: prompt, solution
     )
     trainer.train()
@@ -143,7 +139,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
         self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
         padding = padding_ids(student, self.shared_vocabulary) or []
-        suppress(padding, self.vllm_generation if self.use_vllm else self)
+        state_sampling(args, student, padding, self.vllm_generation if self.use_vllm else self)
         if args.reference_policy == "initial":
             loading = loading_defaults(args) | (args.model_init_kwargs or {})
             loading |= {} if quantization is None else {"quantization_config": quantization}
@@ -169,7 +165,9 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
-        output = super()._generate(prompts)
+        with only_stated(self.accelerator.unwrap_model(self.model)):
+            output = super()._generate(prompts)
+        self._rollouts.read_prompts(self._tokenizer, output[0])
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:
@@ -206,7 +204,9 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Same as GRPOTrainer; adds the verdicts and, in training, the frozen models' scores."""
-        self._rollouts = Rollouts(inputs, self.verifier, self.state)  # `_generate` is not given the columns
+        neutral = self.model.training and self.args.truncated_verdict == "abstain"  # evaluation judges all
+        ends = frozenset([*self.eos_token_ids, self._tokenizer.pad_token_id]) if neutral else None
+        self._rollouts = Rollouts(inputs, self.verifier, self.state, ends)  # `_generate` is not given the columns
         if self.model.training:
             self.last_good_step.begin()
         output = super()._generate_and_score_completions(inputs)

@@ -149,7 +149,9 @@ def test_sampling_settings_reach_the_model(make_model, tokenizer, dataset, tmp_p
     assert texts["greedy"] == texts["k"] == texts["p"] != texts["all"]
 
 
-@pytest.mark.parametrize("name", ["max_completion_length", "temperature", "top_p", "top_k"])
+@pytest.mark.parametrize(
+    "name", ["max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+)
 def test_sampling_out_of_range_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         Sampling(**{name: -1})
@@ -333,6 +335,7 @@ def test_a_server_samples_as_it_is_told(server, tokenizer, dataset, tmp_path):
     assert len(server.posts) == 6 + 4
     ids = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
     said = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 8}
+    said |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
     said |= {"model": "served", "stop_token_ids": [tokenizer.eos_token_id], "return_token_ids": True}
     assert {**said, "prompt": ids, "seed": derived(3, 0, 1)} in server.posts
     assert result.settings["engine"] == "vllm-server"

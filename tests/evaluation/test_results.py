@@ -13,8 +13,9 @@ from documents import ROOT
 
 from sg_opd import MathVerifier
 from sg_opd.evaluation import results
+from sg_opd.evaluation.comparison import compare
 from sg_opd.evaluation.figures import QuestionResult, Sample, by_question, majority, mean_interval, pass_at_k
-from sg_opd.evaluation.results import EvaluationResult, compare
+from sg_opd.evaluation.results import EvaluationResult
 
 
 def test_pass_at_k_by_hand():

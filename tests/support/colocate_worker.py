@@ -1,6 +1,6 @@
 """Run by test_vllm.py with the interpreter that has vLLM: student rollouts from a colocated engine on the CPU.
 
-python colocate_worker.py FOLDER    writes FOLDER/result.json
+python colocate_worker.py FOLDER [SETTINGS]    writes FOLDER/result.json; SETTINGS: JSON for its generation config
 """
 
 import json
@@ -31,7 +31,7 @@ class Recorder(SGOPDTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def padded_student(folder: Path) -> str:
+def padded_student(folder: Path, settings: dict) -> str:
     """The student with further ids, as likely as the digit 1 unless an engine is told never to sample them."""
     model = AutoModelForCausalLM.from_pretrained(ARITHMETIC / "student", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(ARITHMETIC / "student")
@@ -41,12 +41,13 @@ def padded_student(folder: Path) -> str:
         one = tokenizer("1")["input_ids"][0]
         for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             table[known:] = table[one]
+    model.generation_config.update(**settings)
     model.save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
     return str(folder / "student")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, settings: dict) -> None:
     args = SGOPDConfig(
         str(folder / "out"), max_steps=3, per_device_train_batch_size=16, num_generations=4, max_completion_length=48,
         learning_rate=1e-4, teacher_phase_steps=8, teacher_phase_fraction=0.5, teacher_candidates=2, seed=1,
@@ -54,7 +55,7 @@ def main(folder: Path) -> None:
         bf16=False, use_cpu=True, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     data = load_dataset("json", data_files=str(ARITHMETIC / "data" / "train.jsonl"), split="train[:64]")
-    trainer = Recorder(padded_student(folder), str(ARITHMETIC / "teacher"), None, args, data)
+    trainer = Recorder(padded_student(folder, settings), str(ARITHMETIC / "teacher"), None, args, data)
     trainer.train()
     rows = {"student": [], "teacher": []}
     largest_id, sampling = 0, {"student": [], "teacher": []}
@@ -71,6 +72,7 @@ def main(folder: Path) -> None:
         "ratios": rows,
         "sampling_is_nan": sampling,
         "largest_id": largest_id,
+        "completion_ids": [batch["completion_ids"].tolist() for batch in trainer.batches],
         "padding": int(trainer.model.config.vocab_size) - PADDING,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -78,4 +80,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})

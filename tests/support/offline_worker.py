@@ -1,6 +1,6 @@
 """Run by test_vllm_evaluate.py with the interpreter that has vLLM: the offline engine, twice, and a stopped run.
 
-python offline_worker.py FOLDER    writes FOLDER/{first,second,stopped}/samples.jsonl
+python offline_worker.py FOLDER [MODEL]    writes FOLDER/{first,second,stopped}/samples.jsonl; MODEL: a student's folder
 """
 
 import sys
@@ -32,8 +32,7 @@ class Stops(MathVerifier):
         return super().__call__(*args, **kwargs)
 
 
-def main(folder: Path) -> None:
-    student = str(ARITHMETIC / "student")
+def main(folder: Path, student: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student)
     engine = VLLMEngine(student, tokenizer, dtype="float32", max_model_len=256, max_num_seqs=16, enforce_eager=True)
     rows = load_data(str(ARITHMETIC / "data"), "test").select(range(20))
@@ -52,4 +51,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else str(ARITHMETIC / "student"))

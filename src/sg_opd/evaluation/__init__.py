@@ -7,9 +7,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "comparison": ["Comparison", "compare"],
         "engines": ["Completion", "Engine", "Sampling", "ServerEngine", "TransformersEngine", "VLLMEngine"],
         "evaluator": ["EvaluationCallback", "evaluate", "evaluate_model"],
         "figures": ["Interval", "QuestionResult", "Sample", "majority", "mean_interval", "pass_at_k"],
-        "results": ["Comparison", "EvaluationResult", "compare", "provenance"],
+        "results": ["EvaluationResult", "provenance"],
     },
 )

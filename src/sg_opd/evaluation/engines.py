@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..teachers.http import Endpoints
-from ..teachers.protocol import WHOLE_DISTRIBUTION, eos_set, sample_completions
+from ..teachers.protocol import eos_set
+from ..teachers.sampling import NEUTRAL, SERVED, WHOLE_DISTRIBUTION, sample_completions
 from ..teachers.server import COMPLETIONS, served_model
 from .results import files_checksum, weights_checksum
 
@@ -25,6 +26,8 @@ class Sampling:
     temperature: float = 1.0  #: >= 0; 0 is greedy.
     top_p: float = 1.0  #: In (0, 1].
     top_k: int = 0  #: >= 0; 0 is all.
+    min_p: float = 0.0  #: In [0, 1]; 0 is all.
+    repetition_penalty: float = 1.0  #: > 0; 1 is none.
 
     def __post_init__(self) -> None:
         for name, fits, words in (
@@ -32,14 +35,19 @@ class Sampling:
             ("temperature", self.temperature >= 0, ">= 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, ">= 0"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
         ):
             if not fits:
                 raise ValueError(f"`{name}` must be {words}, got {getattr(self, name)!r}.")
 
     def distribution(self) -> dict[str, Any]:
-        """All that shapes the distribution, by the names of transformers and vLLM, which fill in what is left out from
-        the checkpoint's own generation config."""
-        return {**WHOLE_DISTRIBUTION, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        """The settings that transformers and vLLM share, by their names."""
+        return {name: getattr(self, name) for name in ("temperature", *WHOLE_DISTRIBUTION)}
+
+    def effective(self) -> dict[str, Any]:
+        """Whatever shapes a completion, by the names of transformers and vLLM, the same for every engine; for JSON."""
+        return {**NEUTRAL, **self.distribution(), "max_completion_length": self.max_completion_length}
 
 
 class Completion(NamedTuple):
@@ -50,7 +58,11 @@ class Completion(NamedTuple):
 
 
 class Engine(Protocol):
-    """What an evaluation asks of an engine."""
+    """What an evaluation asks of an engine.
+
+    One that knows its checkpoint's `generation_config`, a dict, may have it as an attribute; what of it does not
+    count is then warned of.
+    """
 
     seeds: Literal["batch", "sample"]  #: Whether a batch shares one seed, or each sample has its own.
 
@@ -78,6 +90,7 @@ class TransformersEngine:
         pad = processing_class.pad_token_id
         self.pad = processing_class.eos_token_id if pad is None else pad
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.generation_config = model.generation_config.to_dict()
 
     def describe(self) -> dict[str, Any]:
         """With a checksum of the weights, which training changes under the same name."""
@@ -88,7 +101,7 @@ class TransformersEngine:
         """As `Engine.generate`; one batch, whose first seed counts."""
         how = {"do_sample": True, **sampling.distribution()}
         if sampling.temperature == 0:
-            how = {"do_sample": False, "repetition_penalty": WHOLE_DISTRIBUTION["repetition_penalty"]}
+            how = {"do_sample": False, "repetition_penalty": sampling.repetition_penalty}
         ends = {"eos_token_id": sorted(self.eos), "pad_token_id": self.pad}
         config = GenerationConfig(max_new_tokens=sampling.max_completion_length, **ends, **how)
         with torch.random.fork_rng(), evaluating(self.model):
@@ -120,6 +133,7 @@ class VLLMEngine:
         # vLLM itself would fall back to pickles
         self.llm = LLM(model=model, trust_remote_code=trust_remote_code, **{"load_format": "safetensors", **kwargs})
         self.context = self.llm.llm_engine.model_config.max_model_len
+        self.generation_config = self.llm.llm_engine.model_config.try_get_generation_config()
 
     def describe(self) -> dict[str, Any]:
         """With a checksum of the weights where `model` is a local folder."""
@@ -187,7 +201,7 @@ class ServerEngine:
 def for_vllm(sampling: Sampling, eos: frozenset[int]) -> dict[str, Any]:
     """Sampling settings by vLLM's names."""
     ends = {"max_tokens": sampling.max_completion_length, "stop_token_ids": sorted(eos)}
-    return {**sampling.distribution(), **ends}
+    return {**SERVED, **sampling.distribution(), **ends}
 
 
 def read_completion(longest: int, body: Any) -> Completion:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl.models import unwrap_model_for_generation
 
 from ..data import plain_messages
+from ..teachers.sampling import run_sampling, without_effect
 from ..verifiers.answers import extract_answer
+from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
 from .engines import Engine, Sampling, TransformersEngine
 from .figures import QuestionResult, Sample, by_question, figures_over
@@ -25,6 +27,7 @@ from .results import EvaluationFolder, EvaluationResult, provenance, sha256
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+logger = logging.getLogger(__name__)
 Verifier = Callable[..., list[float | None]]
 
 
@@ -43,15 +46,15 @@ def evaluate_model(
     top_k: int = 0,
     output_dir: str | Path | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> EvaluationResult:
     """`evaluate` with a transformers model in this process.
 
     The caller's random state and the model's training mode are left as they were.
     """
-    engine, sampling = (
-        TransformersEngine(model, processing_class),
-        Sampling(max_completion_length, temperature, top_p, top_k),
-    )
+    engine = TransformersEngine(model, processing_class)
+    sampling = Sampling(max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty)
     common = num_samples, batch_size, seed, progress, output_dir, chat_template_kwargs
     return evaluate(engine, processing_class, dataset, verifier, sampling, *common)
 
@@ -96,6 +99,7 @@ def evaluate(
     draws = Draws(
         engine, processing_class, dataset, verifier, sampling, num_samples, batch_size, seed, chat_template_kwargs
     )
+    tell_unused(engine, draws.sampling)
     settings |= draws.describe()
     folder = None if output_dir is None else EvaluationFolder(output_dir, settings)
     if folder and folder.result.exists():
@@ -106,6 +110,19 @@ def evaluate(
     if folder:
         result.to_json(folder.result)
     return result
+
+
+def tell_unused(engine: Engine, sampling: Sampling) -> None:
+    """Warn of what the checkpoint's generation config sets otherwise than the evaluation does, which alone counts."""
+    used = {"do_sample": sampling.temperature > 0, **sampling.effective()}
+    unused = without_effect(getattr(engine, "generation_config", {}), used)
+    if unused:
+        logger.warning(
+            "The checkpoint's generation_config.json sets %s, which does not count here: an evaluation samples by its "
+            "own settings alone. To have it, set it in the evaluation (temperature, top_p, top_k, min_p, "
+            "repetition_penalty).",
+            unused,
+        )
 
 
 class Draws:
@@ -144,6 +161,7 @@ class Draws:
         if twice is not None:
             raise ValueError(f"`dataset` has several rows with the `id` {twice!r}; results are kept by id.")
         self.prompts = tokenize_prompts(processing_class, [row["prompt"] for row in self.rows], **self.template)
+        self.openings = openings(processing_class, self.prompts)
         self._check_room()
 
     def _check_room(self) -> None:
@@ -159,7 +177,7 @@ class Draws:
         """All that decides the samples, for JSON; questions and prompts as hashes."""
         return {
             **self.engine.describe(),
-            **asdict(self.sampling),
+            **self.sampling.effective(),
             "num_samples": self.num_samples,
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -202,7 +220,8 @@ class Draws:
         ids = [completion.ids for completion in completions]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
-        messages = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        seen = [opened(self.openings[q], text) for (q, _), text in zip(places, texts, strict=True)]
+        messages = [as_completion(prompt, text) for prompt, text in zip(prompts, seen, strict=True)]
         verdicts = checked_verdicts(self.verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
         return [
             Sample(
@@ -212,10 +231,12 @@ class Draws:
                 num_tokens=len(done.ids),
                 finish_reason=done.finish_reason,
                 verdict=verdict,
-                answer=extract_answer(text) or None,
+                answer=extract_answer(whole) or None,
                 completion=text,
             )
-            for (q, number), seed, done, verdict, text in zip(places, seeds, completions, verdicts, texts, strict=True)
+            for (q, number), seed, done, verdict, text, whole in zip(
+                places, seeds, completions, verdicts, texts, seen, strict=True
+            )
         ]
 
 
@@ -246,7 +267,7 @@ class EvaluationCallback(TrainerCallback):
         verifier: default: the trainer's own, else `MathVerifier()`.
         num_samples: completions a question, >= 1.
         every_steps: optimizer steps between two evaluations; default: the trainer's `eval_steps`.
-        max_completion_length: default: the trainer's; so are temperature, top-p and top-k.
+        max_completion_length: default: the trainer's; so are temperature, top-p, top-k, min-p and repetition penalty.
         batch_size: samples a process generates at a time; default: `per_device_eval_batch_size`.
         seed: of the sampling.
 
@@ -285,7 +306,7 @@ class EvaluationCallback(TrainerCallback):
         engine = TransformersEngine(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
         verifier = verifier or getattr(trainer, "verifier", None) or MathVerifier()
         length = max_completion_length or args.max_completion_length
-        sampling = Sampling(length, args.temperature, args.top_p or 1.0, args.top_k or 0)
+        sampling = Sampling(length, **run_sampling(args))
         size, template = batch_size or args.per_device_eval_batch_size, args.chat_template_kwargs
         self.draws = Draws(engine, tokenizer, eval_dataset, verifier, sampling, num_samples, size, seed, template)
 

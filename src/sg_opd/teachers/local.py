@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..method.divergence import last_hidden_state, sequence
-from .protocol import TEACHER_MEMBERS, padded, sample_completions
+from .protocol import TEACHER_MEMBERS, padded
+from .sampling import sample_completions
 
 if TYPE_CHECKING:
     from trl import GRPOConfig

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from ..method.divergence import spread
 
-if TYPE_CHECKING:
-    from trl import GRPOConfig
-
-# said explicitly: what a generation config leaves out, transformers fills from the checkpoint's own
-WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 TEACHER_MEMBERS = ("score", "propose", "sharded", "context", "name")
 NO_PROBABILITY = -9999.0  # what vLLM writes for minus infinity, which JSON does not have
 
@@ -77,20 +71,6 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, s
             "delta can be trained. Set `log_ratio_clip`, which bounds it, or look at the teacher"
         )
     return logps
-
-
-def proposal_sampling(args: GRPOConfig) -> dict[str, Any]:
-    """Settings that sample proposals as the student's rollouts are sampled."""
-    given = {name: getattr(args, name) for name in WHOLE_DISTRIBUTION if getattr(args, name) is not None}
-    return {"temperature": args.temperature, **WHOLE_DISTRIBUTION, **given}
-
-
-@torch.no_grad()
-def sample_completions(model: Any, prompt_ids: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
-    """`config.num_return_sequences` completions of each prompt, in one batch, each up to and with its first EOS."""
-    ids, mask = padded(prompt_ids, config.pad_token_id, "left", model.device)
-    output: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [up_to_eos(sample, eos_set(config.eos_token_id)) for sample in output[:, ids.size(1) :].tolist()]
 
 
 def eos_set(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .http import Endpoints, TeacherServerError
+from .sampling import SERVED
 
 COMPLETIONS = "/v1/completions"
 SEQUENCES_PER_REQUEST = 8  # long answers: some 100 bytes a token
@@ -34,7 +35,7 @@ class ServerTeacher:
     Args:
         endpoints: where it is asked; their time-out above the server's warm-up.
         model: id of the served model; `None` takes the only one a server has.
-        sampling: `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and `max_tokens` of proposals.
+        sampling: `temperature` and `max_tokens` of proposals, and of `SERVED` what is not neutral.
         eos: ids that end a completion.
     """
 
@@ -120,7 +121,7 @@ class ServerTeacher:
 
     def _sampling(self, prompt_ids: Sequence[int]) -> dict[str, Any]:
         ends = {"stop_token_ids": sorted(self.eos), "return_token_ids": True}
-        return {"model": self.model, "prompt": list(prompt_ids), **self.sampling, **ends}
+        return {"model": self.model, "prompt": list(prompt_ids), **SERVED, **self.sampling, **ends}
 
 
 def served_model(endpoints: Endpoints, model: str | None, setting: str) -> tuple[str, int | None]:

@@ -32,9 +32,11 @@ from ..teachers.local import (
     shared_vocabulary,
 )
 from ..teachers.probe import check_patience, check_server
-from ..teachers.protocol import Teacher, TeacherError, proposal_sampling
+from ..teachers.protocol import Teacher, TeacherError
+from ..teachers.sampling import SERVED, run_sampling
 from ..teachers.server import ServerTeacher
 from .checks import check_models
+from .rollouts import tell_unused
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
 
@@ -62,17 +64,19 @@ def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
         ValueError, TypeError, OSError: a teacher that cannot be had or does not fit the student.
         TeacherServerError: no usable answer of a server.
     """
-    known, sampling = max(run.tokenizer.get_vocab().values()) + 1, proposal_sampling(args)
+    known = max(run.tokenizer.get_vocab().values()) + 1
     if isinstance(given, Teacher):
         return given, known
     if args.teacher_server_url:
-        sampling["max_tokens"] = args.max_completion_length
+        sampling = {**run_sampling(args, SERVED), "max_tokens": args.max_completion_length}
         return connect(args.teacher_server_url, given, args, run, sampling), known
     settings = args.teacher_model_revision, args.teacher_model_init_kwargs
     model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
     check_models(run.student, model, run.tokenizer, args)
+    if args.teacher_phase_steps:
+        tell_unused("teacher", model, args)
     shared = shared_vocabulary(run.student, model)
-    sampling |= {
+    sampling = run_sampling(args) | {
         "max_new_tokens": args.max_completion_length,
         "eos_token_id": run.eos_token_ids,
         "pad_token_id": run.tokenizer.pad_token_id,

@@ -40,7 +40,7 @@ METRICS = {
     "delta/clipped": "share of trained tokens with a log-ratio beyond log_ratio_clip",
     "verdict/correct": "share of the student's rollouts that the verifier calls correct",
     "verdict/incorrect": "share of the student's rollouts that the verifier calls incorrect",
-    "verdict/abstained": "share of the student's rollouts on which the verifier abstains",
+    "verdict/abstained": "share of the student's rollouts on which the verifier abstains, or truncated_verdict does",
     "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
     "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
     "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
@@ -160,6 +160,17 @@ class GateMeter:
         return metrics
 
 
+def tell_cut(share: float, args: SGOPDConfig) -> None:
+    """Warn where more than half of the first rollouts were cut; `share` is over all ranks."""
+    if share > 0.5:
+        logger.warning(
+            "%.0f %% of the first rollouts were cut at max_completion_length=%d, before they had an answer. Raise it. "
+            "If the model thinks first, as Qwen3 does unless told otherwise, chat_template_kwargs={'enable_thinking': "
+            "False} keeps it from that. truncated_verdict='abstain' (now %r) makes cut rollouts neutral.",
+            *(100 * share, args.max_completion_length, args.truncated_verdict),
+        )
+
+
 class GateLogging(ResumableTrainer):
     """Mixed into a ResumableTrainer: logs the metrics above and, in the completions table, the gate's advantages."""
 
@@ -186,6 +197,7 @@ class GateLogging(ResumableTrainer):
         self._meter = GateMeter()
         #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
+        self._first_rollouts = True
         super().__init__(*args, **kwargs)
         self._empty_logs, self._eval_logs = copy.deepcopy(self._logs), copy.deepcopy(self._logs)
 
@@ -208,6 +220,9 @@ class GateLogging(ResumableTrainer):
         with self._table_of_mode():
             output = super()._generate_and_score_completions(inputs)
             self._show_advantages([math.nan] * len(self._logs["advantages"]))
+        if self.model.training and self._first_rollouts:
+            self._first_rollouts = False
+            tell_cut(self._metrics["train"]["completions/clipped_ratio"][-1], self.args)
         return output
 
     def evaluate(

@@ -10,16 +10,29 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import gather
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..config import SGOPDConfig
 from ..data import COLLECTED
 from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
+from ..teachers.sampling import SERVED, WHOLE_DISTRIBUTION, run_sampling, without_effect
+from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import as_completion, checked_verdicts, columns_of
 
+logger = get_logger(__name__)  # of the main process only
+
+# what a multimodal batch carries beside token ids, as GRPOTrainer's forward takes it
+MULTIMODAL_KEYS = (
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
+    *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
+# settings that vLLM samples by, and that GRPOTrainer does not send it
+VLLM_ONLY = {name: value for name, value in SERVED.items() if name not in WHOLE_DISTRIBUTION}
 VERDICT_WORDS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 
 
@@ -92,9 +105,20 @@ class Rollouts:
     rows: Sequence[dict[str, Any]]  #: of the dataset, one for each rollout of this rank
     verifier: Callable  #: in TRL's reward-function form
     state: TrainerState  #: the trainer's, given to the verifier as GRPOTrainer does
+    ends: frozenset[int] | None = None  #: rollouts that end with none of these were cut: abstained on; `None`: judged
+    openings: list[str] = field(init=False)  #: the think delimiter that each row's prompt ends with, empty where none
+    parsed: bool = False  #: whether GRPOTrainer splits think blocks off the student's messages, opened ones too
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.openings = [""] * len(self.rows)
+
+    def read_prompts(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]]) -> None:
+        """Take in what the prompts, as they were tokenised, say of their completions; before any is judged."""
+        self.openings = openings(tokenizer, prompt_ids)
+        self.parsed = getattr(tokenizer, "response_template", None) is not None
 
     def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
@@ -117,7 +141,8 @@ class Rollouts:
             return read(rows, teacher.propose([generated.prompt_ids[row] for row in rows], candidates))
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
-            judged, ids = [p.completion for p in proposals], [p.token_ids for p in proposals]
+            ids = [p.token_ids for p in proposals]
+            judged = [opened(self.openings[row], p.completion) for row, p in zip(rows, proposals, strict=True)]
             return self._judge(rows, prompts, judged, ids, log_extra=_discard, log_metric=_discard)
 
         self.taken = phase.fill([*by_row], collected, endorse)
@@ -138,8 +163,11 @@ class Rollouts:
 
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
         """The reward function of GRPOTrainer: keeps the verdicts, and returns a number for each row."""
-        every, by_row = range(len(prompts)), dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
+        every = range(len(prompts))
+        by_row: dict[int, float | None] = dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
         rows = [row for row in every if row not in self.taken]
+        if not (self.parsed and isinstance(completions[0], list)):
+            completions = [opened(self.openings[row], completion) for row, completion in enumerate(completions)]
 
         def log_extra(column: str, values: list) -> None:
             logged = dict(zip(rows, values, strict=True))
@@ -153,6 +181,8 @@ class Rollouts:
         else:
             graded = []
         by_row |= dict(zip(rows, graded, strict=True))
+        if self.ends is not None:
+            by_row |= {row: None for row in rows if completion_ids[row][-1] not in self.ends}
         self.verdicts = [by_row[row] for row in every]
         return [0.0 if verdict is None else verdict for verdict in self.verdicts]
 
@@ -188,14 +218,33 @@ def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:
     return anywhere
 
 
-def suppress(ids: list[int], generator: Any) -> None:
-    """Have the student never sample some ids; `generator` is TRL's `VLLMGeneration`, or the trainer that generates."""
-    if ids and isinstance(generator, VLLMGeneration):
-        bias = generator.generation_kwargs.get("logit_bias") or {}
-        generator.generation_kwargs["logit_bias"] = {**bias, **dict.fromkeys(ids, -100.0)}
-    elif ids:
-        kept = [*(generator.generation_config.suppress_tokens or []), *ids]
+def state_sampling(args: SGOPDConfig, student: Any, never: list[int], generator: Any) -> None:
+    """Have the run state all that shapes the student's rollouts, and warn of what its checkpoint has otherwise.
+
+    `never` are ids that are not to be sampled; `generator` is TRL's `VLLMGeneration`, or the trainer that generates.
+    """
+    tell_unused("student", student, args)
+    if isinstance(generator, VLLMGeneration):  # a server fills in from the checkpoint's file what is not sent to it
+        generator.generation_kwargs = {**VLLM_ONLY, **generator.generation_kwargs}
+        if never:
+            bias = generator.generation_kwargs.get("logit_bias") or {}
+            generator.generation_kwargs["logit_bias"] = {**bias, **dict.fromkeys(never, -100.0)}
+    elif never:
+        kept = [*(generator.generation_config.suppress_tokens or []), *never]
         generator.generation_config.suppress_tokens = generator.generation_kwargs["suppress_tokens"] = kept
+
+
+def tell_unused(role: str, model: Any, args: SGOPDConfig) -> None:
+    """Warn of what a model's generation config sets otherwise than the run does, whose settings alone count."""
+    kwargs: Any = args.generation_kwargs or {}
+    unused = without_effect(model.generation_config.to_dict(), {"do_sample": True, **run_sampling(args), **kwargs})
+    if unused:
+        logger.warning(
+            "The generation_config.json of the %s sets %s, which does not count here: a run's rollouts are sampled by "
+            "its own settings alone. To have it, set it in SGOPDConfig (temperature, top_p, top_k, min_p, "
+            "repetition_penalty) or in its `generation_kwargs`.",
+            *(role, unused),
+        )
 
 
 def _discard(name: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from ..evaluation.engines import Sampling, TransformersEngine, evaluating
 from ..evaluation.evaluator import tokenize_prompts
 from ..method.divergence import chunked_nll, head_of, last_hidden_state
 from ..method.loss import SignGatedLoss
+from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
 from .gate_view import SAMPLES_FILE, RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples
 
@@ -197,7 +198,7 @@ def score_rollout(
         completion = engine.generate([prompt_ids], [seed], sampling)[0].ids
     elif isinstance(completion, str):
         completion = list(processing_class(completion, add_special_tokens=False)["input_ids"])
-    verdict = judged(verifier or MathVerifier(), row, list(completion), processing_class)
+    verdict = judged(verifier or MathVerifier(), row, prompt_ids, list(completion), processing_class)
     logps = partial(token_logps, prompt=prompt_ids, completion=completion, temperature=temperature)
     return inspect_rollout(
         completion,
@@ -213,9 +214,12 @@ def score_rollout(
     )
 
 
-def judged(verifier: Callable, row: dict[str, Any], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> float | None:
+def judged(
+    verifier: Callable, row: dict[str, Any], prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> float | None:
     """The verifier's verdict on a completion of a row."""
-    completion = as_completion(row["prompt"], str(tokenizer.decode(ids, skip_special_tokens=True)))
+    (opening,) = openings(tokenizer, [prompt_ids])
+    completion = opened(opening, as_completion(row["prompt"], str(tokenizer.decode(ids, skip_special_tokens=True))))
     return checked_verdicts(verifier, [row["prompt"]], [completion], **columns_of([row]), completion_ids=[ids])[0]
 
 
