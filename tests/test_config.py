@@ -62,6 +62,7 @@ BAD = [
     ({"teacher_rollout_loss": "sft"}, "teacher_rollout_loss"),
     ({"teacher_rollout_loss": "nll", "loss_type": "grpo"}, "teacher_rollout_loss"),
     ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
+    ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs"),
     ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "metric_for_best_model"),
     ({"sync_ref_model": True, "reference_policy": "initial", "beta": 0.1}, "sync_ref_model"),
     ({"reward_weights": [2.0]}, "reward_weights"),

@@ -78,6 +78,8 @@ ASKING = (
     r"请把最终答案放在\boxed{}中。",
 )
 SHOWING = (
+    r"A student gave his answer as \boxed{12}. What mistake did he make?",
+    r"Tom wrote the result in \boxed{5}. Is he right?",
     r"What is inside \boxed{x}?",
     r"Which digit goes into \boxed{}: 3 + \boxed{} = 7?",
     r"Find the digit such that the result is 3\boxed{}7.",

@@ -209,6 +209,14 @@ class SGOPDConfig(GRPOConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
 
+        stated: Any = self.generation_kwargs or {}
+        if stated.get("temperature", self.temperature) != self.temperature:
+            raise ValueError(
+                f"`generation_kwargs` has temperature={stated['temperature']!r}, but `temperature` is "
+                f"{self.temperature!r}: log-probabilities are computed at the field's, and rollouts must be sampled at "
+                "the same one. Set the field."
+            )
+
     def _check_server_fields(self) -> None:
         if not self.teacher_server_timeout > 0:
             raise ValueError(f"`teacher_server_timeout` must be > 0 seconds, got {self.teacher_server_timeout!r}.")

@@ -30,7 +30,7 @@ DAPO_FRAME = re.compile(
 ANSWER = r"(?:\b(?:answer|solution|result|response)s?\b|答案)"
 ASKS_FOR_BOX = re.compile(
     rf"{ANSWER}[^.?!\n]*(?:\b(?:in|within|inside|into|with|using|as|by)\b|在|入|用)"
-    r"(?:[^\w\\.?!\n]*\b(?:an?|the|form|format|latex|of)\b)*[^\w\\.?!\n]*\\boxed"
+    r"(?:[^\w\\.?!\n]*\b(?:an?|the|form|format|latex|of)\b)*[^\w\\.?!\n]*\\boxed(?!\s*\{[^{}]*\d)"
     rf"|\\boxed\S*\s+(?:for|around)\b[^.?!\n]*{ANSWER}"
     rf"|\\boxed\{{[^{{}}]*{ANSWER}",
     re.IGNORECASE,

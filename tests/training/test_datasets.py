@@ -164,6 +164,8 @@ def test_columns_that_the_trainer_would_drop():
 
 def test_a_training_dataset_is_required_without_environments():
     check(None, turns="environment_factory")
+    with pytest.raises(ValueError, match="is a dict of splits, 'train': pass one"):
+        check_datasets({"train": "any"}, None, None, None, None)
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         check(None)
 

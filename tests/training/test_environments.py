@@ -6,6 +6,7 @@ from datasets import Dataset
 from trainers import Recorder, decided, make_config
 
 from sg_opd import SGOPDTrainer
+from sg_opd.evaluation import EvaluationCallback
 
 
 class Counting:
@@ -46,6 +47,22 @@ def silent():
 class Late(Counting):
     async def get_reward(self):
         return (1, 0, None)[self.number % 3]
+
+
+def test_what_an_environment_cannot_judge(chat, chat_model, tmp_path):
+    """A reward that is no verdict is named with its remedy; so is an evaluation in which there are no environments."""
+
+    class Graded(Counting):
+        def get_reward(self):
+            return 0.3
+
+    args = make_config(tmp_path, max_completion_length=8, gradient_accumulation_steps=1)
+    models = chat_model(1), chat_model(2)
+    trainer = Recorder(*models, None, args, None, processing_class=chat, environment_factory=Graded)
+    with pytest.raises(ValueError, match=r"`get_reward` of Graded returned 0.3.*Pass a `verifier`"):
+        trainer.train()
+    with pytest.raises(ValueError, match="Pass a `verifier`: the trainer's is the reward of its environments"):
+        EvaluationCallback(trainer, [{"prompt": [{"role": "user", "content": "?"}]}], every_steps=1)
 
 
 @pytest.mark.parametrize("kind", [Counting, Late])

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import re
 
 import pytest
@@ -121,6 +122,12 @@ def test_update(loss_type, level, beta, make_model, tokenizer, dataset, tmp_path
     clipped = trainer.state.log_history[1].get("clip_ratio/region_mean", 1.0)
     assert clipped > 0.02  # or the ratio would not be shown to count
     assert_same_weights(trainer.model, simulated, tolerance=2e-5)
+
+
+def test_what_is_masked_may_be_infinite():
+    logps, old = torch.tensor([[-1.0, -2.0, -math.inf]]), torch.tensor([[-1.5, -2.5, -1.0]])
+    found = sequence_old_logps(logps, old, torch.tensor([[1, 1, 0]]))
+    assert found[0, :2].tolist() == [-1.5, -2.5]  # the mean of two ratios of 0.5 is 0.5
 
 
 def test_with_one_advantage_a_row_the_token_form_is_gspo_itself():

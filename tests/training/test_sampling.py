@@ -197,6 +197,8 @@ def test_within_every_setting_but_token_ids_is_the_librarys():
         ({"suppress_tokens": [7], "forced_eos_token_id": 1}, {}, "suppress_tokens=[7], forced_eos_token_id=1"),
         ({"presence_penalty": 1.5, "chat_format": "chatml"}, {}, "presence_penalty=1.5"),
         ({"do_sample": True}, {"do_sample": False}, "do_sample=True"),
+        ({"guidance_scale": 1.0, "prompt_lookup_num_tokens": 3, "early_stopping": True}, {}, ""),
+        ({"top_k": -1}, {"top_k": 0}, ""),
     ],
 )
 def test_what_is_named(own, used, said):

@@ -192,11 +192,10 @@ def test_each_of_several_evaluation_sets_has_its_own_metrics(streamed, make_mode
     assert not any(key.startswith(("eval_good", "eval_eval")) for key in plain)
 
 
-@pytest.mark.parametrize("metric", ["eval_reward", "reward", "eval_verdict/correct"])
+@pytest.mark.parametrize("metric", ["eval_reward", "reward", "eval_verdict/correct", "eval_god_reward"])
 def test_a_best_metric_that_no_set_of_several_logs(metric, dataset, tmp_path):
     args = make_config(tmp_path, eval_strategy="steps", metric_for_best_model=metric, greater_is_better=True)
-    name = metric.removeprefix("eval_")
-    with pytest.raises(ValueError, match=rf"`metric_for_best_model='{metric}'`.*'eval_a_{name}', 'eval_b_{name}'"):
+    with pytest.raises(ValueError, match=rf"`metric_for_best_model='{metric}'`.*'eval_a_reward', 'eval_b_reward'"):
         SGOPDTrainer("none/student", "none/teacher", coin_verifier, args, dataset, {"a": dataset, "b": dataset})
 
 
@@ -344,14 +343,17 @@ def test_a_prompt_that_carries_its_bos(streamed, make_model, tmp_path):
     tokenizer = byte_tokenizer(bos="<s>")
     assert tokenizer("<s>a")["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     models = [make_model(seed, len(tokenizer), eos_token_id=tokenizer.eos_token_id) for seed in (1, 2)]
-    rows = Dataset.from_dict({"prompt": [f"<s>How much is {i} + 1?" for i in range(8)]})
+    first = 0 if streamed else 3  # of a stream only the first row is looked at
+    rows = Dataset.from_dict({"prompt": [f"{'<s>' * (i >= first)}How much is {i} + 1?" for i in range(8)]})
     args = make_config(tmp_path, max_completion_length=4)
 
     def trainer(rows):
         rows = rows.to_iterable_dataset() if streamed else rows
         return Recorder(*models, coin_verifier, args, rows, processing_class=tokenizer)
 
-    with pytest.raises(ValueError, match=r"row 0 begins with '<s>', and the tokenizer puts another.*removeprefix"):
+    with pytest.raises(
+        ValueError, match=rf"row {first} begins with '<s>', and the tokenizer puts another.*removeprefix"
+    ):
         trainer(rows)
     mended = trainer(rows.map(lambda row: {"prompt": row["prompt"].removeprefix("<s>")}))
     mended.train()
@@ -363,12 +365,16 @@ def test_prompts_that_never_ask_for_a_box(make_model, tokenizer, dataset, tmp_pa
     """One warning, with the default verifier alone, and only where the chat template does not ask either."""
     verifier = MathVerifier(workers=1)
     args = make_config(tmp_path)
+    wordy = dataset.map(
+        lambda row: {"prompt": [{"role": "user", "content": "Tom has 3 boxes of pizza and a shoebox."}]}
+    )
     asking = copy.deepcopy(tokenizer)
     asking.chat_template = r"{# Put your answer in \boxed{}. #}" + tokenizer.chat_template
     system = [{"role": "system", "content": "Box your answer."}]
     for rows, judge, reads, told in (
         (dataset, verifier, tokenizer, True),
         (dataset.to_iterable_dataset(), verifier, tokenizer, True),
+        (wordy, verifier, tokenizer, True),
         (dataset, coin_verifier, tokenizer, False),
         (dataset, verifier, asking, False),
         (dataset.map(lambda row: {"prompt": system + row["prompt"]}), verifier, tokenizer, False),

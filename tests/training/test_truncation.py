@@ -64,6 +64,12 @@ def test_a_first_generation_that_is_mostly_cut_is_warned_of_once(trained, caplog
     assert caplog.text.count("of the first rollouts were cut at max_completion_length=1") == warned
 
 
+def test_a_verifier_is_not_blamed_for_rollouts_that_were_cut(trained, caplog):
+    trained("abstain", max_completion_length=1)
+    assert "They are neutral (truncated_verdict='abstain')" in caplog.text
+    assert "abstained on every rollout" not in caplog.text
+
+
 def test_the_warning_has_the_remedies(caplog, tmp_path):
     tell_cut(0.5, make_config(tmp_path))
     assert not caplog.text

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl.models import unwrap_model_for_generation
 
 from ..data import plain_messages
-from ..teachers.sampling import run_sampling, without_effect
+from ..teachers.sampling import run_sampling, tell_unused
 from ..verifiers.answers import extract_answer
 from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
@@ -99,7 +99,8 @@ def evaluate(
     draws = Draws(
         engine, processing_class, dataset, verifier, sampling, num_samples, batch_size, seed, chat_template_kwargs
     )
-    tell_unused(engine, draws.sampling)
+    used = {"do_sample": draws.sampling.temperature > 0, **draws.sampling.effective()}
+    tell_unused(logger, "model", getattr(engine, "generation_config", {}), used, "the evaluation")
     settings |= draws.describe()
     folder = None if output_dir is None else EvaluationFolder(output_dir, settings)
     if folder and folder.result.exists():
@@ -110,19 +111,6 @@ def evaluate(
     if folder:
         result.to_json(folder.result)
     return result
-
-
-def tell_unused(engine: Engine, sampling: Sampling) -> None:
-    """Warn of what the checkpoint's generation config sets otherwise than the evaluation does, which alone counts."""
-    used = {"do_sample": sampling.temperature > 0, **sampling.effective()}
-    unused = without_effect(getattr(engine, "generation_config", {}), used)
-    if unused:
-        logger.warning(
-            "The checkpoint's generation_config.json sets %s, which does not count here: an evaluation samples by its "
-            "own settings alone. To have it, set it in the evaluation (temperature, top_p, top_k, min_p, "
-            "repetition_penalty).",
-            unused,
-        )
 
 
 class Draws:
@@ -305,6 +293,10 @@ class EvaluationCallback(TrainerCallback):
         tokenizer: Any = trainer.processing_class
         engine = TransformersEngine(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
         verifier = verifier or getattr(trainer, "verifier", None) or MathVerifier()
+        if getattr(verifier, "needs_environments", False):
+            raise ValueError(
+                "Pass a `verifier`: the trainer's is the reward of its environments, and here there are none."
+            )
         length = max_completion_length or args.max_completion_length
         sampling = Sampling(length, **run_sampling(args))
         size, template = batch_size or args.per_device_eval_batch_size, args.chat_template_kwargs

@@ -46,7 +46,8 @@ def sequence_old_logps(
     """
     logps = logps.detach()
     trained = mask.to(logps.dtype)
-    mean = ((logps - old_logps) * trained).sum(1, keepdim=True) / trained.sum(1, keepdim=True).clamp(min=1.0)
+    ratios = torch.where(mask.bool(), logps - old_logps, 0.0)  # not a product: what is masked may be infinite
+    mean = ratios.sum(1, keepdim=True) / trained.sum(1, keepdim=True).clamp(min=1.0)
     return logps - mean
 
 

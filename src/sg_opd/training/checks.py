@@ -24,7 +24,7 @@ logger = get_logger(__name__)  # of the main process only
 
 TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
-HUB_ARGUMENTS = ("revision", "trust_remote_code", "cache_dir", "subfolder", "token", "local_files_only")
+HUB_ARGUMENTS = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
 
 
 def by_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,8 +111,12 @@ def check_router_loss(model: Any, args: SGOPDConfig) -> None:
     if coefficient == 0.0:
         return
     if isinstance(model, str):
-        given = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-        config = AutoConfig.from_pretrained(model, **{name: given[name] for name in HUB_ARGUMENTS if name in given})
+        given: Any = args.model_init_kwargs or {}
+        config = AutoConfig.from_pretrained(
+            model,
+            trust_remote_code=given.get("trust_remote_code", args.trust_remote_code),
+            **{name: given[name] for name in HUB_ARGUMENTS if name in given},
+        )
     else:
         config = model.config
     text = config.get_text_config()
@@ -144,16 +148,20 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 
 def check_bos(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse text prompts, by the first, that begin with the tokenizer's BOS, before which tokenising puts another."""
-    prompt, token = next(iter(dataset))["prompt"], tokenizer.bos_token
-    if not (isinstance(prompt, str) and token):
-        return
-    if tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        raise ValueError(
-            f"`prompt` in `train_dataset`, row 0 begins with {token!r}, and the tokenizer puts another before it: the "
-            "models would see two. Pass messages instead of text, or take it off: "
-            f"dataset.map(lambda row: {{'prompt': row['prompt'].removeprefix({token!r})}})."
-        )
+    """Refuse text prompts that begin with the tokenizer's BOS, before which tokenising puts another."""
+    token = tokenizer.bos_token
+    rows = rows_to_check(len(dataset)) if hasattr(dataset, "__len__") else range(1)  # of a stream the first
+    prompts = [dataset[row]["prompt"] for row in rows] if len(rows) > 1 else [next(iter(dataset))["prompt"]]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not (token and isinstance(prompt, str) and prompt.startswith(token)):
+            continue
+        if tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+            raise ValueError(
+                f"`prompt` in `train_dataset`, row {row} begins with {token!r}, and the tokenizer puts another before "
+                "it: the models would see two. Pass messages instead of text, or take it off: "
+                f"dataset.map(lambda row: {{'prompt': row['prompt'].removeprefix({token!r})}})."
+            )
+        return  # the tokenizer puts none
 
 
 def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeGuard
@@ -15,6 +16,9 @@ from ..data import COLLECTED, format_of, text_of
 logger = get_logger(__name__)  # of the main process only
 
 SUPPLIES_PROMPTS = "environment_factory"  # the argument of GRPOTrainer
+MENTIONS_BOX = re.compile(
+    r"\\(?:boxed|fbox)|\bbox(?:ed)?\b[^.\n]{0,60}\banswer|\banswer\b[^.\n]{0,60}\bbox(?:ed)?\b", re.IGNORECASE
+)
 ROWS_CHECKED = 10_000  # of a larger dataset, rows spread evenly over it
 Unparseable = Callable[[Sequence[Any]], list[int]]  # of a column `solution`, the rows on which a verifier would abstain
 
@@ -37,6 +41,8 @@ def check_datasets(
     """
     if train is None and turns != SUPPLIES_PROMPTS:
         raise ValueError("`train_dataset` is required: a dataset with the columns the verifier reads.")
+    if isinstance(train, dict):
+        raise ValueError(f"`train_dataset` is a dict of splits, {', '.join(map(repr, train))}: pass one of them.")
     parts = [*named_parts("train_dataset", train), *named_parts("eval_dataset", held_out)]
     for name, dataset in parts:
         check_dataset(name, dataset, unparseable, args.teacher_phase_steps > 0, turns)
@@ -50,11 +56,13 @@ def check_datasets(
 
 def check_best_metric(held_out: Any, metric: str | None) -> None:
     """Refuse a metric for the best model that no evaluation logs, because each of several sets has its own."""
-    name = (metric or "").removeprefix("eval_")
-    if isinstance(held_out, dict) and (name == "reward" or name.startswith(("rewards/", "verdict/", "completions/"))):
+    if metric is None or not isinstance(held_out, dict):
+        return
+    name = metric.removeprefix("eval_")
+    if not name.startswith(tuple(f"{key}_" for key in held_out)):
         raise ValueError(
-            f"`metric_for_best_model={metric!r}` with a dict of evaluation sets: each logs its own. Choose one of "
-            f"{', '.join(repr(f'eval_{key}_{name}') for key in held_out)}."
+            f"`metric_for_best_model={metric!r}` with a dict of evaluation sets: each logs its own, such as "
+            f"{', '.join(repr(f'eval_{key}_reward') for key in held_out)}."
         )
 
 
@@ -204,21 +212,23 @@ def check_batch(dataset: Any, generation_batch_size: int, num_generations: int) 
 
 
 def check_box(train: Any, chat_template: Any) -> None:
-    r"""Warn once where neither a prompt nor the chat template asks for the box in which `MathVerifier` looks.
+    r"""Warn once where most prompts do not ask for the box in which `MathVerifier` looks, nor the chat template does.
 
-    Any mention of a box counts: in the question, a system message, an example. Of a streaming dataset the first row.
+    `\boxed` counts wherever it stands: in the question, a system message, an example; so does a sentence about an
+    answer and a box. Of a streaming dataset the first row is looked at.
     """
     if hasattr(train, "__len__"):
         prompts = narrowed(train, ["prompt"])
         asked = [prompts[row]["prompt"] for row in rows_to_check(len(train))]
     else:
         asked = [row["prompt"] for row in islice(train, 1)]
-    if "box" not in str(chat_template).lower() and not any("box" in str(prompt).lower() for prompt in asked):
+    silent = sum(MENTIONS_BOX.search(str(prompt)) is None for prompt in asked)
+    if 2 * silent > len(asked) and not MENTIONS_BOX.search(str(chat_template)):
         logger.warning(
-            "None of the %d prompts checked in `train_dataset` mentions \\boxed{}, where MathVerifier looks for the "
-            "answer: a completion without a box is judged incorrect. Unless the student writes boxes anyway, ask for "
-            "them as `sg_opd.data.INSTRUCTION` does, in the questions or in a system message.",
-            len(asked),
+            "%d of the %d prompts checked in `train_dataset` do not ask for \\boxed{}, where MathVerifier looks for "
+            "the answer: a completion without a box is judged incorrect. Unless the student writes boxes anyway, ask "
+            "for them as `sg_opd.data.INSTRUCTION` does, in the questions or in a system message.",
+            *(silent, len(asked)),
         )
 
 

@@ -24,6 +24,8 @@ class EnvironmentVerifier:
         loop: returns the event loop on which an asynchronous `get_reward` runs, TRL's own.
     """
 
+    needs_environments = True  #: so it judges within training alone
+
     def __init__(self, name: str, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.__name__ = name
         self._loop = loop
@@ -38,7 +40,14 @@ class EnvironmentVerifier:
             return [await reward if inspect.isawaitable(reward) else reward for reward in rewards]
 
         if any(map(inspect.isawaitable, rewards)):
-            return asyncio.run_coroutine_threadsafe(awaited(), self._loop()).result()
+            rewards = asyncio.run_coroutine_threadsafe(awaited(), self._loop()).result()
+        graded = next((reward for reward in rewards if reward not in (0, 1, None)), None)
+        if graded is not None:
+            raise ValueError(
+                f"`get_reward` of {self.__name__} returned {graded!r}; a verdict is 1 (correct), 0 (incorrect) or None "
+                "(abstained). Pass a `verifier` that turns it into one: it gets each rollout's environment in "
+                "`environments`."
+            )
         return rewards
 
 
@@ -102,4 +111,4 @@ def verifier_of(
 
 def has_column(dataset: Any, column: str) -> bool:
     """Whether a dataset has a column; of a stream without declared columns, whether its first row has."""
-    return dataset is not None and column in (dataset.column_names or next(iter(dataset), {}))
+    return dataset is not None and column in (getattr(dataset, "column_names", None) or next(iter(dataset), {}))

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -33,12 +34,14 @@ from ..teachers.local import (
 )
 from ..teachers.probe import check_patience, check_server
 from ..teachers.protocol import Teacher, TeacherError
-from ..teachers.sampling import SERVED, run_sampling
+from ..teachers.sampling import OF_RUN, SERVED, run_sampling, stated, tell_unused
 from ..teachers.server import ServerTeacher
 from .checks import check_models
-from .rollouts import tell_unused
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
+
+
+logger = get_logger(__name__)  # of the main process only
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
     check_models(run.student, model, run.tokenizer, args)
     if args.teacher_phase_steps:
-        tell_unused("teacher", model, args)
+        tell_unused(logger, "teacher", model.generation_config.to_dict(), stated(args), OF_RUN)
     shared = shared_vocabulary(run.student, model)
     sampling = run_sampling(args) | {
         "max_new_tokens": args.max_completion_length,

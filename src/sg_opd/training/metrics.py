@@ -50,6 +50,10 @@ ABSTAINED = (
     "The verifier %s abstained on every rollout since the last log (now at step %d), so the gate is neutral and the "
     "teacher alone teaches. Look at the verifier's answers (`log_completions=True`) and at the columns it reads."
 )
+CUT = {
+    "judge": "truncated_verdict='abstain' makes cut rollouts neutral.",
+    "abstain": "They are neutral (truncated_verdict='abstain'), so the teacher alone teaches on them.",
+}
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
@@ -166,8 +170,8 @@ def tell_cut(share: float, args: SGOPDConfig) -> None:
         logger.warning(
             "%.0f %% of the first rollouts were cut at max_completion_length=%d, before they had an answer. Raise it. "
             "If the model thinks first, as Qwen3 does unless told otherwise, chat_template_kwargs={'enable_thinking': "
-            "False} keeps it from that. truncated_verdict='abstain' (now %r) makes cut rollouts neutral.",
-            *(100 * share, args.max_completion_length, args.truncated_verdict),
+            "False} keeps it from that. %s",
+            *(100 * share, args.max_completion_length, CUT[args.truncated_verdict]),
         )
 
 
@@ -247,7 +251,10 @@ class GateLogging(ResumableTrainer):
         found = self._meter.compute(self.accelerator)
         for name, value in found.items():
             self._metrics["train"][name].append(value)
-        if found.get("verdict/abstained") == 1.0 and not self._abstention_told:
+        cut = self.args.truncated_verdict == "abstain" and self._metrics["train"]["completions/clipped_ratio"][-1:] == [
+            1.0
+        ]
+        if found.get("verdict/abstained") == 1.0 and not self._abstention_told and not cut:
             self._abstention_told = True
             logger.warning(ABSTAINED, self.reward_func_names[0], self.state.global_step)
         if self.log_completions and self._row_advantages is not None:

@@ -20,7 +20,7 @@ from ..config import SGOPDConfig
 from ..data import COLLECTED
 from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
-from ..teachers.sampling import SERVED, WHOLE_DISTRIBUTION, run_sampling, without_effect
+from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
 from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import as_completion, checked_verdicts, columns_of
 
@@ -107,7 +107,6 @@ class Rollouts:
     state: TrainerState  #: the trainer's, given to the verifier as GRPOTrainer does
     ends: frozenset[int] | None = None  #: rollouts that end with none of these were cut: abstained on; `None`: judged
     openings: list[str] = field(init=False)  #: the think delimiter that each row's prompt ends with, empty where none
-    parsed: bool = False  #: whether GRPOTrainer splits think blocks off the student's messages, opened ones too
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
@@ -118,7 +117,6 @@ class Rollouts:
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]]) -> None:
         """Take in what the prompts, as they were tokenised, say of their completions; before any is judged."""
         self.openings = openings(tokenizer, prompt_ids)
-        self.parsed = getattr(tokenizer, "response_template", None) is not None
 
     def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
@@ -166,8 +164,7 @@ class Rollouts:
         every = range(len(prompts))
         by_row: dict[int, float | None] = dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
         rows = [row for row in every if row not in self.taken]
-        if not (self.parsed and isinstance(completions[0], list)):
-            completions = [opened(self.openings[row], completion) for row, completion in enumerate(completions)]
+        completions = [opened(self.openings[row], completion) for row, completion in enumerate(completions)]
 
         def log_extra(column: str, values: list) -> None:
             logged = dict(zip(rows, values, strict=True))
@@ -223,7 +220,7 @@ def state_sampling(args: SGOPDConfig, student: Any, never: list[int], generator:
 
     `never` are ids that are not to be sampled; `generator` is TRL's `VLLMGeneration`, or the trainer that generates.
     """
-    tell_unused("student", student, args)
+    tell_unused(logger, "student", student.generation_config.to_dict(), stated(args), OF_RUN)
     if isinstance(generator, VLLMGeneration):  # a server fills in from the checkpoint's file what is not sent to it
         generator.generation_kwargs = {**VLLM_ONLY, **generator.generation_kwargs}
         if never:
@@ -232,19 +229,6 @@ def state_sampling(args: SGOPDConfig, student: Any, never: list[int], generator:
     elif never:
         kept = [*(generator.generation_config.suppress_tokens or []), *never]
         generator.generation_config.suppress_tokens = generator.generation_kwargs["suppress_tokens"] = kept
-
-
-def tell_unused(role: str, model: Any, args: SGOPDConfig) -> None:
-    """Warn of what a model's generation config sets otherwise than the run does, whose settings alone count."""
-    kwargs: Any = args.generation_kwargs or {}
-    unused = without_effect(model.generation_config.to_dict(), {"do_sample": True, **run_sampling(args), **kwargs})
-    if unused:
-        logger.warning(
-            "The generation_config.json of the %s sets %s, which does not count here: a run's rollouts are sampled by "
-            "its own settings alone. To have it, set it in SGOPDConfig (temperature, top_p, top_k, min_p, "
-            "repetition_penalty) or in its `generation_kwargs`.",
-            *(role, unused),
-        )
 
 
 def _discard(name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .answers import THINK, extract_answer
 
+SPLIT_OFF = ("reasoning_content", "thinking")  # where GRPOTrainer's parsers put a think block that was closed
 TAIL = 32  # tokens at the end of a prompt in which a delimiter is looked for
 
 
@@ -26,11 +27,16 @@ def opening_of(prompt: str) -> str:
 
 
 def opened(opening: str, completion: Any) -> Any:
-    """A completion, plain or as messages, as a verifier is to see it: with the think delimiter of its prompt."""
+    """A completion, plain or as messages, as a verifier is to see it: with the think delimiter of its prompt.
+
+    A message from which a parser split the think block off has none any more and stays as it is.
+    """
     if not opening or not completion:
         return completion
     if isinstance(completion, str):
         return opening + completion
     *earlier, last = completion
     content = last.get("content")
-    return [*earlier, {**last, "content": opening + content}] if isinstance(content, str) else completion
+    if not isinstance(content, str) or any(last.get(name) for name in SPLIT_OFF):
+        return completion
+    return [*earlier, {**last, "content": opening + content}]
