@@ -138,8 +138,8 @@ def test_an_evaluation_is_that_of_the_clean_checkpoint(pair, spoiled, tokenizer,
     assert leaking.questions == clean.questions
     assert compare(clean, leaking).differing == ()
     named = ", ".join(f"{name}={value}" for name, value in leak.items())
-    assert caplog.text.count("generation_config.json sets ") == 1
-    assert f"generation_config.json sets {named}, which does not count here" in caplog.text
+    assert caplog.text.count("generation_config.json of the model sets ") == 1
+    assert f"generation_config.json of the model sets {named}, which does not count here" in caplog.text
 
 
 def test_settings_say_what_shaped_the_samples(pair, tokenizer, dataset, tmp_path, caplog):

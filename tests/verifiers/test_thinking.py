@@ -159,19 +159,6 @@ def test_a_rollout_that_is_looked_at(thinking, make_model, verifier, template, v
 @pytest.mark.parametrize(
     ("text", "verdict"), [(r"\boxed{5}", 0.0), (r"\boxed{4}</think>\boxed{5}", 1.0), (r"\boxed{5}</think>", 0.0)]
 )
-def test_a_parser_that_leaves_a_cut_block_in_the_content(thinking, verifier):
-    """As those of DeepSeek-R1 and Nemotron do: what is split off is told by the message, not by the tokenizer."""
-    thinking.response_template = qwen3_template
-    question = [{"role": "user", "content": "Start with 5."}]
-    prompt_ids = thinking.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
-    cut = {"role": "assistant", "content": r"Try \boxed{5}, but wait"}
-    whole = {"role": "assistant", "reasoning_content": "It is 5.", "content": r"\boxed{5}"}
-    rollouts = Rollouts([{"solution": "5"}] * 2, verifier, TrainerState())
-    rollouts.read_prompts(thinking, [prompt_ids] * 2)
-    answers = {"completions": [[cut], [whole]], "completion_ids": [[1], [1]], "solution": ["5", "5"]}
-    assert rollouts.reward(prompts=[question] * 2, **answers) == [0.0, 1.0]
-
-
 @pytest.mark.parametrize("parsed", [False, True], ids=["as sampled", "parsed"])
 def test_messages_that_grpo_parsed(thinking, verifier, text, verdict, parsed):
     """With a tokenizer that splits think blocks off, the content is what follows; the delimiter would hide it."""
@@ -187,3 +174,16 @@ def test_messages_that_grpo_parsed(thinking, verifier, text, verdict, parsed):
     rollouts.read_prompts(thinking, [prompt_ids])
     answers = {"prompts": [question], "completions": [[message]], "completion_ids": [ids], "solution": ["5"]}
     assert rollouts.reward(**answers) == [verdict]
+
+
+def test_a_parser_that_leaves_a_cut_block_in_the_content(thinking, verifier):
+    """As those of DeepSeek-R1 and Nemotron do: what is split off is told by the message, not by the tokenizer."""
+    thinking.response_template = qwen3_template
+    question = [{"role": "user", "content": "Start with 5."}]
+    prompt_ids = thinking.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    cut = {"role": "assistant", "content": r"Try \boxed{5}, but wait"}
+    whole = {"role": "assistant", "reasoning_content": "It is 5.", "content": r"\boxed{5}"}
+    rollouts = Rollouts([{"solution": "5"}] * 2, verifier, TrainerState())
+    rollouts.read_prompts(thinking, [prompt_ids] * 2)
+    answers = {"completions": [[cut], [whole]], "completion_ids": [[1], [1]], "solution": ["5", "5"]}
+    assert rollouts.reward(prompts=[question] * 2, **answers) == [0.0, 1.0]

@@ -16,13 +16,9 @@ BOX_TOKEN = re.compile(r"(?<!\\)\\+(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<bra
 BARE = re.compile(
     r"[+-]?\d[\d,]*(?:\.\d+)?%?|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|\\sqrt\{[^{}]*\}|[A-Za-z]"
 )
-# between two boxes of one answer: a comma or a word, and the name of what the next one is
-JOINT = re.compile(
-    r"[\s$]*(?:[,;，、]|\\\\)?[\s$]*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?P<word>and|or|&|或|和)?"  # noqa: RUF001
-    r"\s*\}?(?:\\[,;: ]|\\q?quad|[\s$~])*"
-    r"(?:\\?[A-Za-z](?:_(?:\w|\{\w{1,9}\}))?\s*=\s*)?"
-)
-SEPARATED = re.compile(r"[,;，、&]|\b(?:and|or)\b|[或和]")  # noqa: RUF001
+# what may stand between two boxes of one answer beside a comma or a word: spacing, delimiters, Markdown's stars
+BETWEEN = re.compile(r"\\q?quad|\\[,;:! ()\[\]]|\\(?:text|mbox|mathrm)\s*\{|[\s$*~}]|\\\\")
+JOINT = re.compile(r"(?:[,;，、](?:and|or|&|或|和)?|(?:and|or|&|或|和)),?(?:\\?[A-Za-z](?:_(?:\w|\{\w{1,9}\}))?=)?")  # noqa: RUF001
 
 
 def extract_answer(completion: str) -> str | None:
@@ -51,14 +47,13 @@ def last_box(text: str) -> str | None:
     members = [boxes[-1]]
     words = []
     for box in reversed(boxes[:-1]):
-        between = text[box[1] : members[0][0]]
-        joint = JOINT.fullmatch(between) if len(between) < 60 else None
-        if joint is None or not SEPARATED.search(between):
+        between = BETWEEN.sub("", text[box[1] : members[0][0]][:61])
+        if not JOINT.fullmatch(between) or len(text[box[1] : members[0][0]]) > 60:
             break
         members.insert(0, box)
-        words.append(joint["word"])
+        words.append(between)
     contents = list(dict.fromkeys(content for _, _, content in members))
-    return (" or " if {"or", "或"} & set(words) else ", ").join(contents)
+    return (" or " if any("or" in word or "或" in word for word in words) else ", ").join(contents)
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 MEMORY_BYTES = 1024**3  # of address space; sympy, math-verify, pint and the formulas kept take 0.1 to 0.3 GiB
@@ -92,6 +93,12 @@ def _is_spent() -> bool:
 
 
 if __name__ == "__main__":
-    # last, so that no module of the folder shadows one that sympy imports
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    # this very package, whatever else of its name is installed; its folder is not put on the path, where a module of it
+    # could shadow one that sympy imports
+    folder = Path(__file__).resolve().parents[1]
+    spec = spec_from_file_location("sg_opd", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec
+    assert spec.loader
+    sys.modules["sg_opd"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["sg_opd"])
     serve(float(sys.argv[1]))

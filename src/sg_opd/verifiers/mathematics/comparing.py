@@ -6,6 +6,7 @@ It decides by itself what needs no sympy; the rest it asks `Symbols`, which work
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from .forms import (
     Choice,
@@ -28,9 +29,30 @@ from .reading import vector
 
 __all__ = ["Symbols", "UndecidedError", "Verdict", "compare", "same"]
 
-NO_SOLUTION = frozenset(
-    {"no solution", "no solutions", "no real solution", "no real solutions", "empty set", "the empty set", "empty"}
-)
+# words that are formulas, or each other
+MEANINGS = {
+    **dict.fromkeys(("no solution", "no solutions", "no real solution", "no real solutions"), r"\emptyset"),
+    **dict.fromkeys(("empty set", "the empty set", "empty"), r"\emptyset"),
+    **dict.fromkeys(("infinity", "positive infinity"), r"\infty"),
+    "negative infinity": r"-\infty",
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "the real numbers"), r"\mathbb{R}"),
+    **dict.fromkeys(("dne", "does not exist", "doesn't exist"), "dne"),
+}
+NUMBER_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 SET_LIKE = (Condition, Interval)
 MAX_MEMBERS = 64
 
@@ -53,7 +75,7 @@ class _Comparison(MeasureComparison):
     def same(self, a: Form, b: Form) -> Verdict:
         for kinds, rule in (
             (Choice, self._choice),
-            (Words, self._words),
+            (Words, self._words_or_letters),
             (Family, self._family),
             (Members, self._members),
             (Equation, self._equation),
@@ -71,7 +93,9 @@ class _Comparison(MeasureComparison):
 
     def _choice(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Choice) and isinstance(b, Choice):
-            return a.letter == b.letter
+            if a.letter != b.letter or not a.option or not b.option:
+                return a.letter == b.letter
+            return self.same(a.option, b.option) or None  # one letter and two texts: which of them was meant?
         choice, other = (a, b) if isinstance(a, Choice) else (b, a)
         assert isinstance(choice, Choice)
         if isinstance(other, Expression) and len(other.latex) == 1:
@@ -83,18 +107,30 @@ class _Comparison(MeasureComparison):
 
     def _words(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Words) and isinstance(b, Words):
-            if a.words == b.words or a.words.replace(" ", "") == b.words.replace(" ", ""):
+            if _meaning(a.words) == _meaning(b.words):
                 return True
-            return bool(a.product and b.product) and sorted(a.product) == sorted(b.product)
+            if not (a.product and b.product) or sorted(a.product) != sorted(b.product):
+                return False
+            # letters in another order: a product, or another word, name or ranking
+            is_product = (len(a.product) == 2 and a.product.isupper()) or not set(a.product.lower()) & set("aeiou")
+            return True if is_product and not (a.product.isupper() and len(a.product) > 2) else None
         words, other = (a, b) if isinstance(a, Words) else (b, a)
         assert isinstance(words, Words)
-        if words.words in NO_SOLUTION and isinstance(other, Expression):
-            return other.latex == r"\emptyset"
+        if words.words in MEANINGS and isinstance(other, Expression):
+            return MEANINGS[words.words] == other.latex.replace(" ", "")
+        if words.words in NUMBER_WORDS and isinstance(other, Number | Quantity):
+            value = Number(Fraction(NUMBER_WORDS.index(words.words)), str(NUMBER_WORDS.index(words.words)))
+            return self.instead(words, value, a, b)
         if words.product and isinstance(other, Expression):
             return self.symbols.equal(words.product, other.latex)
         if words.product and isinstance(other, Equation):
             return self.instead(other, other.value, a, b) if other.name else None
         return False
+
+    def _words_or_letters(self, a: Form, b: Form) -> Verdict:
+        if isinstance(a, Members) or isinstance(b, Members):
+            return self._members(a, b) if a is not b else True
+        return self._words(a, b)
 
     # several
 
@@ -117,6 +153,7 @@ class _Comparison(MeasureComparison):
             if one.name and isinstance(one.value, Members | Expression):
                 return self.instead(one, one.value, a, b)
         a, b = (vector(form.latex) or form if isinstance(form, Expression) else form for form in (a, b))
+        a, b = (_letters(form) if isinstance(form, Words) else form for form in (a, b))
         items = [self._items(form) for form in (a, b)]
         kinds = [form.kind if isinstance(form, Members) else "list" for form in (a, b)]
         if ("tuple" in kinds and {"set", "or"} & set(kinds)) or min(map(len, items)) == 0:
@@ -173,7 +210,9 @@ class _Comparison(MeasureComparison):
             if a.name and b.name and a.name != b.name and _is_constant(a.value) and _is_constant(b.value):
                 return False
             if not all(isinstance(form.value, Number | Expression) for form in (a, b)):
-                return self.same(a.value, b.value) if a.name == b.name else False
+                return self.same(a.value, b.value) if a.name == b.name else None if not (a.name and b.name) else False
+            if a.name and a.name == b.name and self.same(a.value, b.value):
+                return True
             return self.symbols.equation(f"{a.sides[0]}={a.sides[-1]}", f"{b.sides[0]}={b.sides[-1]}")
         equation, other = (a, b) if isinstance(a, Equation) else (b, a)
         assert isinstance(equation, Equation)
@@ -216,6 +255,17 @@ def _is_region(form: Form) -> bool:
         return False
     names = {item.variable for item in form.items if isinstance(item, Condition)}
     return len(names) <= 1 and all(isinstance(item, SET_LIKE) or _is_region(item) for item in form.items)
+
+
+def _letters(words: Words) -> Form:
+    """`ABD` as the letters of several choices, where it may be that."""
+    letters = words.product
+    is_choice = letters.isupper() and max(letters) <= "J" and list(letters) == sorted(set(letters))
+    return Members("list", tuple(map(Choice, letters))) if letters and is_choice else words
+
+
+def _meaning(words: str) -> str:
+    return MEANINGS.get(words, words.replace(" ", ""))
 
 
 def _name(form: Form) -> str:

@@ -107,7 +107,7 @@ class Condition:
 class Special:
     """What is neither number nor formula: a time of day in minutes, a date, a numeral with its base and the like."""
 
-    kind: Literal["time", "date", "numeral", "remainder", "ratio", "ellipsis"]
+    kind: Literal["time", "clock", "date", "numeral", "remainder", "ratio", "ellipsis"]
     value: tuple
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Protocol
 
 from .forms import Compound, Expression, Form, Labelled, Members, Number, Quantity, Special
+from .quantities import COMMON
 
 Verdict = bool | None  # `None`: it cannot be told
+CASE_MATTERS = 4  # letters, up to which a unit is a symbol: mW is no MW
+DEGREES = (r"^\circ", "degrees", "degree", "deg")
+RADIANS = ("rad", "radians", "radian", "rads")
 PLACES = 6  # to which a rounded decimal is compared with what is none
 SMALL = Fraction(1, 10**5)  # relative difference of two small numbers that are equal to so many places
 
@@ -105,20 +110,25 @@ class MeasureComparison(ABC):
         assert isinstance(special, Special)
         if isinstance(other, Number) and special.kind == "numeral":
             return special.value[0] == other.latex
-        if isinstance(other, Number) and special.kind == "ratio" and len(special.value) == 2:
-            return special.value[1] != 0 and special.value[0] / special.value[1] == other.value
-        return None if isinstance(other, Expression) and special.kind in ("ratio", "numeral", "ellipsis") else False
+        if isinstance(other, Number) and special.kind in ("ratio", "clock") and len(special.value) == 2:
+            equal = special.value[1] != 0 and Fraction(special.value[0]) / special.value[1] == other.value
+            return None if equal and special.kind == "clock" else equal
+        formal = special.kind in ("ratio", "clock", "numeral", "ellipsis")
+        return None if isinstance(other, Expression) and formal else False
 
     @staticmethod
-    def _specials(a: Special, b: Special) -> bool:
-        if {a.kind, b.kind} == {"ratio", "time"}:  # "4:30" without its half of the day
-            ratio, time = (a, b) if a.kind == "ratio" else (b, a)
-            return len(ratio.value) == 2 and (60 * ratio.value[0] + ratio.value[1] - time.value[0]) % 720 == 0
-        if a.kind != b.kind or len(a.value) != len(b.value):
+    def _specials(a: Special, b: Special) -> Verdict:
+        kinds = {a.kind, b.kind}
+        if kinds == {"clock", "time"}:  # "4:30" may be in either half of the day, 16:30 is in one
+            clock, time = (a, b) if a.kind == "clock" else (b, a)
+            apart = 60 * clock.value[0] + clock.value[1] - time.value[0]
+            return apart % (720 if clock.value[0] <= 12 else 1440) == 0
+        if len(a.value) != len(b.value) or (len(kinds) > 1 and kinds != {"clock", "ratio"}):
             return False
-        if a.kind == "ratio":
+        if kinds <= {"clock", "ratio"}:
             pairs = itertools.combinations(zip(a.value, b.value, strict=True), 2)
-            return all(p * s == q * r for (p, q), (r, s) in pairs)
+            equal = a.value == b.value or (all(a.value + b.value) and all(p * s == q * r for (p, q), (r, s) in pairs))
+            return None if equal and kinds == {"clock"} and a.value != b.value else equal  # ratios, or times of day
         if a.kind == "date":
             return a.value[1:] == b.value[1:] and (a.value[0] == b.value[0] or 0 in (a.value[0], b.value[0]))
         return a.value == b.value
@@ -135,9 +145,11 @@ class MeasureComparison(ABC):
         assert isinstance(quantity, Quantity)
         if not isinstance(other, Number | Expression):
             return False
-        if quantity.product and not self.symbols.knows(quantity.unit):
-            return self._as_products(a, b)
         equal = self.instead(quantity, quantity.number, a, b)
+        if quantity.product and not is_common(quantity.unit):  # letters that may be factors
+            if not self.symbols.knows(quantity.unit):
+                return self._as_products(a, b)
+            return self._as_products(a, b) or (None if equal else equal)
         if quantity.unit == "%":
             return self._percent(quantity.number, other, equal, quantity is a)
         if not equal and quantity.unit == r"^\circ" and isinstance(other, Expression):  # radians
@@ -155,16 +167,25 @@ class MeasureComparison(ABC):
             part = Number(per_cent.value / 100, "", per_cent.is_decimal)
             if self._number(part, other):
                 return True
-            if equal and abs(per_cent.value) < 1:
-                return None if is_reference else False
+            if equal and abs(per_cent.value) <= 1:
+                return None if is_reference or abs(per_cent.value) == 1 else False
             return equal
-        return self.symbols.equal(rf"\frac{{{latex_of(per_cent)}}}{{100}}", latex_of(other)) or equal
+        return self.symbols.equal(rf"\frac{{{latex_of(per_cent)}}}{{100}}", latex_of(other)) or (
+            None if is_reference and equal else False
+        )
 
     def _converted(self, a: Form, unit: str, b: Form, other: str) -> Verdict:
         """Whether two quantities of different units are equal, as 2 hours and 120 minutes are."""
+        angles = [
+            DEGREES if u in DEGREES else RADIANS if u in RADIANS else () for u in (unit.casefold(), other.casefold())
+        ]
+        if angles in ([DEGREES, RADIANS], [RADIANS, DEGREES]):  # exactly, and no multiple
+            one, two = (a, b) if angles[0] is DEGREES else (b, a)
+            return self.symbols.equal(rf"({latex_of(one)})\frac{{\pi}}{{180}}", latex_of(two))
         conversion = self.symbols.conversion(unit, other)
         if conversion is None:
-            return False
+            nouns = not self.symbols.knows(unit) and not self.symbols.knows(other)
+            return None if nouns and self.same(a, b) else False  # children are kids, and apples no oranges
         factor, offset = conversion
         if isinstance(a, Number) and isinstance(b, Number):
             value = a.value * factor + offset
@@ -181,7 +202,12 @@ class MeasureComparison(ABC):
             return self.same(*members) if isinstance(a, Members) or isinstance(b, Members) else False
         totals = [self._total(some) for some in parts]  # type: ignore[arg-type]
         if None in totals or self.symbols.conversion(parts[0][0].unit, parts[1][0].unit) is None:  # type: ignore[union-attr]
-            return self._matched(*parts) if len(parts[0]) == len(parts[1]) else False
+            if len(parts[0]) != len(parts[1]):
+                return False
+            by_unit = [sorted(some, key=lambda part: _unit(part.unit)) for some in parts]  # type: ignore[union-attr]
+            if [_unit(p.unit) for p in by_unit[0]] == [_unit(p.unit) for p in by_unit[1]]:  # type: ignore[union-attr]
+                return all(self.same(x, y) for x, y in zip(*by_unit, strict=True))
+            return self._matched(*parts)
         (one, unit), (two, other) = totals  # type: ignore[misc]
         return self._converted(one, unit, two, other)
 
@@ -203,4 +229,10 @@ def latex_of(form: Form) -> str:
 def _unit(unit: str) -> str:
     """A unit's name for comparison by its letters; short ones are symbols, whose case and last letter count."""
     unit = unit.replace(" ", "").rstrip(".")
-    return unit if len(unit) <= 3 else unit.casefold().removesuffix("s")
+    return unit.casefold().removesuffix("s") if unit.isalpha() and len(unit) > CASE_MATTERS else unit
+
+
+def is_common(unit: str) -> bool:
+    """Whether letters outside of text commands are hardly ever a product: `cm`, `km/h`, a letter apart."""
+    letters = re.findall(r"[A-Za-z]+", unit)
+    return all(len(run) == 1 or run in COMMON for run in letters)

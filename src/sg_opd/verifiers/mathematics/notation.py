@@ -55,6 +55,7 @@ FUNCTION = re.compile(
 ROW = "\ue001"  # between the rows of a matrix while spacing is removed
 SYSTEM = re.compile(r"\\left\s*\\\{\s*(?=\\begin)|\\lbrace\s*(?=\\begin)")
 FRACTION_OF_UNITS = re.compile(r"\\frac\{ ?\\text\{([^{}]*)\} ?\}\{ ?\\text\{([^{}]*)\}((?:\^(?:\d|\{\d\}))?) ?\}")
+CHOOSE = re.compile(r"\{ ?([^{}]{1,20}?) ?\\choose ?([^{}]{1,20}?) ?\}")
 FULL_STOP = re.compile(r"(?<![.\s])\s*\.$")
 BOUNDARY = re.compile(r"^(?:[\s;]|,\s|=(?!=)\s*|\\approx\s*|\\sim\s*(?=\d))+|(?:[\s,;]|\\\\|(?<!\\)\\)+$")
 
@@ -69,6 +70,8 @@ def plain(text: str) -> str:
     text = COLOUR.sub("", SPACING.sub(" ", LOOKS.sub(" ", SYSTEM.sub("", text))))
     text = _unwrapped(_delimiters(text))
     text = WIDE.sub(" ", text).replace("\\%", "%").replace("\\ ", " ")
+    text = CHOOSE.sub(r"\\binom{\1}{\2}", text).replace(r"\mu \text{", r"\text{μ").replace(r"\mu\text{", r"\text{μ")
+    text = re.sub(r"(?<=\d) ?\\Omega(?![A-Za-z])", " Ω", text)
     text = FRACTION_OF_UNITS.sub(r" \\text{\1}/\\text{\2}\3 ", _trimmed(_arguments(text)))
     text = text.replace("**", "^").replace("^{\\circ}", r"^\circ ").replace("^ \\circ", r"^\circ ")
     text = text.replace("...", r"\ldots ")
@@ -184,8 +187,7 @@ def _arguments(text: str) -> str:
 
 def _trimmed(text: str) -> str:
     """Without what stands around an answer: spaces, a full stop, Markdown's stars, quotation marks, braces."""
-    before = None
-    while before != text:
+    for _ in range(MAX_DEPTH):
         before = text
         text = FULL_STOP.sub("", BOUNDARY.sub("", text)).strip()
         if text.startswith("{") and closing(text, 0) == len(text) - 1:
@@ -197,4 +199,6 @@ def _trimmed(text: str) -> str:
             text = text.strip("*")
         if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
             text = text[1:-1]
+        if text == before:
+            break
     return text

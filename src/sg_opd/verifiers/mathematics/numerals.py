@@ -8,8 +8,17 @@ from fractions import Fraction
 from .forms import Number, Special
 
 MAX_PLACES = 50  # of a decimal that stays one for sympy
+MAX_DIGITS = 4_000  # Python refuses to write more than 4,300
 MAX_EXPONENT = 400  # of ten; what is larger is left to sympy's own caution
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALES: dict[str, int | Fraction] = {
+    **{"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
+    **{"lakh": 10**5, "crore": 10**7, "bn": 10**9, "百": 100, "千": 10**3, "万": 10**4, "亿": 10**8},
+    **{
+        name: Fraction(1, part)
+        for name, part in (("half", 2), ("halve", 2), ("third", 3), ("quarter", 4), ("fifth", 5))
+    },
+    **{name: Fraction(1, part) for name, part in (("tenth", 10), ("hundredth", 100), ("thousandth", 1000))},
+}
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 DECIMAL = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)"
 PLAIN = re.compile(rf"(?P<sign>[+-]?) ?(?P<number>{DECIMAL})(?:[eE](?P<exponent>[+-]?\d+))?")
@@ -99,11 +108,16 @@ def _number(sign: str, value: Fraction, is_decimal: bool = False) -> Number:
     return Number(value, latex, is_decimal)
 
 
+def exactly(value: Fraction) -> Number:
+    """A number that is written without a point."""
+    return _number("", value)
+
+
 def _scientific(sign: str, mantissa: str, exponent: str) -> Number | None:
     power = int(exponent)
-    if abs(power) > MAX_EXPONENT:
-        return None
     digits = mantissa.replace(",", "")
+    if abs(power) > MAX_EXPONENT or len(digits) + abs(power) > MAX_DIGITS:
+        return None
     value = Fraction(digits + "0" * digits.endswith(".")) * Fraction(10) ** power
     return _number(sign, value, "." in digits and not digits.endswith("."))
 
@@ -129,8 +143,8 @@ def _recurring(match: re.Match) -> Number:
 def _time(match: re.Match, text: str) -> Special | None:
     """Minutes after midnight."""
     hour, minute, half = int(match[1] or match[5]), int(match[2] or match[6] or 0), (match[4] or "").casefold()
-    if not half:  # a ratio, until it is compared with a time
-        return _ratio(text)
+    if not half:
+        return Special("clock", (hour, minute)) if hour <= 24 and minute < 60 and not match[7] else _ratio(text)
     if hour > 12 or minute > 59:
         return None
     return Special("time", (60 * (hour % 12 + 12 * (half == "p")) + minute + int(match[3] or 0) / 60,))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from .forms import Compound, Expression, Form, Number, Quantity
-from .numerals import SCALES, number
+from .numerals import SCALES, exactly, number
 from .signs import CJK
 
 MARK = "\ue000"  # before each word that stood in a text command
-LETTERS = rf"A-Za-z{CJK}\u00c0-\u024f"
+LETTERS = rf"A-Za-z{CJK}\u00c0-\u024fµμΩ"
 UNIT = (
     rf"(?:{MARK}?[A-Za-zµμΩÅ]++\.?|{MARK}?[{CJK}]++|\^\\circ ?{MARK}?(?:[CFK](?![A-Za-z]))?|%|[€£¥₹¢₽₩₫]|\\\$)"
     r"(?: ?\^ ?(?:\{ ?-?\d ?\}|-?\d))?"
@@ -29,6 +30,9 @@ FEET = re.compile(r"(\d+) ?' ?(\d+(?:\.\d+)?) ?(?:''|\")?")
 ARC = re.compile(r"(\d+) ?\^\\circ ?(\d+) ?'(?: ?(\d+) ?(?:''|\"))?")
 # one letter that is a unit where it stands after a number and a space
 ONE_LETTER_UNITS = frozenset("mgsNJWVLlhKCF")
+MONEY_WORDS = frozenset(("dollar", "usd", "euro", "eur", "pound", "gbp", "rupee", "yen", "yuan", "rmb", "cny", "元"))
+LONE = re.compile(r"[A-Za-z](?![A-Za-z])")
+CHINESE_SCALE = re.compile(r"^([百千万亿])")
 VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 NO_UNITS = frozenset(
@@ -49,8 +53,75 @@ NO_UNITS = frozenset(
         "mod",
         "remainder",
         "r",
+        "below",
+        "above",
+        "under",
+        "over",
+        "less",
+        "more",
+        "short",
+        "greater",
+        "fewer",
+        "折",
     ]
 )
+# symbols of units that are hardly ever meant as a product of letters; others are looked at twice
+COMMON = frozenset(
+    [
+        "cm",
+        "mm",
+        "km",
+        "kg",
+        "ml",
+        "mL",
+        "cL",
+        "dL",
+        "ft",
+        "lb",
+        "lbs",
+        "oz",
+        "mi",
+        "yd",
+        "hr",
+        "hrs",
+        "min",
+        "mins",
+        "sec",
+        "secs",
+        "mph",
+        "kmh",
+        "kph",
+        "Hz",
+        "kHz",
+        "MHz",
+        "GHz",
+        "kW",
+        "kWh",
+        "kJ",
+        "kN",
+        "kPa",
+        "Pa",
+        "dm",
+        "nm",
+        "sq",
+        "cc",
+        "rpm",
+        "eV",
+        "keV",
+        "MeV",
+        "GB",
+        "MB",
+        "in",
+        "mol",
+        "rad",
+        "deg",
+        "gal",
+        "USD",
+        "EUR",
+        "GBP",
+    ]
+)
+PER_CENT = frozenset(("percent", "percents", "per cent", "pct", "percentage"))
 
 
 def unmarked(text: str) -> str:
@@ -61,11 +132,13 @@ def unmarked(text: str) -> str:
 def quantity(text: str, read: Callable[[str], Form | None] | None = None) -> Form | None:
     """A formula and its unit, a multiple such as `5 million`, or `None`; `read` reads the formula."""
     match = TAIL.search(text)
+    while match and LONE.match(match[0]) and text[match.start() - 1] != " ":  # `5x\\text{ cm}`: the letter is no unit
+        match = TAIL.search(text, match.start() + 1)
     if match is None or match.start() == 0:
         return None
     head, tail = text[: match.start()].rstrip(" ~"), match[0]
-    words = tail.replace(MARK, " ").split()
-    scale = 1
+    words = CHINESE_SCALE.sub(r"\1 ", tail.replace(MARK, " ")).split()
+    scale = Fraction(1)
     while words and (name := words[0].casefold().rstrip(".").removesuffix("s")) in SCALES:
         scale, words = scale * SCALES[name], words[1:]
     value: Form | None = number(head)
@@ -73,15 +146,17 @@ def quantity(text: str, read: Callable[[str], Form | None] | None = None) -> For
         value = (read(head) if read else Expression(head)) if _is_formula(head) else None
     if not isinstance(value, Number | Expression) or NO_UNITS & {word.casefold() for word in words}:
         return None
-    if scale > 1:
+    if scale != 1:
         if not isinstance(value, Number):
             return None
-        value = Number(value.value * scale, rf"{value.latex}\cdot {scale}")
+        value = exactly(value.value * scale)
     unit = " ".join(words)
+    unit = "%" if unit.casefold() in PER_CENT else unit
     if not unit:
         return value
-    sure = scale > 1 or MARK in tail or _is_sure(unit, is_apart=text[match.start() - 1] == " ")
-    if not sure and not _may_be_unit(unit, head, is_apart=text[match.start() - 1] == " "):
+    sure = scale != 1 or MARK in tail or _is_sure(unit, is_apart=text[match.start() - 1] == " ")
+    own = "" if isinstance(value, Number) else head  # letters of a number are none of a variable: 2e-3
+    if not sure and not _may_be_unit(unit, own, is_apart=text[match.start() - 1] == " "):
         return None
     return Quantity(value, unit, "" if sure else text)
 
@@ -93,7 +168,8 @@ def money(text: str, read: Callable[[str], Form | None]) -> Form | None:
         return None
     value = read(match["sign"] + match["rest"])
     unit = match["unit"].replace(MARK, "").replace(" ", "")
-    if isinstance(value, Quantity):  # the unit is said twice, as in `\$5 dollars`
+    if isinstance(value, Quantity):  # the unit is said twice, as in `\$5 dollars`, or it is of something
+        unit = unit if value.unit.casefold().removesuffix("s") in MONEY_WORDS else f"{unit} {value.unit}"
         value = value.number
     return Quantity(value, unit) if isinstance(value, Number | Expression) else None
 
@@ -125,8 +201,8 @@ def _is_formula(head: str) -> bool:
 def _may_be_unit(unit: str, head: str, is_apart: bool) -> bool:
     """Whether letters after a number may be a unit: no variable before them, and one letter only apart and if usual."""
     first = re.findall(r"[A-Za-z]+", unit)[0]
-    usual = is_apart and first in ONE_LETTER_UNITS if len(first) == 1 else True
-    return usual and re.search(r"\d", head) is not None and re.search(r"(?<![\\A-Za-z])[A-Za-z]", head) is None
+    usual = is_apart and first in ONE_LETTER_UNITS if len(first) == 1 else is_apart or first in COMMON
+    return usual and re.search(r"(?<![\\A-Za-z])[A-Za-z]", head) is None
 
 
 def _is_sure(unit: str, is_apart: bool) -> bool:

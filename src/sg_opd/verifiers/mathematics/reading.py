@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,10 +25,12 @@ TEXT = re.compile(r"\\text\{([^{}]*)\}")
 RUN = re.compile(rf"{MARK}?[{LETTERS}]+(?:'[a-z]+)?")
 # what stands for a missing answer in datasets, or refers to one
 SENTINEL = re.compile(
-    r"None|NaN|nan|null|NULL|N\.?A\.?|n/a|N/A|#N/A|na|<NA>|[Mm]issing|TBD|TODO|[Uu]nknown|\[ ?\]|\( ?\)|-+|\?+"
-    r"|[Pp]roof|PROOF|[Pp]rove(?: it)?|[Nn]o (?:final )?answer(?: found)?|[Aa]nswer|[Ss]olution"
-    r"|[Ss]ee (?:the )?(?:solution|proof|above|figure|explanation|below)"
-    r"|[Nn]ot (?:found|available|given|provided|applicable)"
+    r"None|NONE|\[ ?(?:None|nan|null)? ?\]|\( ?\)|-+|\?+|\\text\{N/A\}"
+    r"|\(?(?i:nan|nat|null|n\.?a\.?|n/a|#n/a|<na>|missing|tbd|todo"
+    r"|unknown|answer|solution|prove(?: it)?|proof\b.*|q\.?e\.?d\.?|no (?:final )?answer(?: found)?|.{0,30}\bomitted"
+    r"|see (?:the )?(?:solution|proof|above|figure|explanation|below|text|diagram|graph)|answers? (?:may|will|can) vary"
+    r"|(?:the )?(?:answer|proof|rest) is left .*|not (?:found|available|given|provided|applicable))\)?"
+    r"|(?:证明|答案|解析|解答)?略|证明[::]?.*|(?:详)?见(?:解析|证明|答案|图)|无答案|无"
 )
 # words of sentences: beside digits or formulas they make prose of it, which nothing can be compared with
 PROSE = (
@@ -123,10 +126,13 @@ def _is_prose(text: str) -> bool:
 def _listed(text: str) -> Form | None:
     """A Python or JSON list of texts and numbers, as datasets hold it."""
     try:
-        values = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of what an answer may hold
+            values = ast.literal_eval(text)
+        texts = list(map(str, values)) if isinstance(values, list) else []
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
-    items = [read(str(value)) for value in values] if isinstance(values, list) else []
+    items = [read(value) for value in texts]
     found = tuple(item for item in items if item is not None)
     if not items or len(found) < len(items):
         return None
@@ -194,6 +200,8 @@ def _related(text: str, depth: int) -> Found:
 
 def _alternatives(text: str, depth: int) -> Found:
     parts = split(text, OR)
+    if len(parts) > 1 and not re.search(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])", text):  # "1, 2 or 3" has three
+        parts = [piece for part in parts for piece in commas(part, False)]
     return (True, _members("or", parts, depth)) if len(parts) > 1 else NO
 
 

@@ -42,6 +42,7 @@ NAME = re.compile(
     rf"(?:\\(?!pi|infty|emptyset|ldots)[a-zA-Z]+|[A-Za-z]){SUBSCRIPT}(?:\^\{{?(?:\*|\(?[a-z]\)?|-1)\}}?)?{ARGUMENTS}"
     r"|\\(?:vec|hat|bar|tilde|overline|overrightarrow|widehat|mathcal|mathbb) ?"
     rf"\{{[^{{}}]{{1,10}}\}}{SUBSCRIPT}{ARGUMENTS}"
+    r"|[A-Za-z]{1,3}(?: ?: ?[A-Za-z]{1,3})+"
     rf"|m? ?\\angle ?(?:{POINTS}|[A-Z])|\\triangle ?{POINTS}|\|?{POINTS}\|?|\[{POINTS}\]"
     rf"|(?:{MARK}?[{LETTERS}]{{2,20}} ?){{1,4}}{SUBSCRIPT}{ARGUMENTS}"
 )

@@ -70,6 +70,8 @@ CHINESE_WORDS = {
     **dict.fromkeys(("大于", "超过", "多于"), "more than"),
     **dict.fromkeys(("小于", "少于", "不足"), "less than"),
     **dict.fromkeys(("不等于", "不是"), "not equal to"),
+    **dict.fromkeys(("以上", "及以上"), "or more"),
+    **dict.fromkeys(("以下", "以内", "及以下"), "or less"),
     **dict.fromkeys(("大约", "约为"), "about"),
 }
 COMMANDS = {

@@ -31,17 +31,24 @@ KEPT = 16_384  # formulas that a worker remembers as sympy's objects
 DIGITS = 40  # of a numerical comparison
 AGREE = sympy.Float("1e-25")  # relative difference of two values that are equal, or have to be proven so
 POINTS = (Fraction(3137, 4219), Fraction(7919, 2741), Fraction(-1429, 911))  # at which formulas are compared first
+CASES = re.compile(r"\\(?:begin|end)\{cases\}")
+ANGLE = re.compile(r"\\angle ?([A-Z])([A-Z])([A-Z])")
+TRIANGLE = re.compile(r"\\triangle ?([A-Z]{3})")
+COMBINATIONS = re.compile(r"(?<![A-Za-z])([CA])_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?")
 DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|[a-z]|\)) ?\^\\circ(?! ?[CF])")
 WITHOUT_MEANING = re.compile(
-    r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|subset|equiv)(?![A-Za-z])"
+    r"\d\.\d+\.|\\(?:gcd|lcm)[^\d]*[a-z]|[^\x00-\x7f]|\\(?:mid|sim|not|aleph|ldots|text|subset|equiv|angle|triangle)(?![A-Za-z])"
 )
 SIGNS = re.compile(r"[A-Za-z0-9]|\\(?:aleph|beth|infty|emptyset|hbar|ell|wp|Re|Im|mathbb)")
+CONSTANT = re.compile(r"\+ ?[cC]$")
 LOGARITHM = re.compile(r"\\log(?![A-Za-z]| ?_)")
 COMMAND = re.compile(r"\\[A-Za-z]+")
 STATEMENT = re.compile(
     r"\\(?:neg|land|lor|to|Rightarrow|Leftrightarrow|iff|in|notin|not|subset|subseteq|parallel|perp|cup|cap|equiv|sim|mid)"
     r"(?![A-Za-z])"
 )
+UNORDERED = re.compile(r"\\(?:gcd|lcm)|[([].*\\(?:cup|cap|land|lor)")
+CONGRUENCE = re.compile(r"(.+?) ?\\equiv ?(-?\d{1,9}) ?\(?\\?[pb]?mod ?\{? ?(\d{1,9}) ?\}?\)?")
 SYMMETRIC = re.compile(r" ?\\(cap|cup|land|lor|sim|parallel|perp|cong|Leftrightarrow|iff|oplus|equiv)(?![A-Za-z]) ?")
 IMAGINARY = {sympy.Symbol("i", real=True): sympy.I}
 
@@ -54,11 +61,18 @@ class FormulaAlgebra:
         if None in some:
             return _same_signs(a, b, some)
         if all(isinstance(value, sympy.Expr) for value in some):
-            return _equal_formulas(*some) or self._logarithms(a, b)
+            found = _equal_formulas(*some)
+            return self._otherwise(a, b) if found is False else found
         return _verified(*some)
 
-    def _logarithms(self, a: str, b: str) -> bool | None:
-        """`None` where two formulas differ, and would be equal if a logarithm without a base were the natural one."""
+    def _otherwise(self, a: str, b: str) -> bool | None:
+        """Of two formulas that differ: whether they are equal but for the name of a constant of integration.
+
+        `None` where they would be if a logarithm without a base were the natural one.
+        """
+        constant = [CONSTANT.sub("+C", latex) for latex in (a, b)]
+        if constant != [a, b] and all(CONSTANT.search(latex) for latex in (a, b)):
+            return self.equal(*constant)
         natural = [LOGARITHM.sub(r"\\ln", latex) for latex in (a, b)]
         return None if natural != [a, b] and self.equal(*natural) else False
 
@@ -100,8 +114,8 @@ class FormulaAlgebra:
             return _equal_formulas(*some) or None
         if 0 in steps:
             return False if steps != [0, 0] else _equal_formulas(*some)
-        if not _equal_formulas(abs(steps[0]), abs(steps[1])):
-            return False
+        if not (same_step := _equal_formulas(abs(steps[0]), abs(steps[1]))):
+            return same_step
         shift = sympy.simplify((some[0] - some[1]).subs(k, 0) / steps[0])
         return shift.is_integer
 
@@ -123,6 +137,7 @@ def parse(latex: str) -> Any:
         raise OverflowError("not evaluated")
     if WITHOUT_MEANING.search(latex):
         return None
+    latex = COMBINATIONS.sub(_combinations, latex)
     latex = DEGREES.sub(lambda match: rf"{match[1]}\cdot\frac{{\pi}}{{180}}", latex)
     latex = re.sub(r"(\d|\))\\cdot\\frac\{\\pi\}\{180\}", r"\1\\frac{\\pi}{180}", latex)
     try:
@@ -130,8 +145,21 @@ def parse(latex: str) -> Any:
     except Exception:  # the parser raises nothing more particular; a formula without meaning is compared by its signs
         return None
     if isinstance(value, sympy.Expr):
-        value = value.xreplace(IMAGINARY)
+        value = value.xreplace(IMAGINARY).replace(_is_odd_root, lambda root: -((-root.base) ** root.exp))
     return value
+
+
+def _is_odd_root(formula: sympy.Basic) -> bool:
+    """Whether it is an odd root of a negative number, of which the real one is meant."""
+    exponent = formula.exp if isinstance(formula, sympy.Pow) else sympy.S.Zero
+    is_odd = exponent.is_Rational and exponent.p == 1 and exponent.q % 2 == 1 and exponent.q > 1
+    return bool(is_odd and formula.base.is_negative)
+
+
+def _combinations(match: re.Match) -> str:
+    """`C_5^2` and `A_5^2`, the numbers of combinations and of arrangements."""
+    n, k = match[2], match[3]
+    return rf"\binom{{{n}}}{{{k}}}" if match[1] == "C" else rf"\frac{{{n}!}}{{({n}-{k})!}}"
 
 
 def canonical(latex: str) -> tuple[str, ...]:
@@ -143,15 +171,29 @@ def canonical(latex: str) -> tuple[str, ...]:
     if not SIGNS.search(COMMAND.sub(lambda match: match[0] if SIGNS.fullmatch(match[0]) else "", latex)):
         raise ValueError("no formula")
     text = re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", latex)
+    text = ANGLE.sub(lambda m: rf"\angle {min(m[1], m[3])}{m[2]}{max(m[1], m[3])}", text)
+    text = TRIANGLE.sub(lambda m: r"\triangle " + "".join(sorted(m[1])), text)
+    if CASES.search(text):  # in any order
+        return tuple(sorted(row.replace(" ", "").strip(",.") for row in CASES.sub("", text).split("\\\\")))
     parts = [part.replace(" ", "") for part in SYMMETRIC.split(text)]
     operators = set(parts[1::2])
-    return tuple(sorted(parts[::2]) + sorted(operators)) if len(operators) == 1 else ("".join(parts),)
+    # one kind of relation, and no other nor brackets that would bind otherwise
+    is_plain = len(operators) == 1 and not re.search(r"[(\[]", text) and len(STATEMENT.findall(text)) <= len(parts) // 2
+    return tuple(sorted(parts[::2]) + sorted(operators)) if is_plain else ("".join(text.split()),)
 
 
 def _same_signs(a: str, b: str, parsed: Sequence[Any]) -> bool | None:
     """What can be told of formulas of which one or both have no meaning to sympy: then their signs count."""
     if canonical(a) == canonical(b):
         return True
+    if sorted(a.replace(" ", "")) == sorted(b.replace(" ", "")) and (
+        UNORDERED.search(a) or len(STATEMENT.findall(a)) > 1
+    ):
+        return None  # the same signs in another order, which may mean the same
+    congruences = [CONGRUENCE.fullmatch(latex) for latex in (a, b)]
+    if congruences[0] and congruences[1]:
+        (one, r, m), (other, s, n) = (match.groups() for match in congruences if match)
+        return canonical(one) == canonical(other) and m == n and (int(r) - int(s)) % max(int(m), 1) == 0
     is_statement = [STATEMENT.search(latex) is not None for latex in (a, b)]
     known = [value is not None for value in parsed]
     # both have no meaning to sympy, or one is a statement or a set of letters, and the other a value
@@ -242,20 +284,20 @@ def _equal_formulas(a: sympy.Expr, b: sympy.Expr) -> bool | None:
         return a.doit() == b.doit() if all(infinite) else False
     if not a.free_symbols and not b.free_symbols:
         return _equal_values(a, b, any(decimals))
-    if not any(decimals):
-        for point in POINTS:
-            values = [_value(value, point) for value in (a, b)]
-            if None not in values and not _agree(*values):
-                return False
+    agree: list[bool] = []
+    for point in () if any(decimals) else POINTS:
+        values = [_value(value, point) for value in (a, b)]
+        agree += [_agree(*values)] if None not in values else []
+    if agree and not all(agree):
+        # equal for positive numbers alone, which letters often stand for: sqrt(gh) and sqrt(g) sqrt(h)
+        return None if agree[:2] == [True, True] else False
     if _verified(a, b):
         return True
-    if any(decimals):
-        return False
-    return None if all(_value(value, POINTS[0]) is not None for value in (a, b)) else False
+    return None if agree else False
 
 
 def _value(formula: sympy.Expr, point: Fraction) -> sympy.Expr | None:
-    """Its value where its first letter is `point`, its second twice that and so on; `None` where that is no number."""
+    """Its value at `point` times a number of each letter's own; `None` where that is no number."""
     letters = sorted(formula.free_symbols, key=str)
     at = {
         letter: sympy.Rational(point.numerator, point.denominator)

@@ -42,6 +42,21 @@ SPELLINGS = {
     **dict.fromkeys(("kph", "kmph", "kmh"), "km/hour"),
     **dict.fromkeys(("ltr", "ltrs"), "liter"),
     **dict.fromkeys(("unit", "units", "u"), "generic_unit"),
+    **{"厘米": "cm", "毫米": "mm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "小时": "hour", "时": "hour"},
+    **{
+        "分钟": "minute",
+        "秒": "second",
+        "天": "day",
+        "千克": "kg",
+        "公斤": "kg",
+        "克": "g",
+        "吨": "tonne",
+        "升": "liter",
+    },
+    **{"毫升": "mL", "度": "degree", "平方厘米": "cm**2", "平方米": "m**2", "立方厘米": "cm**3", "立方米": "m**3"},
+    **{"ms^{-1}": "m/s", "ms^-1": "m/s", "ms^{-2}": "m/s**2", "kms^{-1}": "km/s", "pts": "point", "pt": "point"},
+    "ω": "ohm",
+    **{"kg": "kg", "km": "km", "cm": "cm", "kwh": "kWh"},  # in any case
     "in": "inch",
     "ins": "inch",
     "cc": "cm**3",
@@ -50,8 +65,32 @@ SPELLINGS = {
 }
 DENOMINATOR = 10**9  # of a factor: pint computes it with floats
 ALLOWED = re.compile(r"[A-Za-z_µμΩÅ0-9*/() ^-]{1,60}")
+# one sign or word for two things
+SAME_CURRENCY = ({"£", "pounds"}, {"£", "pound"}, {"¥", "元"}, {"¥", "yuan"}, {"¥", "rmb"})
+FILLERS = frozenset(
+    [
+        "old",
+        "away",
+        "long",
+        "wide",
+        "tall",
+        "high",
+        "deep",
+        "each",
+        "apart",
+        "older",
+        "younger",
+        "of",
+        "in",
+        "total",
+        "left",
+        "remaining",
+        "per.",
+        "from",
+    ]
+)
 POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
-CASE_MATTERS = 3  # letters, up to which a name is a symbol: mW is no MW
+CASE_MATTERS = 4  # letters, up to which a name is a symbol: mW is no MW
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,6 +109,7 @@ def registry() -> UnitRegistry:
 @functools.lru_cache(maxsize=4096)
 def unit(name: str) -> Unit | None:
     """A unit by the name that an answer gives it; `None` where it is none."""
+    name = _without_fillers(name).replace(" ^", "^")
     text = " ".join(re.sub(r"\.(?=\s|$|[A-Za-z])", " ", name).replace("\\cdot", "*").replace("·", "*").split())
     whole = text.casefold().replace(r"^\circ ", r"^\circ")
     text = SPELLINGS[whole] if whole in SPELLINGS else _formula(text)
@@ -93,10 +133,10 @@ def conversion(a: str, b: str) -> tuple[Fraction, Fraction] | None:
     """The factor and the offset that make a number of units b of one of units a; `None` where they measure different
     things, or where one of them is no unit. Two names that are no units are one where they have the same words."""
     one, other = unit(a), unit(b)
-    if a == b:
+    if a == b or {a.casefold(), b.casefold()} in SAME_CURRENCY:
         return Fraction(1), Fraction(0)
     if one is None or other is None:
-        words = [{_singular(word) for word in re.findall(r"[^\W\d]+", name)} for name in (a, b)]
+        words = [{_singular(word) for word in re.findall(r"[^\W\d]+", _without_fillers(name))} for name in (a, b)]
         # brown eggs are eggs
         is_same = one is other and all(words) and (words[0] <= words[1] or words[1] <= words[0])
         return (Fraction(1), Fraction(0)) if is_same else None
@@ -106,6 +146,13 @@ def conversion(a: str, b: str) -> tuple[Fraction, Fraction] | None:
     offset = float(nothing.to(other).magnitude)
     factor = float(single.to(other).magnitude) - offset
     return Fraction(factor).limit_denominator(DENOMINATOR), Fraction(offset).limit_denominator(DENOMINATOR)
+
+
+def _without_fillers(name: str) -> str:
+    """`years old` as `years`, `hours of work` as `hours`."""
+    words = name.split()
+    places = [place for place, word in enumerate(words) if place and word.casefold() in FILLERS]
+    return " ".join(words[: places[0]] if places else words)
 
 
 def _ratio_of(some: Unit) -> str:
