@@ -230,7 +230,9 @@ def imitation(draw: Draw) -> Attack:
 def misplaced(draw: Draw) -> Attack:
     """The gold where no answer is: unboxed, in thoughts, before the last box, in a box that never closes."""
     forms = r"<g> ¦ The answer is <g>. ¦ <think><b> ¦ <think><b></think> so ¦ \boxed{<g> ¦ <b>\boxed{0} ¦ <b><far> ¦ <b></think> ¦ "
-    forms += r"\boxed(<g>) ¦ \bboxed{<g>} ¦ <b><think> ¦ <|begin_of_thought|><b> ¦ <b> \boxed{} ¦ boxed{<g>} ¦ /boxed{<g>}"
+    forms += (
+        r"\boxed(<g>) ¦ \bboxed{<g>} ¦ <b><think> ¦ <|begin_of_thought|><b> ¦ <b> \boxed{} ¦ boxed{<g>} ¦ /boxed{<g>}"
+    )
     gold = draw.choice(GOLDS[:-1])
     return Attack("misplaced", either(draw, forms, g=gold, b=rf"\boxed{{{gold}}}", far=" " * 30_000), gold)
 
