@@ -38,21 +38,8 @@ MEANINGS = {
     **dict.fromkeys(("all real numbers", "all reals", "real numbers", "the real numbers"), r"\mathbb{R}"),
     **dict.fromkeys(("dne", "does not exist", "doesn't exist"), "dne"),
 }
-NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
+NUMBER_WORDS = _NUMBER_WORDS.split()
 SET_LIKE = (Condition, Interval)
 MAX_MEMBERS = 64
 

@@ -30,97 +30,23 @@ FEET = re.compile(r"(\d+) ?' ?(\d+(?:\.\d+)?) ?(?:''|\")?")
 ARC = re.compile(r"(\d+) ?\^\\circ ?(\d+) ?'(?: ?(\d+) ?(?:''|\"))?")
 # one letter that is a unit where it stands after a number and a space
 ONE_LETTER_UNITS = frozenset("mgsNJWVLlhKCF")
-MONEY_WORDS = frozenset(("dollar", "usd", "euro", "eur", "pound", "gbp", "rupee", "yen", "yuan", "rmb", "cny", "元"))
+_MONEY_WORDS = "dollar usd euro eur pound gbp rupee yen yuan rmb cny 元"
+MONEY_WORDS = frozenset(_MONEY_WORDS.split())
 LONE = re.compile(r"[A-Za-z](?![A-Za-z])")
 CHINESE_SCALE = re.compile(r"^([百千万亿])")
 VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-NO_UNITS = frozenset(
-    [
-        "and",
-        "or",
-        "not",
-        "minus",
-        "plus",
-        "negative",
-        "squared",
-        "cubed",
-        "factorial",
-        "divided",
-        "wrong",
-        "incorrect",
-        "false",
-        "mod",
-        "remainder",
-        "r",
-        "below",
-        "above",
-        "under",
-        "over",
-        "less",
-        "more",
-        "short",
-        "greater",
-        "fewer",
-        "折",
-    ]
+_NO_UNITS = (
+    "and or not minus plus negative squared cubed factorial divided wrong incorrect false mod remainder r below "
+    "above under over less more short greater fewer 折"
 )
+NO_UNITS = frozenset(_NO_UNITS.split())
 # symbols of units that are hardly ever meant as a product of letters; others are looked at twice
-COMMON = frozenset(
-    [
-        "cm",
-        "mm",
-        "km",
-        "kg",
-        "ml",
-        "mL",
-        "cL",
-        "dL",
-        "ft",
-        "lb",
-        "lbs",
-        "oz",
-        "mi",
-        "yd",
-        "hr",
-        "hrs",
-        "min",
-        "mins",
-        "sec",
-        "secs",
-        "mph",
-        "kmh",
-        "kph",
-        "Hz",
-        "kHz",
-        "MHz",
-        "GHz",
-        "kW",
-        "kWh",
-        "kJ",
-        "kN",
-        "kPa",
-        "Pa",
-        "dm",
-        "nm",
-        "sq",
-        "cc",
-        "rpm",
-        "eV",
-        "keV",
-        "MeV",
-        "GB",
-        "MB",
-        "in",
-        "mol",
-        "rad",
-        "deg",
-        "gal",
-        "USD",
-        "EUR",
-        "GBP",
-    ]
+_COMMON = (
+    "cm mm km kg ml mL cL dL ft lb lbs oz mi yd hr hrs min mins sec secs mph kmh kph Hz kHz MHz GHz kW kWh kJ kN "
+    "kPa Pa dm nm sq cc rpm eV keV MeV GB MB in mol rad deg gal USD EUR GBP"
 )
+COMMON = frozenset(_COMMON.split())
 PER_CENT = frozenset(("percent", "percents", "per cent", "pct", "percentage"))
 
 

@@ -113,53 +113,14 @@ COMMANDS = {
 }
 
 # whose argument stays as mathematics
-WRAPPERS = frozenset(
-    [
-        "mathbf",
-        "boldsymbol",
-        "bm",
-        "mathit",
-        "mathnormal",
-        "underline",
-        "uline",
-        "emph",
-        "boxed",
-        "fbox",
-        "framebox",
-        "mathop",
-        "mathord",
-        "mathrel",
-        "mathbin",
-        "ensuremath",
-        "displaymath",
-        "pmb",
-        "bold",
-        "symbf",
-        "symit",
-    ]
+_WRAPPERS = (
+    "mathbf boldsymbol bm mathit mathnormal underline uline emph boxed fbox framebox mathop mathord mathrel "
+    "mathbin ensuremath displaymath pmb bold symbf symit"
 )
+WRAPPERS = frozenset(_WRAPPERS.split())
 # whose argument is words, unless it holds mathematics
-TEXTS = frozenset(
-    [
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "textsf",
-        "texttt",
-        "textnormal",
-        "textup",
-        "textmd",
-        "textsc",
-        "textsl",
-        "mathrm",
-        "mathsf",
-        "mathtt",
-        "operatorname",
-        "mbox",
-        "hbox",
-        "unit",
-        "si",
-        "rm",
-    ]
+_TEXTS = (
+    "text textbf textit textrm textsf texttt textnormal textup textmd textsc textsl mathrm mathsf mathtt "
+    "operatorname mbox hbox unit si rm"
 )
+TEXTS = frozenset(_TEXTS.split())

@@ -67,28 +67,8 @@ DENOMINATOR = 10**9  # of a factor: pint computes it with floats
 ALLOWED = re.compile(r"[A-Za-z_µμΩÅ0-9*/() ^-]{1,60}")
 # one sign or word for two things
 SAME_CURRENCY = ({"£", "pounds"}, {"£", "pound"}, {"¥", "元"}, {"¥", "yuan"}, {"¥", "rmb"})
-FILLERS = frozenset(
-    [
-        "old",
-        "away",
-        "long",
-        "wide",
-        "tall",
-        "high",
-        "deep",
-        "each",
-        "apart",
-        "older",
-        "younger",
-        "of",
-        "in",
-        "total",
-        "left",
-        "remaining",
-        "per.",
-        "from",
-    ]
-)
+_FILLERS = "old away long wide tall high deep each apart older younger of in total left remaining per. from"
+FILLERS = frozenset(_FILLERS.split())
 POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 CASE_MATTERS = 4  # letters, up to which a name is a symbol: mW is no MW
 
