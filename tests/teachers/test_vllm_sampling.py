@@ -82,7 +82,7 @@ def test_the_offline_engine_samples_as_that_of_a_clean_checkpoint(spoiled, tmp_p
     for name, model in (("clean", STUDENT), ("leaking", spoiled)):
         ended = run([vllm_python(), SUPPORT / "offline_worker.py", tmp_path / name, model])
         assert ended.returncode == 0, ended.stderr[-3000:]
-        assert ("generation_config.json sets" in ended.stderr) == (name == "leaking")
+        assert ("generation_config.json of the model sets" in ended.stderr) == (name == "leaking")
     for value in ("temperature=0.3", "min_p=0.9", "presence_penalty=1.5"):
         assert value in ended.stderr
     files = [(tmp_path / name / "first" / "samples.jsonl").read_bytes() for name in ("clean", "leaking")]
