@@ -1,4 +1,4 @@
-"""Compares answers with math-verify in worker processes, which are killed at a wall-clock limit.
+"""Compares answers in worker processes, which are killed at a wall-clock limit: sympy may take for ever.
 
 math-verify's own time-outs rest on SIGALRM, need the main thread, and answer "wrong" instead of "unknown". `Grader` is
 the pool in the caller's process. A worker runs `worker.py` as a program, never the caller's main module. Sympy and pint
