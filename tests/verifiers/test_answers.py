@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sg_opd import MathVerifier
 from sg_opd.verifiers.answers import extract_answer, last_box, reference_answer
 from sg_opd.verifiers.mathematics.comparing import compare
 from sg_opd.verifiers.mathematics.measures import UndecidedError
@@ -25,13 +24,6 @@ CASES = [json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").
 MANY = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    verifier = MathVerifier(timeout=10.0, workers=2)
-    yield verifier
-    verifier.close()
 
 
 @pytest.fixture(scope="module")

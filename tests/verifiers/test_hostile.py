@@ -35,13 +35,6 @@ MANY = settings(
 
 
 @pytest.fixture(scope="module")
-def verifier():
-    verifier = MathVerifier(timeout=10.0, workers=2)
-    yield verifier
-    verifier.close()
-
-
-@pytest.fixture(scope="module")
 def single():
     verifier = MathVerifier(timeout=10.0, workers=1)
     yield verifier

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Set
 
 MAX_DEPTH = 24  # of brackets; deeper is no everyday answer
 TOKEN = re.compile(r"\\begin(?![A-Za-z])|\\end(?![A-Za-z])|\\.|.", re.DOTALL)
 OPENING = frozenset(("(", "[", "{", "\\{", "\\begin"))
 CLOSING = frozenset((")", "]", "}", "\\}", "\\end"))
+BRACES = frozenset("{"), frozenset("}")
+PARENTHESES = frozenset("("), frozenset(")")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 
 
@@ -28,56 +31,23 @@ def balanced(text: str) -> bool:
     return not stack
 
 
-def closing(text: str, start: int) -> int:
-    """The place of the brace that closes the one at `start`; -1 where none does."""
-    depth, place = 0, start
-    while place < len(text):
-        character = text[place]
-        if character == "\\":
-            place += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return place
-        place += 1
-    return -1
-
-
-def closing_parenthesis(text: str) -> int:
-    """The place of the parenthesis that closes the first one; -1 where none does."""
+def closing(text: str, start: int = 0, opening: Set[str] = BRACES[0], closes: Set[str] = BRACES[1]) -> int:
+    """The place of the bracket that closes the one at `start`, by default of braces; -1 where none does."""
     depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
+    for token in TOKEN.finditer(text, start):
+        depth += (token[0] in opening) - (token[0] in closes)
         if depth == 0:
-            return place
+            return token.end() - 1
     return -1
-
-
-def closes(text: str) -> int:
-    """The place after the bracket that closes the first one; 0 where none does."""
-    depth, place = 0, 0
-    while place < len(text):
-        character = text[place]
-        if character == "\\":
-            place += 1
-            character += text[place : place + 1]
-        depth += (character in ("(", "[", "{", "\\{")) - (character in (")", "]", "}", "\\}"))
-        place += 1
-        if depth == 0:
-            return place
-    return 0
 
 
 def tops(text: str) -> list[bool]:
     r"""For each place whether it is outside of all brackets and environments."""
     depth, found, place = 0, [], 0
     for token in TOKEN.finditer(text):
-        closing, opening = token[0] in CLOSING, token[0] in OPENING
-        depth -= closing
+        depth -= token[0] in CLOSING
         found += [depth <= 0] * (token.end() - place)
-        depth += opening
+        depth += token[0] in OPENING
         place = token.end()
     return found
 

@@ -116,7 +116,7 @@ class _Comparison(MeasureComparison):
 
     def _words_or_letters(self, a: Form, b: Form) -> Verdict:
         if isinstance(a, Members) or isinstance(b, Members):
-            return self._members(a, b) if a is not b else True
+            return self._members(a, b)
         return self._words(a, b)
 
     # several

@@ -153,7 +153,7 @@ class MeasureComparison(ABC):
         if quantity.unit == "%":
             return self._percent(quantity.number, other, equal, quantity is a)
         if not equal and quantity.unit == r"^\circ" and isinstance(other, Expression):  # radians
-            return self.symbols.equal(rf"({latex_of(quantity.number)})\frac{{\pi}}{{180}}", other.latex)
+            return self.symbols.equal(_radians(quantity.number), other.latex)
         return equal
 
     def _as_products(self, a: Form, b: Form) -> Verdict:
@@ -181,7 +181,7 @@ class MeasureComparison(ABC):
         ]
         if angles in ([DEGREES, RADIANS], [RADIANS, DEGREES]):  # exactly, and no multiple
             one, two = (a, b) if angles[0] is DEGREES else (b, a)
-            return self.symbols.equal(rf"({latex_of(one)})\frac{{\pi}}{{180}}", latex_of(two))
+            return self.symbols.equal(_radians(one), latex_of(two))
         conversion = self.symbols.conversion(unit, other)
         if conversion is None:
             nouns = not self.symbols.knows(unit) and not self.symbols.knows(other)
@@ -224,6 +224,10 @@ class MeasureComparison(ABC):
 
 def latex_of(form: Form) -> str:
     return form.latex if isinstance(form, Number | Expression) else ""
+
+
+def _radians(degrees: Form) -> str:
+    return rf"({latex_of(degrees)})\frac{{\pi}}{{180}}"
 
 
 def _unit(unit: str) -> str:

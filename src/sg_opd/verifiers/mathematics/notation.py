@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from .brackets import closing, closing_parenthesis
+from .brackets import MAX_DEPTH, PARENTHESES, closing
 from .signs import CHINESE_WORDS, CJK, COMMANDS, SIGNS, TEXTS, WRAPPERS
-
-MAX_DEPTH = 24  # of commands within commands
 
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋"
@@ -43,7 +41,6 @@ MARKDOWN = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+)(?<=\S)\1")
 GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*|\\,)\s*(?=\d{3}(?!\d))")
 COMMA_POINT = re.compile(r"(?<=\d)\{,\}(?=\d)")
 SPACED = re.compile(r"(?<![\d.,/\w])(\d{1,3}(?: \d{3})+)(?![\d/]|\s*\\frac)")
-FRACTION = re.compile(r"\\frac\s*(\{|\d|[A-Za-z])")
 BARE_ROOT = re.compile(r"\\sqrt\s*(\d+|[A-Za-z])")
 LONG_POWER = re.compile(r"\^\s*(-?\d{2,}|-\d)")
 WORDS = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "infty": r"\infty "}
@@ -168,7 +165,7 @@ def _arguments(text: str) -> str:
     while (place := text.find(r"\sqrt", place)) >= 0:
         place += 5
         rest = text[place:].lstrip()
-        if rest.startswith("(") and (end := closing_parenthesis(rest)) > 0:
+        if rest.startswith("(") and (end := closing(rest, 0, *PARENTHESES)) > 0:
             text = f"{text[:place]}{{{rest[1:end]}}}{rest[end + 1 :]}"
     place = 0
     while (place := text.find(r"\frac", place)) >= 0:

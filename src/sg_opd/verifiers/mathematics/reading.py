@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal
 
-from .brackets import balanced, closes, commas, split
+from .brackets import CLOSING, OPENING, balanced, closing, commas, split
 from .forms import Choice, Equation, Expression, Family, Form, Interval, Labelled, Members, Number, Special, Words
 from .notation import plain
 from .numerals import literal, number
@@ -230,19 +230,19 @@ def _members(kind: Literal["list", "and", "or", "set", "tuple"], parts: Sequence
 def _bracketed(text: str, depth: int) -> Found:
     """A set, a tuple, an interval, or something within needless brackets."""
     opening = text[:2] if text.startswith("\\{") else text[:1]
-    if opening not in PAIRS or closes(text) != len(text):
+    if opening not in PAIRS or closing(text, 0, OPENING, CLOSING) != len(text) - 1:
         return NO
-    closing = "\\}" if opening == "\\{" else text[-1]
-    inner = text[len(opening) : -len(closing)].strip()
+    end = "\\}" if opening == "\\{" else text[-1]
+    inner = text[len(opening) : -len(end)].strip()
     if opening == "\\{":
         return True, _set(inner, depth)
     parts = commas(inner, True)
     if len(parts) == 1:
         return True, _read(inner, depth)
     items = _members("tuple", parts, depth)
-    if opening + closing != "()" and isinstance(items, Members) and len(items.items) == 2:
-        return True, Interval(opening + closing, (items.items[0], items.items[1]))
-    return True, items if opening + closing in ("()", "[]") else None
+    if opening + end != "()" and isinstance(items, Members) and len(items.items) == 2:
+        return True, Interval(opening + end, (items.items[0], items.items[1]))
+    return True, items if opening + end in ("()", "[]") else None
 
 
 def _set(inner: str, depth: int) -> Form | None:

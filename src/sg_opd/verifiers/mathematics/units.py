@@ -9,6 +9,8 @@ from fractions import Fraction
 from pint import Unit, UnitRegistry
 from pint.errors import PintError
 
+from .measures import CASE_MATTERS
+
 CURRENCIES = {
     "dollar": ("$", r"\$", "usd", "us$", "dollars", "buck", "bucks"),
     "us_cent": ("¢", "cent", "cents"),
@@ -70,7 +72,6 @@ SAME_CURRENCY = ({"£", "pounds"}, {"£", "pound"}, {"¥", "元"}, {"¥", "yuan"
 _FILLERS = "old away long wide tall high deep each apart older younger of in total left remaining per. from"
 FILLERS = frozenset(_FILLERS.split())
 POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
-CASE_MATTERS = 4  # letters, up to which a name is a symbol: mW is no MW
 
 
 @functools.lru_cache(maxsize=1)
