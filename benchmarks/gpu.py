@@ -21,6 +21,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from gpu_targets import agreement, targets_of
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / folder) for folder in ("examples", "examples/arithmetic")]
 RESULTS, REAL = ROOT / "benchmarks" / "results" / "gpu", ROOT / "benchmarks" / "real" / "run.py"
@@ -41,7 +43,8 @@ class Worker:
         environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TOKENIZERS_PARALLELISM": "false"}
         if part == REFERENCE:
             environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), "CUDA_VISIBLE_DEVICES": ""}
-        with (options.output / f"{part}.log").open("w") as log:
+        self.log = options.output / f"{part}.log"
+        with self.log.open("w") as log:
             both = {"stdout": log, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, text=True, **both)
 
@@ -61,7 +64,14 @@ class Worker:
             self.process.kill()
             self.process.wait()
             return "stopped at its time limit"
-        return "finished" if code == 0 else f"ended with exit code {code}, see {self.part}.log"
+        return ending(code, self.log)
+
+
+def ending(code: int, log: Path) -> str:
+    """How a process ended, in words; of one that failed with the last it said."""
+    if code == 0:
+        return "finished"
+    return f"ended with exit code {code}: {' | '.join(log.read_text(errors='replace').splitlines()[-3:])}"
 
 
 def about(commit: str | None) -> dict[str, Any]:
@@ -98,6 +108,8 @@ def work(part: str, options: argparse.Namespace) -> None:
 
     all_cases = {"agreement": gpu_agreement.agreement_cases, REFERENCE: gpu_agreement.reference_cases}
     all_cases |= {"cost": gpu_cost.cost_cases, "memory": gpu_cost.memory_cases}
+    if options.device == "cuda" and not torch.cuda.is_available() and part != REFERENCE:
+        raise SystemExit("gpu.py needs a CUDA device, and torch sees none. A dry run: --device cpu --tiny --output X")
     if sys.stdin.readline() != "go\n":
         return  # whoever started it is gone
     content: dict[str, Any] = {"about": about(options.commit) | {"tiny": options.tiny}, "cases": {}}
@@ -114,7 +126,7 @@ def work(part: str, options: argparse.Namespace) -> None:
         write(options.output / f"{part}.json", content)
         del found
         gc.collect()
-        if torch.cuda.is_available():
+        if options.device == "cuda" and part != REFERENCE:
             torch.cuda.empty_cache()
 
 
@@ -136,21 +148,19 @@ def real(options: argparse.Namespace, seconds: float) -> str:
             code = subprocess.run(command, env=environment, timeout=seconds, **both).returncode
         except subprocess.TimeoutExpired:
             return "stopped at its time limit"
-    return "finished" if code == 0 else f"ended with exit code {code}, see real.log"
+    return ending(code, options.output / "real.log")
 
 
 def judge(folder: Path) -> dict[str, Any]:
     """What the JSON in a folder says of the targets."""
-    from gpu_agreement import judge_agreement
-    from gpu_cost import judge_cost
 
     def cases(part: str) -> dict[str, Any]:
         path = folder / f"{part}.json"
         return json.loads(path.read_text())["cases"] if path.exists() else {}
 
     return {
-        "agrees": judge_agreement(cases("agreement"), cases(REFERENCE)),
-        "targets": judge_cost(cases("cost") | cases("memory")),
+        "agrees": agreement(cases("agreement"), cases(REFERENCE)),
+        "targets": targets_of(cases("cost") | cases("memory")),
         "failed": {
             f"{part}: {name}": case["error"]
             for part in ("agreement", REFERENCE, "cost", "memory")
@@ -158,14 +168,6 @@ def judge(folder: Path) -> dict[str, Any]:
             if "error" in case
         },
     }
-
-
-def check_device(device: str) -> None:
-    import gpu_agreement  # noqa: F401 what will judge is imported while the workers import the same
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("gpu.py needs a CUDA device, and torch sees none. A dry run: --device cpu --tiny --output X")
 
 
 def measure(options: argparse.Namespace) -> dict[str, str]:
@@ -176,7 +178,6 @@ def measure(options: argparse.Namespace) -> dict[str, str]:
     workers = {part: Worker(part, options) for part in names}
     ended = {}
     try:
-        check_device(options.device)
         for part in options.parts:
             until = min(time.monotonic() + PARTS[part], end)
             start = time.monotonic()

@@ -16,7 +16,6 @@ from geometry import Geometry
 from gpu_trace import profiled, waits
 from memory import GIB, Run, estimate
 from steps import Size, Step, Variant, model, sharing
-from targets import judged
 
 GATED = {"preset": "opd", "gate_extrapolation": 1.8, "gate_interpolation": 1.0, "teacher_phase_steps": 0}
 SAMPLED = {**GATED, "reference_policy": "current"}
@@ -239,45 +238,3 @@ def memory_cases(device: str, tiny: bool) -> Iterator[tuple[str, Callable[[], di
                 return held(size, variant, Step(size, variant, device, Path(folder), True, bf16_teacher(size, device)))
 
         yield f"{variant.name}, {size.name}", alone
-
-
-def judge_cost(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The targets of a GPU from the cases of both parts, each where it was measured."""
-    found = []
-
-    def ratio(name: str, limit: float) -> None:
-        by_size = {case: c["ratios"][name]["median"] for case, c in cases.items() if name in c.get("ratios", {})}
-        if by_size:
-            worst = max(by_size.values())
-            found.append(judged(name, f"<= {limit:.2f} at every size", worst, worst <= limit, by_size=by_size))
-
-    ratio("sampled_vs_grpo_plus_teacher", 1.05)
-    ratio("sampled_vs_floor", 1.05)
-    ratio("full_vs_distillation", 1.00)
-    memories = {case: c for case, c in cases.items() if case.startswith("memory, ") and "full" in c}
-    over = {c: m["full"]["total"] / m["distillation"]["total"] for c, m in memories.items() if "distillation" in m}
-    if over:
-        worst = max(over.values())
-        found.append(judged("full_memory_vs_distillation", "<= 1.00 at every size", worst, worst <= 1, by_size=over))
-    waited = [sites for c, case in cases.items() if c.startswith("waits, ") for sites in case.values()]
-    own = {
-        f"{case}: {name}": {where: count for where, count in sites.items() if where.startswith("sg_opd/")}
-        for case, c in cases.items()
-        if case.startswith("waits, ")
-        for name, sites in c.items()
-        if isinstance(sites, dict)
-    }
-    if any(isinstance(sites, dict) and sites for sites in waited):  # TRL's own wait: there is a device to wait for
-        most = max(sum(sites.values()) for sites in own.values())
-        found.append(judged("own_synchronisations", "== 0 a step", most, most == 0, by_size=own))
-    apart = {
-        f"{case}: {name}": entry["vs_estimate"]
-        for case, c in cases.items()
-        for name, entry in {**c, "alone": c}.items()
-        if isinstance(entry, dict) and "vs_estimate" in entry
-    }
-    if apart:
-        worst = max(apart.values(), key=lambda value: abs(value - 1))
-        met = abs(worst - 1) <= 0.15
-        found.append(judged("memory_vs_estimate", "within 15 % of examples/memory.py", worst, met, by_size=apart))
-    return found
