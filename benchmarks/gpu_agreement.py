@@ -47,7 +47,9 @@ EAGER = {"attn_implementation": "eager"}  # the others' backward passes differ f
 NOISE = 10.0  # times what two equal runs differ by
 TOLD = {"log_completions": True, "log_gate_samples": 2, "num_completions_to_print": 0, "eval_strategy": "steps"}
 PHASE = {"teacher_phase_steps": 2, "teacher_phase_fraction": 0.5, "teacher_rollout_loss": "nll"}
-EVERYTHING = INITIAL | PHASE | OFFLOAD | CHECKPOINTING | TOLD | {"eval_steps": 1, "truncated_verdict": "abstain"}
+EVERYTHING = (
+    {"preset": "sg-opd"} | PHASE | OFFLOAD | CHECKPOINTING | TOLD | {"eval_steps": 1, "truncated_verdict": "abstain"}
+)
 
 
 def problems() -> list[dict[str, Any]]:

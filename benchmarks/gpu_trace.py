@@ -11,25 +11,36 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import accelerate
 import torch
+import transformers
 import trl
 
 import sg_opd
 
-FOLDERS = {Path(package.__file__).parent: package.__name__ for package in (sg_opd, trl)}
+PACKAGES = (sg_opd, trl, transformers, accelerate)
+FOLDERS = {Path(package.__file__).parent: package.__name__ for package in PACKAGES}
+CALLERS = ("sg_opd", "trl")  # who is named, also where a line of another package waits
 WAITS = "called a synchronizing CUDA operation"  # torch's words
 LARGEST = 8
 
 
 def site(frame: FrameType | None) -> str:
-    """The innermost line of sg_opd or TRL that was running, as `package/file.py:line function`."""
+    """The innermost line of sg_opd or TRL that was running, as `package/file.py:line function`.
+
+    Before it stands the line of another library that it called, with ` < ` between.
+    """
+    inner = ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         for folder, package in FOLDERS.items():
             if path.is_relative_to(folder):
-                return f"{package}/{path.relative_to(folder)}:{frame.f_lineno} {frame.f_code.co_name}"
+                line = f"{package}/{path.relative_to(folder)}:{frame.f_lineno} {frame.f_code.co_name}"
+                if package in CALLERS:
+                    return f"{inner} < {line}" if inner else line
+                inner = inner or line
         frame = frame.f_back
-    return "elsewhere"
+    return inner or "elsewhere"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import gpu_bundle
 import gpu_targets
 import pytest
 import torch
+import transformers
 from documents import ROOT
 from gpu_cost import SMALL, TINY_SIZES, bf16_teacher, expected
 from gpu_trace import WAITS, Event, idle, profiled, waits
@@ -152,12 +153,17 @@ def test_waits_are_counted_by_the_innermost_line_of_either_package(monkeypatch):
         return values
 
     monkeypatch.setattr(torch, "nan_to_num", waiting)
+    monkeypatch.setattr(transformers.Qwen3Model, "get_input_embeddings", lambda _: waiting(None, 0.0))
+    model = bf16_teacher(TINY_SIZES[0], "cpu")
     with waits(torch.device("cpu")) as found:
         for _ in range(2):
             verdict_sign(torch.ones(1))
+        model.get_input_embeddings()
         warnings.warn(WAITS, stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert found.pop("elsewhere") == 1
+    (library,) = [site for site in found if site.startswith("transformers/")]
+    assert found.pop(library) == 1
     ((site, count),) = found.items()
     assert site.startswith("sg_opd/method/gate.py:")
     assert site.endswith(" verdict_sign")
