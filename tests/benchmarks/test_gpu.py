@@ -9,7 +9,9 @@ import sys
 import time
 import warnings
 import zipfile
+from pathlib import Path
 
+import accelerate
 import gpu
 import gpu_bundle
 import gpu_targets
@@ -18,9 +20,10 @@ import torch
 import transformers
 from documents import ROOT
 from gpu_cost import SMALL, TINY_SIZES, bf16_teacher, expected
-from gpu_trace import WAITS, Event, idle, profiled, waits
+from gpu_trace import WAITS, Event, idle, profiled, site, waits
 from steps import Clock, Step, Variant, sharing
 
+import sg_opd
 from sg_opd.method.gate import verdict_sign
 
 PARTS = ("agreement", "reference", "cost", "memory")
@@ -153,21 +156,29 @@ def test_waits_are_counted_by_the_innermost_line_of_either_package(monkeypatch):
         return values
 
     monkeypatch.setattr(torch, "nan_to_num", waiting)
-    monkeypatch.setattr(transformers.Qwen3Model, "get_input_embeddings", lambda _: waiting(None, 0.0))
-    model = bf16_teacher(TINY_SIZES[0], "cpu")
     with waits(torch.device("cpu")) as found:
         for _ in range(2):
             verdict_sign(torch.ones(1))
-        model.get_input_embeddings()
         warnings.warn(WAITS, stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert found.pop("elsewhere") == 1
-    (library,) = [site for site in found if site.startswith("transformers/")]
-    assert found.pop(library) == 1
-    ((site, count),) = found.items()
-    assert site.startswith("sg_opd/method/gate.py:")
-    assert site.endswith(" verdict_sign")
+    ((where, count),) = found.items()
+    assert where.startswith("sg_opd/method/gate.py:")
+    assert where.endswith(" verdict_sign")
     assert count == 2
+
+
+def test_a_wait_in_a_library_names_it_and_its_caller():
+    """Three functions in files of three packages, each called by the one before it."""
+    names = {"site": site, "sys": sys}
+    for package, line in (
+        (transformers, "def inner(): return site(sys._getframe())"),
+        (sg_opd, "def middle(): return inner()"),
+        (accelerate, "def outer(): return inner()"),
+    ):
+        exec(compile(line, str(Path(package.__file__).parent / "some" / "file.py"), "exec"), names)
+    assert names["middle"]() == "transformers/some/file.py:1 inner < sg_opd/some/file.py:1 middle"
+    assert names["outer"]() == "transformers/some/file.py:1 inner"
 
 
 def test_a_profile_without_a_device_knows_nothing():
