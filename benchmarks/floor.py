@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from steps import LEARNING_RATE, SPECIAL, Clock, Size, model, peak_of
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sg_opd.method.divergence import Head, chunked_divergence, chunked_nll, last_hidden_state
 
@@ -86,8 +86,30 @@ class Floor:
         return {**counts, "heads": heads, "recomputed": each["student"]}
 
 
-def flops(work: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
+Shape = Sequence[int]
+
+
+def attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Operations of an attention whose key and value may have fewer heads, as a GPU's kernels take them.
+
+    torch's own formula refuses those.
+    """
+    key, value = ((*of[:1], query[1], *of[2:]) for of in (key, value))
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    key, value = ((*of[:1], query[1], *of[2:]) for of in (key, value))
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+KERNELS = [f"_scaled_dot_product_{name}_attention" for name in ("efficient", "flash", "cudnn")]
+GROUPED = {getattr(torch.ops.aten, name): attention for name in KERNELS}
+GROUPED |= {getattr(torch.ops.aten, f"{name}_backward"): attention_backward for name in KERNELS}
+
+
+def flops(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=GROUPED) as counter:
         work()
     return counter.get_total_flops()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,12 +78,27 @@ class Bench:
         self._keep("plain", lambda: Floor(size, device, True, sharing(teacher)), floors)
         self.floor = floors.get("plain")
 
-    def _keep(self, name: str, make: Callable[[], Any], among: dict[str, Any]) -> None:
+    def _keep(self, name: str, make: Callable[[], Any], among: dict[str, Any] | list[Any]) -> bool:
+        """Put what `make` returns among the others; whether it did."""
         try:
-            among[name] = make()
+            made = make()
         except Exception as error:  # the others can still be measured
+            traceback.print_exc()
             self.left_out[name] = f"{type(error).__name__}: {error}"[:500]
-            free(self.device)
+        if name in self.left_out:
+            free(self.device)  # not above, where the error still holds what its frames hold
+            return False
+        if isinstance(among, dict):
+            among[name] = made
+        else:
+            among.append(made)
+        return True
+
+    def flops(self) -> dict[str, int]:
+        found: dict[str, dict[str, int]] = {}
+        if self.floor:
+            self._keep("flops", self.floor.flops, found)
+        return found.get("flops", {})
 
     def turns(self, repetitions: int, coarse: bool) -> dict[str, list[dict[str, float]]]:
         """Seconds by phase of each trainer and of the plain models, by repetition, another one first each time."""
@@ -94,9 +110,11 @@ class Bench:
         for repetition in range(repetitions + 1):  # the first one warms up
             for turn in range(len(names)):
                 name = names[(turn + repetition) % len(names)]
-                seconds[name].append(self.steps[name].once())
-            if self.floor:
-                seconds["plain"].append(self.floor.once())
+                if name in self.steps and not self._keep(name, self.steps[name].once, seconds[name]):
+                    del self.steps[name], seconds[name]
+            if self.floor and not self._keep("plain", self.floor.once, seconds["plain"]):
+                self.floor = None
+                del seconds["plain"]
         for step in self.steps.values():
             step.clock.coarse = False
         return {name: some[1:] for name, some in seconds.items()}
@@ -153,10 +171,11 @@ def figures(coarse: dict[str, list], fine: dict[str, list], counts: dict[str, in
     if "sampled" in step and "grpo" in step:
         scored = by_phase["sampled"]["score teacher"]
         ratios["sampled_vs_grpo_plus_teacher"] = step["sampled"] / (step["grpo"] + scored)
-    if "sampled" in step and counts:
+    if "sampled" in step and "plain" in coarse:
+        ratios["sampled_vs_plain"] = step["sampled"] / [sum(s.values()) for s in coarse["plain"]]
+    if "sampled" in step and "plain" in coarse and counts:
         for name, recomputed in (("sampled_vs_floor", False), ("sampled_vs_chunked_floor", True)):
             ratios[name] = step["sampled"] / [floor_seconds(s, counts, recomputed) for s in coarse["plain"]]
-        ratios["sampled_vs_plain"] = step["sampled"] / [sum(s.values()) for s in coarse["plain"]]
     return {
         "step_seconds": {name: spread(values) for name, values in step.items()},
         "phase_seconds": by_phase,
@@ -206,7 +225,7 @@ def cost_cases(device: str, tiny: bool) -> Iterator[tuple[str, Callable[[], dict
             def timed(size: Size = size, bench: list = bench, folder: str = folder) -> dict[str, Any]:
                 bench.append(Bench(size, device, Path(folder)))
                 coarse, fine = (bench[0].turns(count, of) for count, of in ((repetitions, True), (3, False)))
-                counts = bench[0].floor.flops() if bench[0].floor else {}
+                counts = bench[0].flops()
                 about = {"size": asdict(size), "dtypes": DTYPES, "left_out": bench[0].left_out, "flops": counts}
                 return {**about, "repetitions": repetitions, **figures(coarse, fine, counts), "raw": coarse}
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 import transformers
 from documents import ROOT
-from gpu_cost import SMALL, TINY_SIZES, bf16_teacher, expected
+from floor import attention, attention_backward, flops
+from gpu_cost import SMALL, TINY_SIZES, Bench, bf16_teacher, expected, figures
 from gpu_trace import WAITS, Event, idle, profiled, site, waits
 from steps import Clock, Step, Variant, sharing
 
@@ -193,6 +194,31 @@ def test_a_coarse_clock_times_the_whole_alone(monkeypatch):
     with clock.phase("rest"), clock.phase("gate"):
         pass
     assert (clock.seconds["rest"], clock.seconds["gate"]) == (7.0, 0.0)
+
+
+def test_flops_of_grouped_attention_by_hand():
+    """4 heads of queries on 2 of keys, as a GPU gets them: 2 products of 2 x 4 x 8 x 8 x 16, and 5 backward."""
+    query, key = ((2, heads, 8, 16) for heads in (4, 2))
+    once = 2 * 2 * 4 * 8 * 8 * 16
+    assert attention(query, key, key) == 2 * once
+    assert attention_backward(query, query, key, key) == 5 * once
+    tensors = (torch.empty(shape, device="meta") for shape in (query, key, key))
+    assert flops(lambda: torch.ops.aten._scaled_dot_product_flash_attention(*tensors, 0.0, True)) == 2 * once
+
+
+def test_a_trainer_that_fails_as_it_steps_leaves_the_others(tmp_path, monkeypatch):
+    bench = Bench(TINY_SIZES[0], "cpu", tmp_path)
+
+    def fails():
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(bench.steps["full"], "once", fails)
+    monkeypatch.setattr(bench.floor, "flops", fails)
+    coarse, fine = bench.turns(1, True), bench.turns(1, False)
+    assert {"sampled", "grpo", "distillation", "sampled, initial", "plain"} == coarse.keys() == fine.keys()
+    found = figures(coarse, fine, bench.flops())
+    assert {"sampled_vs_grpo_plus_teacher", "sampled_vs_distillation", "sampled_vs_plain"} == found["ratios"].keys()
+    assert bench.left_out == dict.fromkeys(("full", "flops"), "OutOfMemoryError: no memory is left")
 
 
 def test_teachers_share_their_weights_and_nothing_that_a_trainer_patches():
