@@ -136,9 +136,10 @@ def real(options: argparse.Namespace, seconds: float) -> str:
     """The part that trains a real model on word problems, as benchmarks/real does it."""
     if not REAL.exists():
         return f"skipped: there is no {REAL.relative_to(ROOT)}"
-    if options.data is None:
+    if options.data is None and not options.tiny:
         return "skipped: --data names no folder with its model and problems"
-    command = [sys.executable, str(REAL), "--device", options.device, "--data", str(options.data)]
+    command = [sys.executable, str(REAL), "--device", options.device]
+    command += ["--tiny"] if options.tiny else ["--data", str(options.data.resolve())]
     minutes = min(REAL_MINUTES, (seconds - REAL_REST) / 60)
     if minutes < 1:
         return f"not begun: {seconds:.0f} s are left"

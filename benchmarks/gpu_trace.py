@@ -110,7 +110,10 @@ def named(length: int, before: Event, after: Event, host: Sequence[Event], phase
 
 
 def profiled(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """`idle` of one call on a CUDA device; elsewhere it is called, and nothing is known."""
+    """`idle` of one call on a CUDA device; elsewhere it is called, and nothing is known.
+
+    The profiler slows the host down, so a device that waits for it is shown to wait longer than it does.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
