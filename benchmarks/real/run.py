@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch
 import transformers
 from real import model, prepare, world
-from real.arms import ARMS, GENERATIONS, LORA, Arm, Pair, Size, evaluated, load, run_arm, train, trainer_of
+from real.arms import ARMS, GENERATIONS, LORA, Pair, Size, evaluated, load, run_arm, train, trainer_of
 from real.taught import LEARNING_RATE, ROWS, Lesson, teach
 
 from sg_opd import MathVerifier
@@ -56,7 +56,7 @@ class Plan:
 
 
 GPU = Plan(
-    Size(rollouts=256, batch=64, questions=200, at_once=1600),
+    Size(rollouts=256, batch=128, questions=200, at_once=1600),
     (Lesson("teacher", 80.0, 240, 60, 30, 64, seed=1), Lesson("student", 28.0, 60, 16, 4, 64, seed=2)),
 )
 CPU = Plan(

@@ -49,12 +49,13 @@ class Lesson:
 
 @dataclass
 class Nearest(TrainerCallback):
-    """Keeps, on the host, the weights whose accuracy was nearest to the target; ends the training once it is reached."""
+    """Keeps, on the host, the weights that were nearest to the target; ends the training once that is reached."""
 
     lesson: Lesson
     tokenizer: Any
     questions: list[dict[str, Any]]
     length: int
+    verifier: MathVerifier
     trials: list[tuple[int, float]] = field(default_factory=list)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     at: tuple[int, float] = (0, float("inf"))
@@ -67,7 +68,7 @@ class Nearest(TrainerCallback):
             model,
             self.tokenizer,
             self.questions,
-            MathVerifier(),
+            self.verifier,
             1,
             self.length,
             0.0,
@@ -83,7 +84,9 @@ class Nearest(TrainerCallback):
         control.should_training_stop |= accuracy >= lesson.target
 
 
-def teach(base: Path, world: World, lesson: Lesson, folder: Path, length: int, on_cpu: bool, rows: int) -> dict:
+def teach(
+    base: Path, world: World, lesson: Lesson, folder: Path, length: int, on_cpu: bool, rows: int
+) -> dict[str, Any]:
     """Fine-tune the model of `base` as `lesson` says and save it in fp32 to `folder`.
 
     Args:
@@ -101,7 +104,7 @@ def teach(base: Path, world: World, lesson: Lesson, folder: Path, length: int, o
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    nearest = Nearest(lesson, tokenizer, world.prompts("validation", lesson.questions), length)
+    nearest = Nearest(lesson, tokenizer, world.prompts("validation", lesson.questions), length, MathVerifier())
     args = SFTConfig(
         output_dir=str(folder / "trainer"),
         max_steps=lesson.steps,
