@@ -22,6 +22,7 @@ GENERATIONS = 8  # of a prompt
 SAMPLES = 8  # of a question in an evaluation
 SETS = ("test", "unseen")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+RATE = 5e-4  # the learning rate of LoRA
 WARM_UP = 0.1  # share of the steps
 
 
@@ -58,7 +59,7 @@ class Size:
     questions: int
     at_once: int
     length: int = 80
-    learning_rate: float = 5e-4
+    learning_rate: float = RATE
 
 
 @dataclass(frozen=True)

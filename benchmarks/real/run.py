@@ -10,14 +10,17 @@ many as the minutes allow. What is known is written after each part, so that a r
 
 from __future__ import annotations
 
+import time
+
+START = time.perf_counter()  # imports take a tenth of five minutes
+
 import argparse
 import gc
 import os
 import platform
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch
 import transformers
 from real import model, prepare, world
-from real.arms import ARMS, GENERATIONS, LORA, Pair, Size, evaluated, load, run_arm, train, trainer_of
+from real.arms import ARMS, GENERATIONS, LORA, RATE, Arm, Pair, Size, evaluated, load, run_arm, train, trainer_of
 from real.taught import LEARNING_RATE, ROWS, Lesson, teach
 
 from sg_opd import MathVerifier
@@ -75,8 +78,8 @@ TINY = Plan(
 class Record:
     """What is known so far, written to a file after each part."""
 
-    def __init__(self, path: Path, start: float, device: str) -> None:
-        self.path, self.start = path, start
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
         gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
         packages = ("peft", "accelerate", "datasets", "gguf")
         versions = {name: installed(name) for name in packages}
@@ -90,7 +93,7 @@ class Record:
             part = f"arm {value['title']}"
         else:
             self.content[part] = value
-        self.content["seconds"][part] = round(time.perf_counter() - self.start, 1)
+        self.content["seconds"][part] = round(time.perf_counter() - START, 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, plain(self.content))
         print(f"[{self.content['seconds'][part]:6.1f} s] {part}", flush=True)
@@ -118,46 +121,52 @@ def made_world(data: Path, tiny: bool) -> tuple[world.World, Path]:
     return problems, model.make_base(model.wheel_in(data / "download"), data / "base")
 
 
-def affordable(
-    record: Record, pair: Pair, plan: Plan, on_cpu: bool, output: Path, left: float, evaluation: float
-) -> int:
-    """How many steps each arm can have in the seconds that are left, by the second step of the last arm."""
-    trial = trainer_of(pair, ARMS[-1], plan.size, 2, 0, on_cpu, output / "trial")
-    start = time.perf_counter()
+def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], where: tuple, spare: float) -> int:
+    """How many steps each arm can have until the deadline, by the second step of a trial of the last arm.
+
+    Args:
+        record: gets what was found.
+        pair: whom to train.
+        plan: how large.
+        arms: between which the time is divided.
+        where: whether on the CPU, the output folder, the deadline.
+        spare: seconds an arm needs besides its steps.
+    """
+    on_cpu, output, deadline = where
+    trial = trainer_of(pair, arms[-1], plan.size, 2, 0, on_cpu, output / "trial")
     step = train(trial)["step_seconds"][-1]
-    begun = time.perf_counter() - start
-    reserve = len(ARMS) * (evaluation + 8) + 10  # 8 s for loading and merging
-    steps = max(2, min(plan.most, int((left - begun - reserve) / len(ARMS) / step)))
-    record.add("trial", {"seconds_a_step": step, "seconds_left": left - begun, "steps": steps})
+    left = deadline - time.perf_counter() - 10  # to end in time
+    steps = max(2, min(plan.most, int((left / len(arms) - spare) / step)))
+    record.add("trial", {"seconds_a_step": step, "seconds_left": left, "steps": steps})
     return steps
 
 
-def run(args: argparse.Namespace, data: Path, start: float) -> None:
+def run(args: argparse.Namespace, data: Path) -> None:
     """All parts, in order."""
     plan = TINY if args.tiny else GPU if args.device == "cuda" else CPU
-    on_cpu, deadline, record = args.device == "cpu", start + 60 * args.minutes, Record(args.output, start, args.device)
+    plan = replace(plan, size=replace(plan.size, learning_rate=args.learning_rate))
+    on_cpu, deadline, record = args.device == "cpu", START + 60 * args.minutes, Record(args.output, args.device)
     output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
-    problems, base = made_world(data, args.tiny)
-    if args.learning_rate:
-        size = type(size)(**asdict(size) | {"learning_rate": args.learning_rate})
-        plan = Plan(size, plan.lessons, plan.rows, plan.most)
+    arms = [arm for arm in ARMS if arm.settings["preset"] in args.arms]
     record.add("plan", {**asdict(plan), "lora": LORA, "generations": GENERATIONS, "sft_learning_rate": LEARNING_RATE})
+    problems, base = made_world(data, args.tiny)
+    record.add("world", {"templates": world.TEMPLATES, "unseen": world.UNSEEN, "largest_number": world.LARGEST})
     for lesson in plan.lessons:
         folder = output / lesson.name
         if args.reuse and (folder / "model.safetensors").is_file():
             continue
         record.add(f"lesson {lesson.name}", teach(base, problems, lesson, folder, size.length, on_cpu, plan.rows))
         free()
-    before, seconds = {}, 0.0
+    before, spare = {}, 0.0
     for lesson in plan.lessons:
         since = time.perf_counter()
         before[lesson.name] = evaluated(*load(output / lesson.name, on_cpu), problems, size, verifier)
-        seconds = time.perf_counter() - since
+        spare = time.perf_counter() - since + 8  # for a trainer's loading and merging
         record.add("before", before)
     free()
     pair = Pair(output / "student", output / "teacher", problems)
-    steps = args.steps or affordable(record, pair, plan, on_cpu, output, deadline - time.perf_counter(), seconds)
-    for arm in ARMS:
+    steps = args.steps or affordable(record, pair, plan, arms, (on_cpu, output, deadline), spare)
+    for arm in arms:
         free()
         record.add("arm", run_arm(pair, arm, size, steps, args.seed, on_cpu, output / arm.title, verifier))
     print(table(record.content))
@@ -187,7 +196,6 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
@@ -198,16 +206,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a random model and two steps, in a folder of its own")
     parser.add_argument("--steps", type=int, help="of every arm; default: as many as the minutes allow")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, help="of LoRA; default 5e-4")
+    parser.add_argument("--learning-rate", type=float, default=RATE, help=f"of LoRA; default {RATE:g}")
+    presets = [arm.settings["preset"] for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", choices=presets, default=presets, help="by their presets; default: all")
     parser.add_argument("--reuse", action="store_true", help="take teacher and student of an earlier run")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("run.py needs a CUDA device, and torch sees none; --device cpu does without.")
     transformers.utils.logging.disable_progress_bar()
     if not args.tiny:
-        return run(args, args.data, start)
+        return run(args, args.data)
     with tempfile.TemporaryDirectory() as folder:
-        run(args, Path(folder), start)
+        run(args, Path(folder))
 
 
 if __name__ == "__main__":
