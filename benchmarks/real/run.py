@@ -118,7 +118,7 @@ def made_world(data: Path, tiny: bool) -> tuple[world.World, Path]:
     prepare.use_site(data)
     file = next(data.rglob("test.jsonl"), data / "problems" / "test.jsonl")
     problems = world.World(file.parent)
-    return problems, model.make_base(model.wheel_in(data / "download"), data / "base")
+    return problems, model.make_base(data)
 
 
 def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], where: tuple, spare: float) -> int:
