@@ -111,7 +111,7 @@ class Rollouts:
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
-    compared: dict[str, Tensor] = field(default_factory=dict)  #: by row, what all ranks' verdicts say of it
+    by_row: dict[str, Tensor] = field(default_factory=dict)  #: what `tensors` made
 
     def __post_init__(self) -> None:
         self.openings = [""] * len(self.rows)
@@ -188,23 +188,24 @@ class Rollouts:
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """By row of this rank, (B,): `verifier_labels` (NaN: abstained), `from_teacher` and `slot` (booleans).
 
-        Once compared also `gate_signs`, and `uniform` where there are groups.
+        Once compared also `gate_signs`, and `uniform` where there are groups. They are made once, when all are judged.
         """
-        rows = range(len(self.verdicts))
-        values = {
-            "verifier_labels": [math.nan if verdict is None else verdict for verdict in self.verdicts],
-            "from_teacher": [row in self.taken for row in rows],
-            "slot": [row in self.slots for row in rows],
-        }
-        return {name: torch.tensor(of_rows, device=device) for name, of_rows in values.items()} | self.compared
+        if not self.by_row:
+            rows = range(len(self.verdicts))
+            labels = [math.nan if verdict is None else verdict for verdict in self.verdicts]
+            values = [labels, [row in self.taken for row in rows], [row in self.slots for row in rows]]
+            # one copy, for which the host does not wait
+            labels, taken, slots = torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+            self.by_row = {"verifier_labels": labels, "from_teacher": taken.bool(), "slot": slots.bool()}
+        return self.by_row
 
     def compare(self, labels: Tensor, from_teacher: Tensor, generations: int, by_group: bool, rank: int) -> None:
         """Take in the verdicts of all ranks, (N,): a prompt's group may lie on several."""
         own = slice(rank * len(self.rows), (rank + 1) * len(self.rows))
         signs = group_sign(labels, generations, from_teacher) if by_group else verdict_sign(labels)
-        self.compared = {"gate_signs": signs[own]}
+        self.by_row["gate_signs"] = signs[own]
         if generations > 1:
-            self.compared["uniform"] = uniform_groups(labels, generations, from_teacher)[own]
+            self.by_row["uniform"] = uniform_groups(labels, generations, from_teacher)[own]
 
     def reference_answers(self) -> list[str | None]:
         """Each row's reference answer, to be shown; `None` where the dataset has no column `solution`."""
