@@ -48,9 +48,10 @@ SIZES = (
     replace(BASE, name="8 rollouts a prompt", generations=8),
 )
 NO_PHASE = {"teacher_phase_steps": 0}  # what the phase costs is measured by itself
+LITE = {"preset": "sg-opd-lite"}  # without a third model
 MAIN = (
-    Variant("sampled", settings=NO_PHASE),
-    Variant("full", settings={"estimator": "full", **NO_PHASE}),
+    Variant("sampled", settings=LITE | NO_PHASE),
+    Variant("full", settings={"estimator": "full", **LITE, **NO_PHASE}),
     Variant("distillation", trainer="distillation"),
     Variant("grpo", trainer="grpo"),
 )
@@ -59,7 +60,7 @@ PRESET_VARIANTS = tuple(
     for preset in ("opd", "exopd", "opdvr")
     for estimator in ("sampled", "full")
 )
-BESIDE = (*PRESET_VARIANTS, Variant("sampled, teacher_offload", settings={"teacher_offload": True, **NO_PHASE}))
+BESIDE = (*PRESET_VARIANTS, Variant("sampled, teacher_offload", settings={"teacher_offload": True, **LITE, **NO_PHASE}))
 SWEEP = {"tokens": (4096, 8192), "vocabularies": (32_768, 65_536, 98_304), "hidden": 8}
 QUICK_SIZES = tuple(
     Size(name, vocab=512, student=(1, 64), teacher=(1, 64), prompt=8, tokens=8) for name in ("base", "vocabulary 152k")
@@ -151,7 +152,7 @@ def row_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 def phase_cost(device: str, size: Size) -> dict[str, float]:
     """The teacher's generations in a step within its phase and in one after it, and the seconds of the mixing."""
-    variant = Variant("phase", settings={"teacher_phase_steps": 2, "teacher_phase_fraction": 0.5})
+    variant = Variant("phase", settings={"teacher_phase_steps": 2, "teacher_phase_fraction": 0.5, **LITE})
     with tempfile.TemporaryDirectory() as folder:
         step = Step(size, variant, device, Path(folder))
         trainer, calls = step.trainer, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,25 +39,30 @@ class Floor:
         self.times = {"student": "forward+backward", "teacher": "score teacher", "optimizer": "optimizer"}
         self.once()  # warm-up; it makes the optimizer's state
 
-    def loss(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """Cross-entropy of the completions, the head applied to them alone, logits whole."""
+    def states(self, model: nn.Module) -> Tensor:
+        """The backbone's output at the positions that predict the completions."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            states = last_hidden_state(model, ids, torch.ones_like(ids), self.size.tokens)
-            logits = model.get_output_embeddings()(states)
-        targets = ids[:, -self.size.tokens :]
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return last_hidden_state(model, self.ids, torch.ones_like(self.ids), self.size.tokens)
 
-    def passes(self) -> tuple[Tensor, ...]:
-        return self.ids.split(self.size.floor_rows or self.size.batch)
+    def losses(self, model: nn.Module, states: Tensor) -> Iterator[Tensor]:
+        """Cross-entropy of the completions, logits whole; of `floor_rows` of them at a time."""
+        rows = self.size.floor_rows or self.size.batch
+        for part, ids in zip(states.split(rows), self.ids.split(rows), strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = model.get_output_embeddings()(part)
+            yield nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, -self.size.tokens :].flatten())
 
     def train(self) -> None:
-        for ids in self.passes():
-            self.loss(self.student, ids).backward()
+        states = self.states(self.student)
+        given = states.detach().requires_grad_()
+        for loss in self.losses(self.student, given):  # each backward frees its logits
+            loss.backward()
+        states.backward(given.grad)
 
     def score(self) -> None:
         with torch.no_grad():
-            for ids in self.passes():
-                self.loss(self.teacher, ids)
+            for _ in self.losses(self.teacher, self.states(self.teacher)):
+                pass
 
     def once(self) -> dict[str, float]:
         """Seconds of the student's forward and backward, the teacher's forward, and the optimizer."""

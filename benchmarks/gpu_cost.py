@@ -217,12 +217,14 @@ def held(size: Size, variant: Variant, step: Step) -> dict[str, float]:
 
 def cost_cases(device: str, tiny: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """By name, what to measure; each size's trainers live as long as its cases."""
-    repetitions = 2 if tiny else 8
     for size in TINY_SIZES if tiny else SIZES:
+        repetitions = 2 if tiny else 5 if size.checkpointing else 8
         with tempfile.TemporaryDirectory() as folder:
             bench: list[Bench] = []
 
-            def timed(size: Size = size, bench: list = bench, folder: str = folder) -> dict[str, Any]:
+            def timed(
+                size: Size = size, bench: list = bench, folder: str = folder, repetitions: int = repetitions
+            ) -> dict[str, Any]:
                 bench.append(Bench(size, device, Path(folder)))
                 coarse, fine = (bench[0].turns(count, of) for count, of in ((repetitions, True), (3, False)))
                 counts = bench[0].flops()

@@ -49,7 +49,7 @@ class Size:
         prompt, tokens: length of every prompt and of every completion.
         generations: completions of a prompt.
         checkpointing: of the student's activations, by every trainer and by the floor.
-        floor_rows: sequences of one pass of the floor, whose logits are whole; 0: all.
+        floor_rows: sequences whose whole logits the floor holds at a time; 0: all.
     """
 
     name: str
@@ -138,8 +138,8 @@ class Clock:
         setattr(owner, method, timed)
 
     def watch(self, model: nn.Module, phase: Callable[[], str]) -> None:
-        """Count a model's forward as the phase that `phase` names when it begins."""
-        model.register_forward_pre_hook(lambda *_: self.begin(phase()))
+        """Count a model's forward as the phase that `phase` names when it begins; within generation, as that."""
+        model.register_forward_pre_hook(lambda *_: self.begin("generate" if "generate" in self.open else phase()))
         model.register_forward_hook(lambda *_: self.end(), always_call=True)
 
 

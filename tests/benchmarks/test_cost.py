@@ -60,10 +60,27 @@ def test_a_step_is_divided_into_phases(tmp_path):
     settings = {"preset": "exopd", "estimator": "sampled"}
     seconds = Step(TINY, Variant("exopd", settings=settings), "cpu", tmp_path).once()
     assert all(seconds[phase] > 0 for phase in seconds), seconds
-    fresh = Step(TINY, Variant("sampled", settings={"teacher_phase_steps": 0}), "cpu", tmp_path).once()
+    fresh = Step(TINY, Variant("sampled", settings=cost.LITE | cost.NO_PHASE), "cpu", tmp_path).once()
     assert {phase for phase, value in fresh.items() if value == 0} == {"score student"}  # one student forward suffices
     grpo = Step(TINY, Variant("grpo", trainer="grpo"), "cpu", tmp_path).once()
     assert {phase for phase, value in grpo.items() if value == 0} == {"score teacher", "score student", "gate"}
+
+
+def test_forwards_within_generation_are_generation(tmp_path):
+    step = Step(TINY, Variant("grpo", trainer="grpo"), "cpu", tmp_path)
+    step.trainer.generates = True
+    seconds = step.once()
+    assert seconds["score student"] == 0
+    assert seconds["generate"] > 0
+
+
+def test_the_floor_in_parts_has_the_gradient_of_the_whole():
+    whole, parts = (Floor(Size(**{**TINY.__dict__, "floor_rows": rows}), "cpu") for rows in (0, 2))
+    for floor in (whole, parts):
+        floor.train()
+    for one, other in zip(whole.student.parameters(), parts.student.parameters(), strict=True):
+        torch.testing.assert_close(2 * one.grad, other.grad, rtol=1e-3, atol=1e-6)  # two means of half the rows
+    assert whole.flops() == parts.flops()
 
 
 def test_a_phase_within_another_stops_the_outer_ones_time(monkeypatch):

@@ -51,8 +51,10 @@ def test_it_says_that_it_needs_a_gpu(tmp_path):
 def test_a_dry_run_measures_every_part_and_says_what_it_is(tmp_path):
     """bf16 differs from fp32, or nothing was compared."""
     before = set((ROOT / "benchmarks").rglob("*.json"))
-    found = run("--device", "cpu", "--tiny", "--output", tmp_path, "--commit", "abc")
+    found = run("--device", "cpu", "--tiny", "--limit", 540, "--output", tmp_path, "--commit", "abc")
     assert found.returncode == 0, found.stdout + found.stderr
+    ended = json.loads((tmp_path / "parts.json").read_text())
+    assert ended == dict.fromkeys((*PARTS, "real"), "finished")
     content = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in PARTS}
     for part in content.values():
         assert part["about"]["device"] == "cpu, a dry run"
