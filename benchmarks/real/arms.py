@@ -104,20 +104,11 @@ class MergedWhileSampling(SGOPDTrainer):
             model.unmerge_adapter()
 
 
-def trainer_of(pair: Pair, arm: Arm, size: Size, steps: int, seed: int, how: dict, output: Path) -> SGOPDTrainer:
+def trainer_of(pair: Pair, arm: Arm, size: Size, steps: int, seed: int, on_cpu: bool, output: Path) -> SGOPDTrainer:
     """The trainer of an arm.
 
-    On a GPU the weights of both models are in fp32 and the forwards under bf16 autocast, as TRL does by default:
-    teacher and student round in one way, and generation, which no autocast covers with LoRA, draws from fp32.
-
-    Args:
-        pair: student, teacher and problems.
-        arm: its settings.
-        size: of a step.
-        steps: of the run.
-        seed: of the run.
-        how: `use_cpu` and `bf16`, as of TrainingArguments.
-        output: the trainer's folder.
+    The weights of both models are in fp32 and the forwards under bf16 autocast, as TRL does by default: teacher and
+    student round in one way, and generation, which no autocast covers, draws from fp32.
     """
     args = SGOPDConfig(
         output_dir=str(output),
@@ -132,8 +123,9 @@ def trainer_of(pair: Pair, arm: Arm, size: Size, steps: int, seed: int, how: dic
         warmup_steps=round(WARM_UP * steps),
         model_init_kwargs={"dtype": "float32"},
         teacher_model_init_kwargs={"dtype": "float32"},
+        bf16=True,
         gradient_checkpointing=False,
-        **how,
+        use_cpu=on_cpu,
         seed=seed,
         logging_steps=1,
         save_strategy="no",
@@ -174,10 +166,10 @@ def train(trainer: SGOPDTrainer) -> dict[str, Any]:
     }
 
 
-def load(folder: Path, device: str) -> tuple[PreTrainedModel, Any]:
+def load(folder: Path, on_cpu: bool) -> tuple[PreTrainedModel, Any]:
     """A model in fp32 on its device, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.to(device), AutoTokenizer.from_pretrained(folder)
+    return model.to("cpu" if on_cpu else "cuda"), AutoTokenizer.from_pretrained(folder)
 
 
 def evaluated(model: PreTrainedModel, tokenizer: Any, world: World, size: Size, verifier: MathVerifier) -> dict:
@@ -203,11 +195,11 @@ def summary(result: EvaluationResult) -> dict[str, Any]:
 
 
 def run_arm(
-    pair: Pair, arm: Arm, size: Size, steps: int, seed: int, how: dict, output: Path, verifier: MathVerifier
+    pair: Pair, arm: Arm, size: Size, steps: int, seed: int, on_cpu: bool, output: Path, verifier: MathVerifier
 ) -> dict[str, Any]:
     """Train and evaluate an arm; LoRA is merged in fp32, where that moves no logit by more than 1e-4."""
     start = time.perf_counter()
-    trainer = trainer_of(pair, arm, size, steps, seed, how, output)
+    trainer = trainer_of(pair, arm, size, steps, seed, on_cpu, output)
     set_up = round(time.perf_counter() - start, 2)
     record = {"title": arm.title, "settings": arm.settings, "steps": steps, "seed": seed, **train(trainer)}
     model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

@@ -48,14 +48,12 @@ class Plan:
     Attributes:
         size: of steps and evaluations.
         lessons: of the teacher and of the student.
-        bf16: whether forwards are under bf16 autocast.
         rows: of one forward of a lesson.
         most: steps of an arm, at the most.
     """
 
     size: Size
     lessons: tuple[Lesson, Lesson]
-    bf16: bool = True
     rows: int = ROWS
     most: int = 60
 
@@ -67,7 +65,6 @@ GPU = Plan(
 CPU = Plan(
     Size(rollouts=16, batch=16, questions=16, at_once=128),
     (Lesson("teacher", 60.0, 60, 36, 8, 32, seed=1), Lesson("student", 22.0, 40, 18, 4, 32, seed=2)),
-    bf16=False,  # without AMX it is three times as slow as fp32
     most=10,
 )
 TINY = Plan(
@@ -132,11 +129,11 @@ def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], where: t
         pair: whom to train.
         plan: how large.
         arms: between which the time is divided.
-        where: `use_cpu` and `bf16` of trainers, the output folder, the deadline.
+        where: whether on the CPU, the output folder, the deadline.
         spare: seconds an arm needs besides its steps.
     """
-    how, output, deadline = where
-    trial = trainer_of(pair, arms[-1], plan.size, 2, 0, how, output / "trial")
+    on_cpu, output, deadline = where
+    trial = trainer_of(pair, arms[-1], plan.size, 2, 0, on_cpu, output / "trial")
     step = train(trial)["step_seconds"][-1]
     left = deadline - time.perf_counter() - 10  # to end in time
     steps = max(2, min(plan.most, int((left / len(arms) - spare) / step)))
@@ -148,8 +145,7 @@ def run(args: argparse.Namespace, data: Path) -> None:
     """All parts, in order."""
     plan = TINY if args.tiny else GPU if args.device == "cuda" else CPU
     plan = replace(plan, size=replace(plan.size, learning_rate=args.learning_rate))
-    how = {"use_cpu": args.device == "cpu", "bf16": plan.bf16}
-    deadline, record = START + 60 * args.minutes, Record(args.output, args.device)
+    on_cpu, deadline, record = args.device == "cpu", START + 60 * args.minutes, Record(args.output, args.device)
     output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
     arms = [arm for arm in ARMS if arm.settings["preset"] in args.arms]
     record.add("plan", {**asdict(plan), "lora": LORA, "generations": GENERATIONS, "sft_learning_rate": LEARNING_RATE})
@@ -159,20 +155,20 @@ def run(args: argparse.Namespace, data: Path) -> None:
         folder = output / lesson.name
         if args.reuse and (folder / "model.safetensors").is_file():
             continue
-        record.add(f"lesson {lesson.name}", teach(base, problems, lesson, folder, size.length, how, plan.rows))
+        record.add(f"lesson {lesson.name}", teach(base, problems, lesson, folder, size.length, on_cpu, plan.rows))
         free()
     before, spare = {}, 0.0
     for lesson in plan.lessons:
         since = time.perf_counter()
-        before[lesson.name] = evaluated(*load(output / lesson.name, args.device), problems, size, verifier)
+        before[lesson.name] = evaluated(*load(output / lesson.name, on_cpu), problems, size, verifier)
         spare = time.perf_counter() - since + 8  # for a trainer's loading and merging
         record.add("before", before)
     free()
     pair = Pair(output / "student", output / "teacher", problems)
-    steps = args.steps or affordable(record, pair, plan, arms, (how, output, deadline), spare)
+    steps = args.steps or affordable(record, pair, plan, arms, (on_cpu, output, deadline), spare)
     for arm in arms:
         free()
-        record.add("arm", run_arm(pair, arm, size, steps, args.seed, how, output / arm.title, verifier))
+        record.add("arm", run_arm(pair, arm, size, steps, args.seed, on_cpu, output / arm.title, verifier))
     print(table(record.content))
 
 

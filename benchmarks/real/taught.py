@@ -84,7 +84,9 @@ class Nearest(TrainerCallback):
         control.should_training_stop |= accuracy >= lesson.target
 
 
-def teach(base: Path, world: World, lesson: Lesson, folder: Path, length: int, how: dict, rows: int) -> dict[str, Any]:
+def teach(
+    base: Path, world: World, lesson: Lesson, folder: Path, length: int, on_cpu: bool, rows: int
+) -> dict[str, Any]:
     """Fine-tune the model of `base` as `lesson` says and save it in fp32 to `folder`.
 
     Args:
@@ -93,7 +95,7 @@ def teach(base: Path, world: World, lesson: Lesson, folder: Path, length: int, h
         lesson: how.
         folder: gets the model with its tokenizer.
         length: of a trial's completions, in tokens.
-        how: `use_cpu` and `bf16`, as of TrainingArguments.
+        on_cpu: whether to leave a GPU alone.
         rows: of one forward; a step has `ROWS`, and this divides it.
 
     Returns:
@@ -112,7 +114,8 @@ def teach(base: Path, world: World, lesson: Lesson, folder: Path, length: int, h
         warmup_steps=WARM_UP,
         lr_scheduler_type="cosine",
         seed=lesson.seed,
-        **how,
+        bf16=True,
+        use_cpu=on_cpu,
         completion_only_loss=True,
         gradient_checkpointing=False,
         logging_steps=5,
