@@ -90,7 +90,7 @@ class StepTimes(TrainerCallback):
 
 
 class MergedWhileSampling(SGOPDTrainer):
-    """LoRA's weights are merged while the student samples: of two thirds of a token's kernels without that, none.
+    """LoRA's weights are merged while the student samples, which spares its kernels at every token.
 
     Merged in fp32 they move no logit by more than 1e-4.
     """

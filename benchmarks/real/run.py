@@ -60,7 +60,7 @@ class Plan:
 
 GPU = Plan(
     Size(rollouts=256, batch=128, questions=200, at_once=1600),
-    (Lesson("teacher", 80.0, 240, 60, 30, 64, seed=1), Lesson("student", 28.0, 60, 16, 4, 64, seed=2)),
+    (Lesson("teacher", 80.0, 240, 60, 30, 64, seed=1), Lesson("student", 28.0, 60, 12, 4, 64, seed=2)),
 )
 CPU = Plan(
     Size(rollouts=16, batch=16, questions=16, at_once=128),
