@@ -1,0 +1,193 @@
+"""The family of gates: its plan, its runs on two machines, where it finds conflict, and its tables."""
+
+import json
+import re
+import tarfile
+
+import arms
+import conflicts
+import family
+import family_report
+import numpy as np
+import pytest
+import report
+from design import Cell
+from documents import ROOT
+from pages import filled
+from test_study import result
+from worlds import small
+
+from sg_opd import SGOPDConfig
+
+SMALL = family.SIZES["small"]
+
+
+def names(plan=SMALL, folder=ROOT / "runs" / "nowhere"):
+    return [name for name, *_ in family.Family(folder, "small", plan).jobs()]
+
+
+def test_the_plan_has_the_arms_and_seeds_that_were_asked_for():
+    """Five seeds for the first four arms, three for the others, in both worlds; every run once a part."""
+    counts = {}
+    for part in family.parts(SMALL):
+        for cell in part.cells:
+            counts.setdefault(part.name, {})[cell.arm, cell.world] = cell.seeds
+    assert counts[family.FIRST] == {(arm, world): 5 for arm in family.MAIN for world in family.BOTH}
+    assert counts[family.OTHER] == {(arm, world): 3 for arm in family.OTHERS for world in family.BOTH}
+    used = {cell.arm for part in family.parts(SMALL) for cell in part.cells}
+    assert used == set(arms.FAMILY)
+    runs = [name for name in names() if "lr=" in name]
+    # OPD's choosing seeds at the chosen rate are the main arm's first two
+    assert len(set(runs)) == len(runs) - 4
+    assert all("num_generations=8" in run for run in runs)
+
+
+def test_a_cut_leaves_whole_comparisons():
+    """The main arms' first seed is done for all of them before any has a second."""
+    runs = [name for name in names() if "lr=0.0002,seed=" in name and "steps=60" in name]
+    first = max(runs.index(run) for run in runs if "seed=0" in run and run.split("/")[1].split(",")[0] in family.MAIN)
+    later = min(runs.index(run) for run in runs if "seed=1" in run and "/sg-opd," in run)
+    assert first < later
+
+
+def test_gated_and_not_gated_factors():
+    settings = [dict(changes) for changes in family.factors()]
+    pairs = [(s["gate_extrapolation"], s["gate_interpolation"], s.get("gate_signal")) for s in settings]
+    assert pairs == [
+        *[(factor, factor, None) for factor in (1.0, 1.25, 1.8, 2.5)],
+        *[(factor, 1.0, "group") for factor in (1.25, 1.8, 2.5)],
+    ]
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in arms.FAMILY.items() if arm.trainer == "sg-opd"])
+def test_every_arm_is_a_configuration(arm, tmp_path):
+    settings = {"estimator": "full", "num_generations": 8, **arms.FAMILY[arm].settings}
+    config = SGOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert config.estimator == ("sampled" if family_report.sampled(arm) else "full")
+
+
+def test_the_arms_without_a_name_of_their_own_are_what_they_say(tmp_path):
+    """`sign` is sg-opd-lite without its phase."""
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    sign = SGOPDConfig(**common, **arms.FAMILY["sign"].settings)
+    lite = SGOPDConfig(**common, preset="sg-opd-lite", teacher_phase_steps=0)
+    apart = {name for name in vars(sign) if getattr(sign, name) != getattr(lite, name)}
+    assert apart <= {"preset", "logging_dir"}
+    assert lite.gate_signal == "verdict"
+    assert lite.reference_policy == "current"
+
+
+def test_runs_of_a_second_machine_are_taken_over_but_never_mixed(tmp_path):
+    """Of three runs there one is new, one is there already, one was begun here: only the new one comes over."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for run in ("new", "known", "begun"):
+        (there / run).mkdir(parents=True)
+        for file in ("train.json", "test.json"):
+            (there / run / file).write_text(json.dumps({"from": "there"}))
+        (there / run / "model.safetensors").write_bytes(b"weights")
+    for run, files in (("known", ("train.json", "test.json")), ("begun", ("train.json",))):
+        (here / run).mkdir(parents=True)
+        for file in files:
+            (here / run / file).write_text(json.dumps({"from": "here"}))
+    assert family.pack(there, tmp_path / "records.tar.gz") == 6
+    with tarfile.open(tmp_path / "records.tar.gz") as archive:
+        assert not [name for name in archive.getnames() if name.endswith("safetensors")]
+    assert family.unpack(tmp_path / "records.tar.gz", here) == 2
+    origins = {path.relative_to(here).as_posix(): json.loads(path.read_text())["from"] for path in here.rglob("*.json")}
+    assert origins == {
+        "new/train.json": "there",
+        "new/test.json": "there",
+        "known/train.json": "here",
+        "known/test.json": "here",
+        "begun/train.json": "here",
+    }
+
+
+def test_results_end_at_the_first_seed_that_is_missing(tmp_path):
+    """Seeds 0 and 2 are there: only seed 0 counts, as differences are paired by seed."""
+    runs = family.Family(tmp_path, "small", SMALL)
+    part = family.parts(SMALL)[2]
+    cell = Cell("equations", "opd", 5, family.GROUP)
+    for seed, right in ((0, 1), (2, 0)):
+        folder = tmp_path / runs.run(part, cell, seed).name
+        folder.mkdir(parents=True)
+        (folder / "train.json").write_text("{}")
+        result([[right] * 8]).to_json(folder / "test.json")
+    assert [one.figures["avg@8"].mean for one in runs.results(part, cell)] == [100.0]
+
+
+def test_no_run_begins_after_the_time(tmp_path):
+    runs = family.Family(tmp_path, "small", SMALL)
+    assert runs.go(1, -1.0, backwards=False) == []
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_conflicts_by_hand():
+    """Two rollouts of one question, a right and a wrong one, and a question whose only rollout is wrong."""
+
+    def rollout(question, right, delta):
+        delta = np.array(delta)
+        return conflicts.Scored(question, right, delta, np.sign((1 if right else -1) * delta).astype(int))
+
+    found = conflicts.shares(
+        [
+            rollout(0, True, [0.5, -0.5, 0.0005, 2.0, 2.0]),  # conflict: the second
+            rollout(0, False, [0.5, -2.0]),  # the first
+            rollout(1, False, [0.05, 0.05, -0.05, -0.05, -0.05]),  # the first two, in a uniform group
+        ]
+    )
+    assert found["rollouts"] == 3
+    assert found["right"] == pytest.approx(1 / 3)
+    assert found["uniform_groups"] == 0.5
+    every = found["all"]
+    assert every["conflict"] == pytest.approx(4 / 12, abs=1e-4)
+    assert every["conflict_right"] == pytest.approx(1 / 5)
+    assert every["conflict_wrong"] == pytest.approx(3 / 7, abs=1e-4)
+    assert every["conflict_group"] == pytest.approx(2 / 12, abs=1e-4)
+    assert every["conflict_mass"] == pytest.approx(1.1 / 7.7505, abs=1e-4)
+    sizes = found["size"]  # under 0.001: one token; 0.01 to 0.1: five; 0.1 to 1: three; over 1: three
+    assert [round(12 * cell["tokens"]) for cell in sizes] == [1, 0, 5, 3, 3]
+    assert [cell["conflict"] for cell in sizes] == [0.0, None, 0.4, pytest.approx(2 / 3, abs=1e-4), 0.0]
+    # of five parts the rollout of two tokens has its tokens in the first and the third
+    assert [round(12 * cell["tokens"]) for cell in found["place"]] == [3, 2, 3, 2, 2]
+
+
+def test_scored_rollouts_are_the_models_own():
+    """A model that is its own teacher has no preference, so no conflict; its rollouts are graded as in training."""
+    world = next(world for world in small(ROOT) if world.name == "equations")
+    found = conflicts.scored(world, world.teacher, questions=2)
+    assert len(found) == 2 * conflicts.GROUP
+    assert {rollout.question for rollout in found} == {0, 1}
+    assert all(np.abs(rollout.delta).max() < 1e-5 for rollout in found)
+    assert any(rollout.right for rollout in found)
+
+
+def test_the_results_page_has_the_tables_of_the_committed_family():
+    page = (ROOT / "docs" / "results.md").read_text()
+    made = family_report.tables(json.loads((family.RESULTS / "family.json").read_text()))
+    assert filled(page, made, whole=False) == page
+    study = report.tables(json.loads((family.RESULTS / "study.json").read_text()))
+    assert sorted(re.findall(r"<!-- table: (.+?) -->", page)) == sorted([*made, *study])
+
+
+def test_a_page_of_two_benchmarks_keeps_the_other_ones_tables():
+    page = "<!-- table: a -->\nold\n<!-- end -->\n<!-- table: b -->\nold\n<!-- end -->"
+    assert filled(page, {"a": "new"}, whole=False) == page.replace("old", "new", 1)
+    assert filled(page, {"a": "new"}) == page.replace("old", "new", 1).replace("old", "Not run yet.")
+
+
+def test_the_rate_is_the_one_that_opd_chose():
+    content = json.loads((family.RESULTS / "family.json").read_text())
+    for world, found in content["rates"].items():
+        assert len(found) == len(family.RATES)
+        assert float(max(found, key=found.__getitem__)) == family.CHOSEN[world]
+
+
+def test_baselines_have_the_same_estimator():
+    assert {arm: family_report.baseline(arm) for arm in ("sg-opd", "power-opd", "grpo", "opd-sampled", "r2-opd")} == {
+        "sg-opd": "opd",
+        "power-opd": "opd-sampled",
+        "grpo": "opd-sampled",
+        "opd-sampled": "opd",
+        "r2-opd": "opd",
+    }
