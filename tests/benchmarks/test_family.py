@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+from dataclasses import asdict, fields
 
 import arms
 import conflicts
@@ -11,11 +12,11 @@ import family_report
 import numpy as np
 import pytest
 import report
-from design import Cell
+import worlds
+from design import PLANS, Cell, Run
 from documents import ROOT
 from pages import filled
 from test_study import result
-from worlds import small
 
 from sg_opd import SGOPDConfig
 
@@ -71,8 +72,8 @@ def test_the_arms_without_a_name_of_their_own_are_what_they_say(tmp_path):
     common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     sign = SGOPDConfig(**common, **arms.FAMILY["sign"].settings)
     lite = SGOPDConfig(**common, preset="sg-opd-lite", teacher_phase_steps=0)
-    apart = {name for name in vars(sign) if getattr(sign, name) != getattr(lite, name)}
-    assert apart <= {"preset", "logging_dir"}
+    apart = {field.name for field in fields(sign) if getattr(sign, field.name) != getattr(lite, field.name)}
+    assert apart == {"preset"}
     assert lite.gate_signal == "verdict"
     assert lite.reference_policy == "current"
 
@@ -154,7 +155,7 @@ def test_conflicts_by_hand():
 
 def test_scored_rollouts_are_the_models_own():
     """A model that is its own teacher has no preference, so no conflict; its rollouts are graded as in training."""
-    world = next(world for world in small(ROOT) if world.name == "equations")
+    world = next(world for world in worlds.small(ROOT) if world.name == "equations")
     found = conflicts.scored(world, world.teacher, questions=2)
     assert len(found) == 2 * conflicts.GROUP
     assert {rollout.question for rollout in found} == {0, 1}
@@ -191,3 +192,72 @@ def test_baselines_have_the_same_estimator():
         "opd-sampled": "opd",
         "r2-opd": "opd",
     }
+
+
+def recorded(folder, right):
+    """Records of a whole quick study below a folder: `right(name)` samples of eight are right in each question."""
+    runs = family.Family(folder, "small", family.SIZES["quick"])
+    for name, files, _, given in runs.jobs():
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        run = asdict(given[0]) if "lr=" in name else {}
+        history = [{"step": 5, "verdict/correct": 0.5, "entropy": 0.1, "gate/uniform_groups": 0.25}]
+        history[0] |= {"completions/mean_length": 30.0, "completions/clipped_ratio": 0.0}
+        record = {"run": run, "cpu_seconds": 90.0, "history": history}
+        (files[0].parent / "train.json").write_text(json.dumps(record))
+        for file in ("test.json", "validation.json"):
+            result([[i < right(name) for i in range(8)]] * 9).to_json(files[0].parent / file)
+        one = conflicts.Scored(0, True, np.array([0.5, -0.5]), np.array([1, -1]))
+        (files[0].parent / "conflicts.json").write_text(json.dumps(conflicts.shares([one])))
+    return runs
+
+
+def test_the_tables_of_known_records(tmp_path):
+    """The student had 2 of 8 right, SG-OPD 6, GRPO 1, OPD 5 (with the other rate 3), all others 4."""
+
+    def right(name):
+        known = {"student": 2, "sg-opd": 6, "grpo": 1, "opd": 5 if "lr=0.0002" in name else 3}
+        return known.get(name.split("/")[1].split(",")[0], 4)
+
+    made = family_report.tables(family_report.Content(recorded(tmp_path, right)).content())
+
+    def row(table, *start):
+        lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in made[table].splitlines()]
+        (found,) = (cells[len(start) :] for cells in lines if tuple(cells[: len(start)]) == start)
+        return found
+
+    everywhere = "{0:+.1f} [{0:+.1f}, {0:+.1f}]".format
+    exact = "75.0 [75.0, 75.0]", "100.0 [100.0, 100.0]"
+    assert row("family, equations", "SG-OPD", "full") == [*exact, everywhere(12.5), everywhere(0), "1", "1.5"]
+    assert row("family, arithmetic", "GRPO, verifier alone", "sampled")[2] == everywhere(-37.5)  # OPD, sampled has 4
+    assert row("family, arithmetic", "OPD", "full")[2:4] == ["", ""]
+    assert row("family, learning rate", "equations") == ["62.5", "37.5"]
+    assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[4:] == ["0.25", "", "", "0", "1"]
+    assert row("family, signal", "equations", "sign gate", "group sign")[2] == everywhere(-12.5)
+    assert row("family, factors, equations", "1.8", "group sign")[2:] == ["0.1", "30", "0", "no"]
+    conflict = row("family, conflicts by size, equations", "after OPD", "0.1 to 1")
+    assert conflict == ["100 %", "100 %", "50 %", "50 %", "50 %", "", "0 %"]
+    assert "family, habit, equations" in made
+    assert "family, habit, arithmetic" not in made
+
+
+def test_a_run_below_the_student_before_has_collapsed(tmp_path):
+    content = family_report.Content(recorded(tmp_path, lambda name: 4 if "/student" in name else 3)).content()
+    assert {entry["collapsed"] for entry in content[family.FACTOR]} == {1}
+    assert all(line.endswith("| yes |") for line in family_report.factors_table(content, "equations").splitlines()[2:])
+
+
+def test_a_run_is_trained_and_evaluated_in_one_go(tmp_path):
+    """And not again; without its weights, as after `unpack`, what is missing is made anew."""
+    worlds.tiny(tmp_path)[1].make_models()
+    run = Run("equations", "opd-grpo", family.GROUP, 5e-4, 0, 1)
+    given = run, ("validation.json", "test.json"), "tiny", PLANS["tiny"], tmp_path
+    line = family.finish(*given)
+    folder = tmp_path / run.name
+    assert line.count("avg@8") == 2
+    record = json.loads((folder / "train.json").read_text())
+    assert record["run"]["changes"] == {"num_generations": 8}
+    assert "avg@8" not in family.finish(*given)
+    (folder / "model.safetensors").unlink()
+    (folder / "test.json").unlink()
+    assert family.finish(*given).count("avg@8") == 1
+    assert json.loads((folder / "train.json").read_text())["seconds"] != record["seconds"]
