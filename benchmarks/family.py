@@ -146,7 +146,7 @@ class Family:
         for part in parts(self.plan):
             for seed in range(max(cell.seeds for cell in part.cells)):
                 for run in (self.run(part, cell, seed) for cell in part.cells if seed < cell.seeds):
-                    seen = (run.arm, seed, part.name) == ("opd", 0, FIRST)
+                    seen = (part.name, part.chosen, seed) == (RATE, True, 0)
                     files = (*part.files, "conflicts.json") if seen else part.files
                     paths = tuple(self.output / run.name / file for file in ("train.json", *files))
                     yield run.name, paths, finish, (run, files, *given)
