@@ -98,7 +98,7 @@ def parts(plan: Plan) -> list[Part]:
         Part(OTHER, cells(OTHERS, plan.other_seeds)),
         Part(FACTOR, turns["arithmetic"], steps=LONG),
         Part(SIGNAL, tuple(Cell(w, "sign", plan.other_seeds, signal) for signal in signals for w in BOTH)),
-        Part(RETRY, cells(("sg-opd", "r2-opd"), plan.choosing_seeds), chosen=False),
+        Part(RETRY, cells(("opd", "sg-opd", "r2-opd"), plan.choosing_seeds), chosen=False),
     ]
 
 

@@ -62,11 +62,12 @@ class Content:
     def __init__(self, family: Family) -> None:
         self.family, self.parts = family, parts(family.plan)
         self.habits = {name: habitual(world) for name, world in family.worlds.items()}
-        found = {}
-        for part in self.parts:
-            if part.name in (FIRST, OTHER):
-                found.update({(cell.arm, cell.world): family.results(part, cell) for cell in part.cells})
-        self.opd = found
+        self.opd = {
+            (cell.arm, cell.world, part.chosen): family.results(part, cell)
+            for part in self.parts
+            if part.name in (FIRST, OTHER, RETRY)
+            for cell in part.cells
+        }
 
     def entry(self, part: Part, cell: Cell, against: Sequence[EvaluationResult] | None = None) -> dict[str, Any] | None:
         """One cell's figures and what its training logged, with differences to a baseline; `None` without runs."""
@@ -127,7 +128,7 @@ class Content:
         made: dict[str, list[dict]] = {name: [] for name in (FIRST, OTHER, FACTOR, SIGNAL, RETRY)}
         for part in self.parts:
             for cell in part.cells if part.name in made else ():
-                opd = self.opd[baseline(cell.arm), cell.world]
+                opd = self.opd[baseline(cell.arm), cell.world, part.chosen]
                 entry = self.entry(part, cell, None if part.name == FACTOR or cell.arm == "opd" else opd)
                 made[part.name] += [entry] if entry else []
         return {
@@ -211,7 +212,7 @@ def settings_table(content: dict[str, Any], name: str) -> str:
         signal = f"{entry['changes'].get('gate_signal', 'verdict')} sign"
         settings = signal if name == SIGNAL else f"rate {entry['learning_rate']:g}"
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
-        own += [with_span(entry["minus_opd"][f], "+") for f in (AVERAGE, PASS)]
+        own += [with_span(entry["minus_opd"][f], "+") if "minus_opd" in entry else "" for f in (AVERAGE, PASS)]
         seen = [number(entry["signs"].get(f"gate/{name}")) for name in ("uniform_groups", "consensus", "conflict")]
         counts = [str(entry["collapsed"]), str(entry["seeds"])]
         rows.append([entry["world"], entry["title"], settings, *own, *seen, *counts])

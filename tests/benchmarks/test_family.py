@@ -38,8 +38,8 @@ def test_the_plan_has_the_arms_and_seeds_that_were_asked_for():
     used = {cell.arm for part in family.parts(SMALL) for cell in part.cells}
     assert used == set(arms.FAMILY)
     runs = [name for name in names() if "lr=" in name]
-    # OPD's choosing seeds at the chosen rate are the main arm's first two
-    assert len(set(runs)) == len(runs) - 4
+    # OPD's choosing seeds are the main arm's first two, and the other rate's
+    assert len(set(runs)) == len(runs) - 8
     assert all("num_generations=8" in run for run in runs)
 
 
@@ -232,6 +232,7 @@ def test_the_tables_of_known_records(tmp_path):
     assert row("family, arithmetic", "OPD", "full")[2:4] == ["", ""]
     assert row("family, learning rate", "equations") == ["62.5", "37.5"]
     assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[4:] == ["0.25", "", "", "0", "1"]
+    assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[2] == everywhere(37.5)  # OPD has 3 there
     assert row("family, signal", "equations", "sign gate", "group sign")[2] == everywhere(-12.5)
     assert row("family, factors, equations", "1.8", "group sign")[2:] == ["0.1", "30", "0", "no"]
     conflict = row("family, conflicts by size, equations", "after OPD", "0.1 to 1")
