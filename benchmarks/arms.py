@@ -22,7 +22,8 @@ from worlds import World
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer, TeacherPhaseSampler
 from sg_opd.evaluation.evaluator import evaluate_model
 from sg_opd.method.divergence import head_of, last_hidden_state, sequence
-from sg_opd.method.gate import CONFLICT, CONSENSUS, verdict_sign
+from sg_opd.method.gate import verdict_sign
+from sg_opd.method.rules import CONFLICT, CONSENSUS
 
 ROLLOUTS = 128  # completions a step, in every arm
 GENERATIONS = 4  # of a prompt; GRPO's groups are twice as large

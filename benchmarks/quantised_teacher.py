@@ -38,7 +38,7 @@ from sg_opd.data import load_data
 from sg_opd.evaluation.evaluator import tokenize_prompts
 from sg_opd.evaluation.figures import CONFIDENCE
 from sg_opd.evaluation.results import as_table, installed, provenance, write_json
-from sg_opd.method.gate import GateSettings, decide
+from sg_opd.method.gate import GateSettings, decide, verdict_sign
 from sg_opd.teachers.protocol import padded
 from sg_opd.teachers.sampling import sample_completions
 
@@ -138,7 +138,8 @@ def compared(
     """
     mask = pad_sequence([torch.ones(len(row)) for row in student], batch_first=True).bool()
     own, one, other = (pad_sequence(rows, batch_first=True) for rows in (student, teacher, against))
-    cases = [decide(own, it, labels, mask, GateSettings(1.0, 1.0)).case for it in (one, other)]
+    signs = verdict_sign(labels)
+    cases = [decide(own, it, signs, mask, GateSettings(1.0, 1.0)).case for it in (one, other)]
     changed, delta, apart = (cases[0] != cases[1]) & mask, (other - own).abs() * mask, (one - other).abs()[mask]
     share, interval = ratio(changed.sum(1), mask.sum(1), seed)
     weighted, weighted_interval = ratio((changed * delta).sum(1), delta.sum(1), seed)

@@ -151,7 +151,7 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
     from trl import ModelConfig
 
     from sg_opd import SGOPDConfig
-    from sg_opd.config import PRESETS
+    from sg_opd.presets import PRESETS
 
     given = {field.name: field.default for cls in (SGOPDConfig, ModelConfig) for field in fields(cls)}
     given |= yaml.safe_load(recipe.read_text())

@@ -2,35 +2,73 @@
 
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
-from trl import TrlParser
+from trl import GRPOConfig, TrlParser
 
 from sg_opd import SGOPDConfig
-from sg_opd.config import PRESETS, UNUSED_BY_FULL, own_fields
+from sg_opd.config import UNUSED_BY_FULL, own_fields
+from sg_opd.presets import PRESETS
 
 
 def make(**kwargs):
     return SGOPDConfig(**{"output_dir": "out", "bf16": False, "use_cpu": True, "report_to": "none", **kwargs})
 
 
-# the table of the method's page: extrapolation, interpolation, reference, phase
+# the table of the method's page: rule, signal, extrapolation, interpolation, neutral, reference
 TABLE = {
-    "opd": (1.0, 1.0, "current", 0),
-    "exopd": (1.25, 1.25, "initial", 0),
-    "opdvr": (1.0, 0.0, "current", 0),
-    "sg-opd": (1.8, 1.0, "current", 0.1),
+    "opd": ("sign", "verdict", 1.0, 1.0, 1.0, "current"),
+    "exopd": ("sign", "verdict", 1.25, 1.25, 1.0, "initial"),
+    "opdvr": ("sign", "verdict", 1.0, 0.0, 1.0, "current"),
+    "grpd": ("sign", "group", 1.0, 0.0, 0.0, "current"),
+    "r2-opd": ("sigmoid", "verdict", 1.0, 1.0, 1.0, "current"),
+    "rg-opd": ("row", "verdict", 1.0, 1.0, 1.0, "current"),
+    "power-opd": ("sign", "verdict", 1.0, 1.0, 1.0, "current"),
+    "opd-grpo": ("sign", "verdict", 1.0, 1.0, 1.0, "current"),
+    "sg-opd": ("sign", "group", 1.8, 1.0, 1.0, "initial"),
+    "sg-opd-lite": ("sign", "verdict", 1.8, 1.0, 1.0, "current"),
+}
+FURTHER = {  # what else a preset has of its own
+    "r2-opd": {"truncated_verdict": "abstain", "gate_beta": 1e-3},
+    "rg-opd": {"gate_row_threshold": 0.0},
+    "power-opd": {"log_ratio_form": "power", "log_ratio_power": 0.5},
+    "opd-grpo": {"advantage_weight": 0.1},
+    "sg-opd": {"teacher_phase_steps": 2 / 3, "teacher_phase_schedule": "three-phase", "teacher_rollout_loss": "nll"},
+    "sg-opd-lite": {"teacher_phase_steps": 0.1},
+}
+PLAIN = {
+    **{"teacher_phase_steps": 0, "teacher_phase_schedule": "linear", "teacher_rollout_loss": "gated"},
+    **{"truncated_verdict": "judge", "advantage_weight": 0.0, "log_ratio_form": "log"},
+    **{"teacher_phase_fraction": 0.25, "teacher_phase_hold": 0.5, "teacher_rollout_weight": 1.0},
 }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_the_published_table(preset):
     args = make(preset=preset)
-    values = (args.gate_extrapolation, args.gate_interpolation, args.reference_policy, args.teacher_phase_steps)
-    assert values == TABLE[preset]
-    assert args.teacher_phase_fraction == 0.25
-    assert args.teacher_phase_schedule == "linear"
+    factors = args.gate_extrapolation, args.gate_interpolation, args.gate_neutral
+    assert (args.gate_rule, args.gate_signal, *factors, args.reference_policy) == TABLE[preset]
+    expected = PLAIN | FURTHER.get(preset, {})
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_trls_defaults_are_trls():
+    """But for one field, whose help says so; a mixin could put those of TrainingArguments in their place."""
+    ours, theirs = make(), GRPOConfig("out", bf16=False, use_cpu=True, report_to="none")
+    differing = [f.name for f in fields(theirs) if getattr(ours, f.name) != getattr(theirs, f.name)]
+    assert differing == ["enable_jit_checkpoint"]
+
+
+def test_the_phase_of_sg_opd_has_thirds():
+    """Of 60 steps 20 are held at a quarter, 20 decay by a cosine, 20 have none; halfway down it is an eighth."""
+    phase = make().teacher_phase_sampler(max_steps=60)
+    assert [phase.fraction_at(step) for step in (0, 19, 20, 40, 59)] == [0.25, 0.25, 0.25, 0.0, 0.0]
+    assert phase.fraction_at(30) == pytest.approx(0.125)
+    assert make(teacher_phase_steps=40, teacher_phase_hold=0.25).teacher_phase_sampler(60).fraction_at(10) == 0.25
+    assert (
+        make(teacher_phase_steps=40, teacher_phase_hold=0.25).teacher_phase_sampler(60).fraction_at(25) < 0.125 + 1e-9
+    )
 
 
 def test_the_default_is_sg_opd_and_a_given_value_wins():
@@ -46,6 +84,25 @@ def test_phase_length(steps, length):
 
 BAD = [
     ({"preset": "sgopd"}, "preset"),
+    ({"gate_rule": "signs"}, "gate_rule"),
+    ({"gate_signal": "groups"}, "gate_signal"),
+    ({"gate_neutral": -1.0}, "gate_neutral"),
+    ({"gate_neutral": 0.0}, "gate_neutral"),  # with the initial reference
+    ({"gate_beta": math.nan}, "gate_beta"),
+    ({"gate_row_threshold": -1.0}, "gate_row_threshold"),
+    ({"gate_rule": "sigmoid", "reference_policy": "initial"}, "gate_rule"),
+    ({"gate_rule": "row", "reference_policy": "initial"}, "gate_rule"),
+    ({"advantage_weight": -0.1}, "advantage_weight"),
+    ({"advantage_weight": 0.1, "estimator": "full"}, "advantage_weight"),
+    ({"preset": "opd", "advantage_weight": 0.1, "num_generations": 1}, "advantage_weight.*num_generations"),
+    ({"num_generations": 1}, "gate_signal.*num_generations.*sg-opd-lite"),
+    ({"log_ratio_form": "root"}, "log_ratio_form"),
+    ({"log_ratio_form": "power", "estimator": "full"}, "log_ratio_form"),
+    ({"log_ratio_form": "power", "log_ratio_clip": 1.0}, "log_ratio_clip"),
+    ({"log_ratio_power": 0.0}, "log_ratio_power"),
+    ({"log_ratio_power": 1.1}, "log_ratio_power"),
+    ({"teacher_phase_hold": 1.0}, "teacher_phase_hold"),
+    ({"teacher_rollout_weight": -1.0}, "teacher_rollout_weight"),
     ({"gate_extrapolation": -1.0}, "gate_extrapolation"),
     ({"gate_interpolation": math.inf}, "gate_interpolation"),
     ({"gate_interpolation": 0.0, "reference_policy": "initial"}, "gate_interpolation"),
@@ -95,9 +152,9 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("name", UNUSED_BY_FULL)
 def test_the_full_estimator_refuses_what_it_cannot_honour(name):
-    make(**{name: OTHER_VALUES[name]})
+    make(preset="opd", **{name: OTHER_VALUES[name]})
     with pytest.raises(ValueError, match=f"`{name}="):
-        make(estimator="full", **{name: OTHER_VALUES[name]})
+        make(preset="opd", estimator="full", **{name: OTHER_VALUES[name]})
 
 
 def test_idle_values_are_the_parents_defaults():
@@ -106,7 +163,7 @@ def test_idle_values_are_the_parents_defaults():
 
 
 def test_one_generation_is_allowed_and_plain_afterwards():
-    args = make(num_generations=1, per_device_train_batch_size=3)
+    args = make(preset="sg-opd-lite", num_generations=1, per_device_train_batch_size=3)
     assert args.num_generations == 1
     assert type(args.num_generations) is int
     assert args.to_json_string()

@@ -21,7 +21,7 @@ from trainers import (
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sg_opd import SGOPDTrainer, SignGatedLoss
-from sg_opd.method.gate import GateDecision, GateSettings, decide
+from sg_opd.method.gate import GateDecision, GateSettings, decide, verdict_sign
 from sg_opd.method.loss import gated_divergence
 from sg_opd.training.metrics import METRICS
 from sg_opd.training.rollouts import Rollouts
@@ -86,8 +86,8 @@ def test_two_iterations_keep_the_first_decision(estimator, make_model, tokenizer
         if step == 0:
             old = logps.detach()
             teacher_logps = teacher_logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            labels = batch["verifier_labels"]
-            decision = decide(old, teacher_logps, labels, mask, GateSettings(1.8, 1.0))
+            signs = verdict_sign(batch["verifier_labels"])
+            decision = decide(old, teacher_logps, signs, mask, GateSettings(1.8, 1.0))
         if estimator == "full":
             per_token = gated_divergence(logits, teacher_logits, decision.factor)
         else:
@@ -211,9 +211,11 @@ def test_a_peft_model_keeps_a_frozen_copy_of_its_adapter(make_model, tokenizer, 
     assert any(not now[name].equal(value) for name, value in initial.items())
 
 
-@pytest.mark.parametrize(
-    ("preset", "factors"), [("opd", {1.0}), ("exopd", {1.25}), ("opdvr", {0.0, 1.0}), ("sg-opd", {1.0, 1.8})]
-)
+FACTORS = {"opd": {1.0}, "exopd": {1.25}, "opdvr": {0.0, 1.0}, "grpd": {0.0, 1.0}, "rg-opd": {0.0, 1.0}}
+FACTORS |= {"power-opd": {1.0}, "opd-grpo": {1.0}, "sg-opd": {1.0, 1.8}, "sg-opd-lite": {1.0, 1.8}}
+
+
+@pytest.mark.parametrize(("preset", "factors"), FACTORS.items())
 def test_presets(preset, factors, make_model, tokenizer, dataset, tmp_path):
     args = make_config(tmp_path, preset=preset, teacher_phase_steps=None, max_steps=2)
     trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
@@ -221,8 +223,8 @@ def test_presets(preset, factors, make_model, tokenizer, dataset, tmp_path):
     seen = {round(v, 4) for inputs in trainer._buffered_inputs for v in inputs["decision"]["factor"].unique().tolist()}
     assert seen <= factors
     assert len(seen) == len(factors)
-    assert hasattr(trainer, "initial_policy") == (preset == "exopd")
-    assert trainer.teacher_phase.steps == (1 if preset == "sg-opd" else 0)
+    assert hasattr(trainer, "initial_policy") == (preset in ("exopd", "sg-opd"))
+    assert trainer.teacher_phase.steps == {"sg-opd": 2, "sg-opd-lite": 1}.get(preset, 0)
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full"])

@@ -1,8 +1,7 @@
-"""`SGOPDConfig`: TRL's `GRPOConfig` with the fields of SG-OPD, and the presets as one table."""
+"""`SGOPDConfig`: TRL's `GRPOConfig` with the fields of SG-OPD, which presets fill."""
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,26 +9,13 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 from trl import GRPOConfig
 
+from .confidential import Confidential
 from .method.gate import GateSettings
 from .method.teacher_phase import SCHEDULES, TeacherPhaseSampler
+from .presets import PRESETS, SOURCES
 from .teachers.http import check_url
 from .teachers.sampling import WHOLE_DISTRIBUTION
 
-# what is left out wherever a configuration is written down or shown: addresses of servers and tokens
-CONFIDENTIAL = ("teacher_server_url", "vllm_server_base_url", "hub_token", "push_to_hub_token")
-# and keys of a field that is a dict, such as `model_init_kwargs`
-CONFIDENTIAL_KEYS = ("token", "hf_token", "access_token", "use_auth_token", "api_key", "password")
-# every known variant is a row of this table; sources in the documentation's page on the method
-PRESET_FIELDS = ("gate_extrapolation", "gate_interpolation", "reference_policy", "teacher_phase_steps")
-PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(zip(PRESET_FIELDS, row, strict=True))
-    for name, row in {
-        "opd": (1.0, 1.0, "current", 0),
-        "exopd": (1.25, 1.25, "initial", 0),
-        "opdvr": (1.0, 0.0, "current", 0),
-        "sg-opd": (1.8, 1.0, "current", 0.1),
-    }.items()
-}
 CHOICES = {
     "preset": tuple(PRESETS),
     "teacher_phase_schedule": tuple(SCHEDULES),
@@ -38,6 +24,7 @@ CHOICES = {
     "non_finite_log_probs": ("stop", "skip"),
 }
 LEAST = {"teacher_candidates": 1, "log_gate_samples": 0, "teacher_server_concurrency": 1, "teacher_server_retries": 0}
+LEAST |= {"teacher_rollout_weight": 0}
 # the fields of `GateSettings` by their names here
 GATE_FIELDS = {
     "extrapolation": "gate_extrapolation",
@@ -48,6 +35,13 @@ GATE_FIELDS = {
     "temperature": "temperature",
     "rule": "gate_rule",
     "reference": "reference_policy",
+    "signal": "gate_signal",
+    "neutral": "gate_neutral",
+    "beta": "gate_beta",
+    "row_threshold": "gate_row_threshold",
+    "advantage_weight": "advantage_weight",
+    "log_ratio_form": "log_ratio_form",
+    "log_ratio_power": "log_ratio_power",
 }
 # what the full divergence replaces, with the value at which GRPO's setting does nothing
 UNUSED_BY_FULL = {
@@ -71,22 +65,31 @@ class _OneGeneration(int):
 
 
 @dataclass(repr=False)
-class SGOPDConfig(GRPOConfig):
+class SGOPDConfig(Confidential, GRPOConfig):
     """Settings of [`SGOPDTrainer`]: all of [`~trl.GRPOConfig`], and the fields below.
 
-    `num_generations=1` is allowed. GRPO's reward weights and scaling have no effect: the verifier's verdict is a sign.
+    `num_generations=1` is allowed where nothing is compared within a group. The verifier's verdict is a sign: GRPO's
+    reward weights have no effect, and its scaling has one where `advantage_weight` adds GRPO's advantage.
     A field that a preset sets is `None` until the preset fills it, and a value given here wins over the preset's.
     Checkpoints, trackers and the text of a configuration hold no address of a server and no token.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
-    _public = False  # whether a pickle of it leaves secrets out; no field
 
     preset: str = HfArg(
-        default="sg-opd", help="Variant that fills the fields left at None: 'opd', 'exopd', 'opdvr' or 'sg-opd'."
+        default="sg-opd",
+        help="Variant that fills the fields left at None. "
+        + "; ".join(f"'{n}': {text}" for n, text in SOURCES.items()),
     )
-    gate_rule: str = HfArg(
-        default="sign", help="How the gate turns teacher preference and verdict into a factor: 'sign' (SG-OPD's)."
+    gate_rule: str | None = HfArg(
+        default=None,
+        help="How the gate turns teacher preference and outcome into a factor: 'sign' (SG-OPD), 'sigmoid' (R2-OPD) or "
+        "'row' (RG-OPD).",
+    )
+    gate_signal: str | None = HfArg(
+        default=None,
+        help="What the gate's sign is of: 'verdict', or 'group' (the outcome less the mean of its prompt's group; 0 "
+        "where all of a group have one verdict), which needs num_generations >= 2.",
     )
     gate_extrapolation: float | None = HfArg(
         default=None, help="Reward-scaling factor of consensus tokens (teacher and verifier agree), finite, >= 0."
@@ -96,11 +99,29 @@ class SGOPDConfig(GRPOConfig):
         help="Reward-scaling factor of conflict tokens (they disagree), finite, >= 0; > 0 with "
         "reference_policy='initial'.",
     )
+    gate_neutral: float | None = HfArg(
+        default=None, help="Factor of neutral tokens (one of them takes no side), finite, >= 0; rules 'sign' and 'row'."
+    )
+    gate_beta: float = HfArg(default=1e-3, help="Sharpness of gate_rule='sigmoid', finite, >= 0; 0 is plain OPD.")
+    gate_row_threshold: float = HfArg(
+        default=0.0, help="Nats by which a rollout's summed delta must agree with the outcome in gate_rule='row', >= 0."
+    )
     gate_dead_zone: float = HfArg(
         default=0.0, help="Tokens whose teacher and student log-probs differ by at most this many nats are neutral."
     )
     log_ratio_clip: float | None = HfArg(
         default=None, help="Clip each log-ratio of the sampled estimator's advantage to [-c, c] nats. None: no clip."
+    )
+    log_ratio_form: str | None = HfArg(
+        default=None,
+        help="Teacher preference of the sampled estimator: 'log' (difference of log-probs) or 'power' (PowerOPD: of "
+        "probabilities to the power log_ratio_power, bounded by 1).",
+    )
+    log_ratio_power: float = HfArg(default=0.5, help="Exponent of log_ratio_form='power', in (0, 1].")
+    advantage_weight: float | None = HfArg(
+        default=None,
+        help="w >= 0 adds w times GRPO's group advantage, scaled as scale_rewards says, to the advantage of each token "
+        "of the sampled estimator.",
     )
     estimator: str = HfArg(
         default="sampled",
@@ -118,15 +139,18 @@ class SGOPDConfig(GRPOConfig):
     teacher_phase_fraction: float = HfArg(
         default=0.25, help="Share of each prompt's rollouts that are teacher slots at step 0, in [0, 1]."
     )
-    teacher_phase_schedule: str = HfArg(
-        default="linear", help="Decay of that share over the phase: 'constant', 'linear' or 'cosine'."
+    teacher_phase_schedule: str | None = HfArg(
+        default=None,
+        help="Decay of that share over the phase: 'constant', 'linear', 'cosine' or 'three-phase' (held, then cosine).",
     )
+    teacher_phase_hold: float = HfArg(default=0.5, help="Share of the phase that 'three-phase' holds, in [0, 1).")
     teacher_candidates: int = HfArg(
         default=1, help="Completions the teacher proposes for each slot, >= 1; the first endorsed one is taken."
     )
-    teacher_rollout_loss: str = HfArg(
-        default="gated", help="Loss on teacher rollouts: 'gated' (as on the student's) or 'nll' (maximum likelihood)."
+    teacher_rollout_loss: str | None = HfArg(
+        default=None, help="Loss on teacher rollouts: 'gated' (as on the student's) or 'nll' (maximum likelihood)."
     )
+    teacher_rollout_weight: float = HfArg(default=1.0, help="Scales the loss of teacher_rollout_loss='nll', >= 0.")
     teacher_model_name_or_path: str | None = HfArg(default=None, help="Teacher to load when the trainer is given none.")
     teacher_model_revision: str | None = HfArg(default=None, help="Revision (branch, tag or commit) of the teacher.")
     teacher_model_init_kwargs: dict | str | None = HfArg(
@@ -152,8 +176,8 @@ class SGOPDConfig(GRPOConfig):
         default=5,
         help="Further attempts after a failed request (connection, time-out, 429, 5xx, malformed answer), >= 0.",
     )
-    truncated_verdict: str = HfArg(
-        default="judge",
+    truncated_verdict: str | None = HfArg(
+        default=None,
         help="Verdict on a rollout that was cut at `max_completion_length`, in training: 'judge' (as on any other) or "
         "'abstain' (neutral in the gate).",
     )
@@ -188,13 +212,13 @@ class SGOPDConfig(GRPOConfig):
         self._check_parent_fields()
 
     def _fill_from_preset(self) -> None:
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise ValueError(f"`{name}` must be one of {choices}; got {getattr(self, name)!r}.")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
 
     def _check_fields(self) -> None:
         self.gate_settings()  # raises
@@ -205,6 +229,9 @@ class SGOPDConfig(GRPOConfig):
             )
         if not 0.0 <= self.teacher_phase_fraction <= 1.0:
             raise ValueError(f"`teacher_phase_fraction` must be in [0, 1], got {self.teacher_phase_fraction!r}.")
+        if not 0.0 <= self.teacher_phase_hold < 1.0:
+            raise ValueError(f"`teacher_phase_hold` must be in [0, 1), got {self.teacher_phase_hold!r}.")
+        self._check_groups()
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}.")
@@ -216,6 +243,18 @@ class SGOPDConfig(GRPOConfig):
                 f"{self.temperature!r}: log-probabilities are computed at the field's, and rollouts must be sampled at "
                 "the same one. Set the field."
             )
+
+    def _check_groups(self) -> None:
+        """Refuse a single rollout a prompt where one is compared with its group."""
+        if self.num_generations != 1:
+            return
+        for name, alone in (("gate_signal", "verdict"), ("advantage_weight", 0.0)):
+            if getattr(self, name) != alone:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` (preset {self.preset!r}) compares a rollout with the others of "
+                    f"its prompt, but `num_generations` is 1. Set num_generations >= 2, or {name}={alone!r}; "
+                    "preset='sg-opd-lite' gates by the verdict alone."
+                )
 
     def _check_server_fields(self) -> None:
         if not self.teacher_server_timeout > 0:
@@ -268,8 +307,11 @@ class SGOPDConfig(GRPOConfig):
             raise ValueError(
                 "`reward_weights` has nothing to weigh: a verdict is a sign, not a reward. Leave it at None."
             )
-        if self.teacher_rollout_loss == "nll" and self.loss_type != "dapo":
-            raise ValueError(f"`teacher_rollout_loss='nll'` needs loss_type='dapo', got {self.loss_type!r}.")
+        if self.teacher_rollout_loss == "nll" and self.teacher_phase_steps and self.loss_type != "dapo":
+            raise ValueError(
+                f"`teacher_rollout_loss='nll'` (preset {self.preset!r}) needs loss_type='dapo', got "
+                f"{self.loss_type!r}; with another one set teacher_rollout_loss='gated'."
+            )
         if self.non_finite_log_probs == "skip" and self.deepspeed_plugin is not None:
             raise ValueError(
                 "non_finite_log_probs='skip' does not run under DeepSpeed, whose engine steps by itself; use 'stop'."
@@ -289,7 +331,7 @@ class SGOPDConfig(GRPOConfig):
     def teacher_phase_sampler(self, max_steps: int) -> TeacherPhaseSampler:
         """The sampler these settings describe, for a run of `max_steps` optimizer steps."""
         decay = self.teacher_phase_fraction, self.teacher_phase_length(max_steps), self.teacher_phase_schedule
-        return TeacherPhaseSampler(*decay, self.teacher_candidates, seed=self.seed)
+        return TeacherPhaseSampler(*decay, self.teacher_candidates, seed=self.seed, hold=self.teacher_phase_hold)
 
     def card_section(self, teacher: str) -> str:
         """The section of a model card that names the teacher and the method's settings, as Markdown."""
@@ -297,41 +339,8 @@ class SGOPDConfig(GRPOConfig):
         rows = "\n".join(f"| `{name}` | `{getattr(self, name)}` |" for name in own)
         return f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields; `<NAME>` stands for a secret."""
-        return _masked(super().to_dict(), CONFIDENTIAL)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
-        return f"{type(self).__name__}({shown})"
-
-    __str__ = __repr__
-
-    def without_secrets(self) -> SGOPDConfig:
-        """A copy to be written down: the same in use, but pickled it has `None` or `<NAME>` for a secret."""
-        public = copy.copy(self)
-        public._public = True
-        return public
-
-    def __getstate__(self) -> dict[str, Any]:
-        values = {name: value for name, value in self.__dict__.items() if name != "_public"}
-        if not self._public:
-            return values
-        return _masked(values, ()) | dict.fromkeys(values.keys() & set(CONFIDENTIAL))
-
 
 def own_fields(args: SGOPDConfig) -> list[str]:
     """The fields that are not TRL's: those above, and those of a user's subclass."""
     parents = {known.name for known in fields(GRPOConfig)}
     return [known.name for known in fields(args) if known.init and known.name not in parents]
-
-
-def _masked(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """With `<NAME>` for what is set of these names, and of `CONFIDENTIAL_KEYS` in dicts within."""
-
-    def shown(name: str, value: Any) -> Any:
-        if name in names and value is not None:
-            return f"<{name.upper()}>"
-        return _masked(value, CONFIDENTIAL_KEYS) if isinstance(value, dict) else value
-
-    return {name: shown(name, value) for name, value in values.items()}

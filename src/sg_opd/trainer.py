@@ -191,7 +191,9 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         own = self._rollouts.tensors(self.accelerator.device)
         labels, from_teacher = gather(own["verifier_labels"]), gather(own["from_teacher"])
         if self.model.training:
-            self._meter.add(rollout_totals(*own.values()))
+            signal = self.num_generations, self.args.gate_signal == "group", self.accelerator.process_index
+            self._rollouts.compare(labels, from_teacher, *signal)
+            self._meter.add(rollout_totals(**self._rollouts.tensors(self.accelerator.device)))
         else:
             for name, value in verdict_metrics(labels).items():
                 self._metrics["eval"][name].append(value)
@@ -214,7 +216,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
             return output
         device = self.accelerator.device
         output |= self._rollouts.tensors(device) | {"row": torch.arange(len(inputs), device=device)}
-        output["gold"] = self._rollouts.reference_answers()
+        output |= {"group_advantages": output["advantages"], "gold": self._rollouts.reference_answers()}
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
             if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
@@ -264,8 +266,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
 
     def _set_advantages(self, logps: Tensor, inputs: dict[str, Any]) -> None:
         """Set the advantages of the sampled estimator, and the loss of rows trained by maximum likelihood."""
-        old_logps = inputs.get("old_per_token_logps")
-        old_logps = logps.detach() if old_logps is None else old_logps
+        old_logps = inputs.get("old_per_token_logps", logps.detach())
         given = {"teacher": inputs["teacher_per_token_logps"], "initial": inputs.get("initial_per_token_logps")}
         decision = self._decide(inputs, student=old_logps, updated=logps.detach(), **given)
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
@@ -274,14 +275,16 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         inputs["advantages"] = decision.advantage.masked_fill(by_likelihood, 0.0)
         per_token = policy_gradient(logps.detach(), inputs["advantages"], old_logps)
         if self.args.teacher_rollout_loss == "nll":
-            inputs["nll"] = torch.where(mask & by_likelihood, -logps, 0.0).sum() / self._divisor(inputs)
-            per_token = torch.where(by_likelihood, -logps.detach(), per_token)
+            nll = -self.args.teacher_rollout_weight * logps
+            inputs["nll"] = torch.where(mask & by_likelihood, nll, 0.0).sum() / self._divisor(inputs)
+            per_token = torch.where(by_likelihood, nll.detach(), per_token)
         self._measure(inputs, decision, per_token)
 
     def _full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The full estimator: backbone, heads and divergence of the student within its wrapper's forward."""
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
-        taught = mask & by_likelihood if self.args.teacher_rollout_loss == "nll" else None
+        by_nll = mask & by_likelihood if self.args.teacher_rollout_loss == "nll" else None
+        taught = by_nll, self.args.teacher_rollout_weight
         tokens = *sequence(inputs), mask.size(1)
 
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -291,7 +294,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
             own = last_hidden_state(student, *tokens)
             heads = head_of(student), head_of(self.teacher.unwrapped)  # no arguments: DeepSpeed copies those
             of_batch = inputs["completion_ids"], mask & ~by_likelihood, self.temperature
-            return full_per_token(own, heads[0], teacher, heads[1], *of_batch, decide, reference, taught)
+            return full_per_token(own, heads[0], teacher, heads[1], *of_batch, decide, reference, *taught)
 
         with self.accelerator.autocast():
             reference = None
@@ -312,11 +315,12 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
 
     def _decide(self, inputs: dict[str, Any], **logps: Tensor | None) -> GateDecision:
         """The gate's decision on a micro-batch, made once and kept while its rollouts are trained on."""
-        labels, mask = inputs["verifier_labels"], self._loss_mask(inputs)
+        mask = self._loss_mask(inputs)
         logps = self.finite.checked(inputs, mask, **logps)  # in each pass: the student may have gone bad meanwhile
         if "decision" in inputs:
             return GateDecision(**inputs["decision"])
-        decision = self.sign_gated_loss.decide(logps["student"], logps["teacher"], labels, mask, logps.get("initial"))
+        given = logps["teacher"], inputs["gate_signs"], mask, logps.get("initial"), inputs["group_advantages"]
+        decision = self.sign_gated_loss.decide(logps["student"], *given)
         inputs["decision"] = decision._asdict()
         if self.args.log_gate_samples and not self.finite.found:
             inputs |= {"gate_logps": logps, "gated": mask & ~self._by_likelihood(inputs)}

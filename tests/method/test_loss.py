@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sg_opd import SignGatedLoss
-from sg_opd.method.gate import GATE_RULES, GateSettings, cases, decide, verdict_sign
+from sg_opd.method.gate import GateSettings, decide, verdict_sign
 from sg_opd.method.loss import gated_divergence, policy_gradient
+from sg_opd.method.rules import GATE_RULES, cases
 
 NAN = math.nan
 
@@ -235,9 +236,8 @@ def test_abstention_is_plain_distillation():
 def test_equal_factors_are_no_gate():
     """Not even on neutral tokens: every factor is that value."""
     _, _, _, _, labels, _ = make_batch(4)
-    decision = decide(
-        torch.zeros(3, 2), torch.tensor([[0.0, 1.0]] * 3), labels, torch.ones(3, 2), GateSettings(1.25, 1.25)
-    )
+    signs, teacher = verdict_sign(labels), torch.tensor([[0.0, 1.0]] * 3)
+    decision = decide(torch.zeros(3, 2), teacher, signs, torch.ones(3, 2), GateSettings(1.25, 1.25))
     assert (decision.factor == 1.25).all()
 
 
@@ -401,12 +401,12 @@ def test_a_further_rule_touches_one_place(monkeypatch, tmp_path):
     monkeypatch.setitem(GATE_RULES, "row-mean", row_mean)
     teacher, mask = torch.tensor([[1.0, 3.0, 5.0], [-1.0, 7.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
     loss_fn = SignGatedLoss(rule="row-mean")
-    decision = loss_fn.decide(torch.zeros(2, 3), teacher, torch.tensor([1.0, 0.0]), mask)
+    decision = loss_fn.decide(torch.zeros(2, 3), teacher, torch.tensor([1.0, -1.0]), mask)
     assert decision.advantage.tolist() == [[2.0, 6.0, 10.0], [1.0, -7.0, -9.0]]
     assert decision.case.tolist() == [[1, 1, 1], [1, -1, -1]]
     from sg_opd import SGOPDConfig
 
-    args = SGOPDConfig(str(tmp_path), gate_rule="row-mean", bf16=False, use_cpu=True)
+    args = SGOPDConfig(str(tmp_path), preset="opd", gate_rule="row-mean", bf16=False, use_cpu=True)
     assert args.gate_settings().rule == "row-mean"
-    with pytest.raises(ValueError, match="`gate_rule` must be 'sign' or 'row-mean', got 'col'"):
+    with pytest.raises(ValueError, match="`gate_rule` must be 'sign' or 'sigmoid' or 'row' or 'row-mean', got 'col'"):
         SGOPDConfig(str(tmp_path), gate_rule="col", bf16=False, use_cpu=True)

@@ -14,7 +14,7 @@ from trl import GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 
 import sg_opd
 from sg_opd import SGOPDConfig, SGOPDTrainer
-from sg_opd.config import PRESETS
+from sg_opd.presets import PRESETS, SOURCES
 from sg_opd.training.metrics import METRICS
 
 SOURCE = ROOT / "src" / "sg_opd"
@@ -25,8 +25,10 @@ ARROWS = {
     "checkpoints": set(),
     "teachers": {"method"},
     "data": set(),
+    "presets": set(),
+    "confidential": set(),
     "evaluation": {"data", "teachers", "verifiers"},
-    "config": {"method", "teachers"},
+    "config": {"confidential", "method", "presets", "teachers"},
     "training": {"checkpoints", "config", "data", "method", "teachers", "verifiers"},
     "views": {"checkpoints", "evaluation", "method", "training", "verifiers"},
     "trainer": {"checkpoints", "config", "data", "method", "teachers", "training", "verifiers", "views"},
@@ -260,10 +262,17 @@ def test_documented_metrics_are_the_codes():
 
 
 def test_documented_presets_are_the_codes():
-    rows = re.findall(r"^\| `([a-z-]+)` \| ([\d.]+) \| ([\d.]+) \| (\w+) \| (.*?) \|", README, re.M)
-    assert {name: (float(e), float(i), r) for name, e, i, r, _ in rows} == {
-        name: (p["gate_extrapolation"], p["gate_interpolation"], p["reference_policy"]) for name, p in PRESETS.items()
-    }
+    def factor(rule: str, p: dict) -> str:
+        return f"{p['gate_extrapolation']:g} / {p['gate_interpolation']:g}" if rule == "sign" else rule
+
+    def row(p: dict) -> tuple[str, str, str]:
+        return factor(p["gate_rule"], p), p["gate_signal"], p["reference_policy"]
+
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| ([\w. /]+) \| (verdict|group) \| (\w+) \|", README, re.M)
+    assert {name: tuple(values) for name, *values in rows} == {name: row(p) for name, p in PRESETS.items()}
+    method = (ROOT / "docs" / "method.md").read_text()
+    told = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|$", method, re.M))
+    assert told == SOURCES
 
 
 def test_documented_fields_are_the_codes():

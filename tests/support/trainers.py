@@ -40,6 +40,7 @@ def make_config(tmp_path, **overrides):
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "temperature": 0.8,
+        "preset": "sg-opd-lite",
         "teacher_phase_steps": 0,
         "bf16": False,
         "use_cpu": True,

@@ -216,7 +216,7 @@ def test_a_teacher_that_is_no_causal_model(build, tokenizer):
 
 def test_a_dataset_smaller_than_one_generation(build, dataset):
     with pytest.raises(ValueError, match="one generation takes 8 prompts"):
-        build(config={"num_generations": 1}, train_dataset=dataset.select(range(7)))
+        build(config={"num_generations": 1, "preset": "opd"}, train_dataset=dataset.select(range(7)))
 
 
 @pytest.mark.parametrize("main", [True, False])

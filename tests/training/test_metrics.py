@@ -92,7 +92,7 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
     deltas = sorted(decision.delta[place].item() for place in places)
     assert metrics["delta/p50"] == pytest.approx(torch.tensor(deltas).quantile(0.5).item())
     assert metrics["verdict/correct"] == pytest.approx(2 / 5)
-    assert set(metrics) == set(METRICS)
+    assert set(metrics) == set(METRICS) - {"gate/uniform_groups"}  # which needs groups
     assert meter.compute(Accelerator(cpu=True)) == {}
 
 

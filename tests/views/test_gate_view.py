@@ -206,7 +206,7 @@ def test_the_terminal_shows_cases_with_and_without_colours():
         == "step 3 · student's rollout · correct · reference answer 4 · 3 tokens, mean factor 1.27"
     )
     assert "one⟦ two⟧↵" in plain
-    assert " 33.3% consensus  the teacher moves the token the way the verdict wants" in plain
+    assert " 33.3% consensus  the teacher moves the token the way the outcome wants" in plain
 
 
 def test_it_is_read_back_as_it_was(tmp_path):

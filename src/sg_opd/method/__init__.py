@@ -1,5 +1,5 @@
 """What the papers say, in torch alone: the gate and its settings, the loss on logits, the divergence on hidden states,
-and the teacher phase. It imports no other room. A new gate rule is one function in `gate.py`, in the table
+and the teacher phase. It imports no other room. A new gate rule is one function in `rules.py`, in the table
 `GATE_RULES`.
 """
 
@@ -8,7 +8,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "gate": ["GateDecision", "GateSettings", "GATE_RULES", "decide", "verdict_sign"],
+        "gate": ["GateDecision", "GateSettings", "decide", "group_sign", "verdict_sign"],
+        "rules": ["GATE_RULES"],
         "loss": ["LossOutput", "SignGatedLoss", "gated_divergence", "policy_gradient"],
         "teacher_phase": ["Proposal", "TeacherPhaseSampler"],
     },

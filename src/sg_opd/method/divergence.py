@@ -149,12 +149,13 @@ def full_per_token(
     decide: Callable[[Tensor, Tensor], Tensor],
     reference: tuple[Tensor, Head] | None = None,
     taught: Tensor | None = None,
+    taught_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss and student entropy of each position, both (B, T), zero where not trained.
 
-    `gated` tokens are trained by the gated divergence, `taught` ones by maximum likelihood; both masks are (B, T), all
-    states (B, T, H). `decide` takes the student's and the teacher's log-probabilities of `ids` to the gate's factors,
-    all (B, T). `reference` is states and head of the initial policy; `None` is the current one.
+    `gated` tokens are trained by the gated divergence, `taught` ones by maximum likelihood times `taught_weight`; both
+    masks are (B, T), all states (B, T, H). `decide` takes the student's and the teacher's log-probabilities of `ids` to
+    the gate's factors, all (B, T). `reference` is states and head of the initial policy; `None` is the current one.
     """
     student, teacher = unsharded(student), unsharded(teacher)
     states, targets, tokens = student_states[gated], teacher_states[gated], ids[gated]
@@ -169,7 +170,8 @@ def full_per_token(
         divergence = chunked_divergence(states, student, *tilted, tokens, temperature).divergence
     per_token = spread(divergence, gated)
     if taught is not None:
-        per_token = per_token + spread(chunked_nll(student_states[taught], student, ids[taught], temperature), taught)
+        nll = chunked_nll(student_states[taught], student, ids[taught], temperature)
+        per_token = per_token + spread(taught_weight * nll, taught)
     return per_token, spread(current.entropy, gated)
 
 

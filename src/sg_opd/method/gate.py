@@ -1,26 +1,29 @@
 """The sign-consistency gate: how far the teacher is trusted on each token, decided without gradient.
 
-The gate compares the teacher's preference for a token with the verdict on the whole completion. A rule turns both into
-a case and a factor; the factor scales the token's advantage.
+The gate compares the teacher's preference for a token with the outcome of the whole completion. A rule (`rules.py`)
+turns both into a case and a factor; the factor scales the token's advantage.
 
-Sources, as in the documentation's page on the method: [P] the SG-OPD abstract (arXiv 2606.09304), [R] its
-reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms are natural.
+Sources, as in the documentation's page on the method: [P] the SG-OPD abstract (arXiv 2606.09304), [N] notes by readers
+of its full text, [R] its reproductions, [G] G-OPD (arXiv 2602.12125), [O] our own reading. All logarithms are natural.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-CONSENSUS, NEUTRAL, CONFLICT = 1, 0, -1  # the sign of s * delta
+from .rules import CONFLICT, CONSENSUS, GATE_RULES, NEUTRAL
+
 ESTIMATORS = ("sampled", "full")
 REFERENCES = ("current", "initial")
+SIGNALS = ("verdict", "group")
+LOG_RATIO_FORMS = ("log", "power")
 QUANTILES = {"delta/p05": 0.05, "delta/p50": 0.50, "delta/p95": 0.95}
 
 
@@ -29,10 +32,10 @@ class GateSettings:
     """All that decides a token's factor, advantage and loss.
 
     Raises:
-        ValueError: a value out of its range, by name.
+        ValueError: a value out of its range, or two that do not go together, by name.
     """
 
-    extrapolation: float = 1.8  #: Factor where teacher and verdict agree, finite and >= 0 [R].
+    extrapolation: float = 1.8  #: Factor where teacher and outcome agree, finite and >= 0 [R]; rule "sign".
     interpolation: float = 1.0  #: Factor where they disagree, finite and >= 0 [R]; > 0 with the initial reference.
     estimator: str = "sampled"
     """"sampled": policy gradient on the sampled token. "full": divergence of the whole distribution."""
@@ -42,6 +45,15 @@ class GateSettings:
     temperature: float = 1.0  #: Divides all logits, > 0.
     rule: str = "sign"  #: A key of `GATE_RULES`.
     reference: str = "current"  #: Policy that the reward is measured against: "current" or "initial".
+    signal: str = "verdict"
+    """What the gate's sign is of: "verdict" [P], or "group", the outcome less the mean of its prompt's group [N]."""
+    neutral: float = 1.0  #: Factor where one of both takes no side, finite and >= 0 [O]; rules "sign" and "row".
+    beta: float = 1e-3  #: Sharpness of the rule "sigmoid", finite and >= 0; 0 is plain OPD (arXiv 2609.35517).
+    row_threshold: float = 0.0  #: Nats by which a row's delta must agree in the rule "row", >= 0 (arXiv 2607.04037).
+    advantage_weight: float = 0.0  #: w >= 0 adds w times GRPO's group advantage to `A_t`; sampled estimator.
+    log_ratio_form: str = "log"
+    """"log": differences of log-probabilities. "power": of probabilities to the power `log_ratio_power` (PowerOPD)."""
+    log_ratio_power: float = 0.5  #: PowerOPD's exponent, > 0 and at most 1 [O].
     names: InitVar[Mapping[str, str] | None] = None
     """What errors call the fields, where the caller has other names for them."""
 
@@ -49,29 +61,57 @@ class GateSettings:
         def named(field: str) -> str:
             return f"`{(names or {}).get(field, field)}`"
 
-        for field in ("extrapolation", "interpolation", "dead_zone"):
+        self._check_ranges(named)
+        self._check_pairs(named)
+
+    def _check_ranges(self, named: Callable[[str], str]) -> None:
+        numbers = ("extrapolation", "interpolation", "neutral", "dead_zone", "beta", "row_threshold")
+        for field in (*numbers, "advantage_weight"):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{named(field)} must be a number, finite and >= 0; got {value!r}.")
-        for field, allowed in (("rule", tuple(GATE_RULES)), ("estimator", ESTIMATORS), ("reference", REFERENCES)):
+        choices: dict[str, tuple[str, ...]] = {"rule": tuple(GATE_RULES), "estimator": ESTIMATORS}
+        choices |= {"reference": REFERENCES, "signal": SIGNALS, "log_ratio_form": LOG_RATIO_FORMS}
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                choices = " or ".join(map(repr, allowed))
-                raise ValueError(f"{named(field)} must be {choices}, got {getattr(self, field)!r}.")
-        clip, temperature = self.log_ratio_clip, self.temperature
+                either = " or ".join(map(repr, allowed))
+                raise ValueError(f"{named(field)} must be {either}, got {getattr(self, field)!r}.")
+        clip, power, temperature = self.log_ratio_clip, self.log_ratio_power, self.temperature
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"{named('log_ratio_clip')} must be finite and > 0, or None for no clip; got {clip!r}.")
-        if clip is not None and self.estimator == "full":
-            raise ValueError(
-                f"{named('log_ratio_clip')} belongs to estimator='sampled': the full divergence has no log-ratio of a "
-                "token to clip. Leave it at None, or choose estimator='sampled'."
-            )
+        if not 0 < power <= 1:
+            raise ValueError(f"{named('log_ratio_power')} must be in (0, 1], got {power!r}.")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"{named('temperature')} must be finite and > 0, got {temperature!r}.")
-        if self.reference == "initial" and self.interpolation == 0:
+
+    def _check_pairs(self, named: Callable[[str], str]) -> None:
+        """Refuse settings that do not go together."""
+        if self.estimator == "full":
+            of_token = {"log_ratio_clip": None, "advantage_weight": 0.0, "log_ratio_form": "log"}
+            for field, idle in of_token.items():
+                if getattr(self, field) != idle:
+                    raise ValueError(
+                        f"{named(field)}={getattr(self, field)!r} belongs to estimator='sampled': it shapes the "
+                        "advantage of a token, and the full divergence takes factors of positions only. Leave it at "
+                        f"{idle!r}, or choose estimator='sampled'."
+                    )
+        if self.log_ratio_form == "power" and self.log_ratio_clip is not None:
             raise ValueError(
-                f"{named('interpolation')} must be > 0 with the initial reference: 0 would pull conflict tokens to the "
-                "reference, not drop them. Use the current reference to drop them."
+                f"{named('log_ratio_clip')} clips log-ratios, and {named('log_ratio_form')}='power' has none: it is "
+                "bounded by 1. Leave the clip at None."
             )
+        if self.reference != "initial":
+            return
+        if self.rule in ("sigmoid", "row"):
+            raise ValueError(
+                f"{named('rule')}={self.rule!r} weighs the log-ratio to the current policy: use the current reference."
+            )
+        for field, what in (("interpolation", "conflict"), ("neutral", "neutral")):
+            if getattr(self, field) == 0:
+                raise ValueError(
+                    f"{named(field)} must be > 0 with the initial reference: 0 would pull {what} tokens to the "
+                    "reference, not drop them. Use the current reference to drop them."
+                )
 
 
 class GateDecision(NamedTuple):
@@ -84,85 +124,84 @@ class GateDecision(NamedTuple):
     clipped: Float[Tensor, "B T"]  #: 1.0 where the clip changed a log-ratio that entered the advantage, else 0.0.
 
 
-class Rule(Protocol):
-    """A pure function that gives each token its case and its factor, without gradient."""
-
-    def __call__(
-        self,
-        delta: Float[Tensor, "B T"],
-        sign: Float[Tensor, "B 1"],
-        mask: Bool[Tensor, "B T"],
-        settings: GateSettings,
-    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """Case and factor (B, T) of whole completions.
-
-        Args:
-            delta: (B, T), the teacher's preference in nats; anything where masked.
-            sign: (B, 1), of the verdict: +1, -1 or 0.
-            mask: (B, T), true where a token is trained; a row may have none.
-            settings: of the gate.
-        """
-
-
-def cases(delta: Float[Tensor, "B T"], sign: Float[Tensor, "B 1"], dead_zone: float) -> Int[Tensor, "B T"]:
-    """1 where teacher and verdict agree, -1 where they disagree, 0 where one of them takes no side."""
-    return torch.sign(sign * delta).masked_fill(delta.abs() <= dead_zone, NEUTRAL).to(torch.int8)
-
-
-def sign_rule(
-    delta: Float[Tensor, "B T"], sign: Float[Tensor, "B 1"], mask: Bool[Tensor, "B T"], settings: GateSettings
-) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """SG-OPD's gate [P]: `extrapolation` on consensus, `interpolation` on conflict, 1 where the token is neutral.
-
-    Where both factors are equal this rule has no gate, and every token gets that value.
-    """
-    case = cases(delta, sign, settings.dead_zone)
-    if settings.extrapolation == settings.interpolation:
-        return case, torch.full_like(delta, settings.extrapolation)
-    factor = torch.ones_like(delta).masked_fill(case == CONSENSUS, settings.extrapolation)
-    return case, factor.masked_fill(case == CONFLICT, settings.interpolation)
-
-
-GATE_RULES: dict[str, Rule] = {"sign": sign_rule}
-
-
 def verdict_sign(verifier_labels: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """The sign of a verdict: 1.0 (correct) -> +1, 0.0 (incorrect) -> -1, NaN (abstained) -> 0."""
+    """The sign of a verdict [P]: 1.0 (correct) -> +1, 0.0 (incorrect) -> -1, NaN (abstained) -> 0."""
     return torch.nan_to_num(2 * verifier_labels - 1, nan=0.0)
+
+
+def group_sign(
+    verifier_labels: Float[Tensor, " N"], num_generations: int, from_teacher: Bool[Tensor, " N"] | None = None
+) -> Float[Tensor, " N"]:
+    """The sign of the outcome less the mean outcome of its prompt's group [N].
+
+    It is 0 in uniform groups, where all judged rollouts have one verdict, and where the verifier abstained [O].
+
+    Args:
+        verifier_labels: (N,), 1.0 correct, 0.0 incorrect, NaN abstained; a prompt's rollouts one after another.
+        num_generations: rollouts a prompt.
+        from_teacher: (N,), teacher rollouts: part of no mean, and of their verdict's sign [O]; `None`: there is none.
+    """
+    own = verifier_labels if from_teacher is None else verifier_labels.masked_fill(from_teacher, math.nan)
+    groups = own.view(-1, num_generations)
+    sign = torch.sign(torch.nan_to_num(groups - groups.nanmean(1, keepdim=True), nan=0.0)).flatten()
+    return sign if from_teacher is None else torch.where(from_teacher, verdict_sign(verifier_labels), sign)
+
+
+def uniform_groups(
+    verifier_labels: Float[Tensor, " N"], num_generations: int, from_teacher: Bool[Tensor, " N"]
+) -> Bool[Tensor, " N"]:
+    """(N,), whether the student's judged rollouts of a row's group have one verdict; arguments as of `group_sign`."""
+    groups = verifier_labels.masked_fill(from_teacher, math.nan).view(-1, num_generations)
+    mixed = (groups == 1).any(1) & (groups == 0).any(1)
+    return ~mixed.repeat_interleave(num_generations)
 
 
 @torch.no_grad()
 def decide(
     student_logps: Float[Tensor, "B T"],
     teacher_logps: Float[Tensor, "B T"],
-    verifier_labels: Float[Tensor, " B"],
+    signs: Float[Tensor, " B"],
     mask: Shaped[Tensor, "B T"],
     settings: GateSettings,
     reference_logps: Float[Tensor, "B T"] | None = None,
+    group_advantages: Float[Tensor, " B"] | None = None,
 ) -> GateDecision:
     """The gate [P] and the advantage [G] of every sampled token.
 
-    `s * delta_t > 0` is consensus, `s * delta_t < 0` is conflict; an abstained verdict or `abs(delta_t) <= dead_zone`
-    is neutral [O]. The rule gives each case its factor `lambda_t`. The advantage is
+    `s * delta_t > 0` is consensus, `s * delta_t < 0` is conflict; sign 0 or `abs(delta_t) <= dead_zone` is neutral [O].
+    The rule gives each token its factor `lambda_t`. The advantage is
 
-        A_t = clip(delta_t) + (lambda_t - 1) * clip(log pi_T(y_t) - log pi_R(y_t))
+        A_t = clip(delta_t) + (lambda_t - 1) * clip(log pi_T(y_t) - log pi_R(y_t)) + w * group advantage
+
+    and with `log_ratio_form="power"` each difference of log-probabilities in it is one of `pi(y_t)^a`.
 
     Args:
         student_logps: log pi_S(y_t) before the first update on the rollout, (B, T).
         teacher_logps: log pi_T(y_t), (B, T).
-        verifier_labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
+        signs: (B,), +1, -1 or 0: `verdict_sign` or `group_sign`, as `settings.signal` says.
         mask: (B, T), nonzero where a token is trained; for rules that look at a whole row.
-        settings: the rule with its factors, and the clip.
+        settings: the rule with its factors, the form, the clip, and w.
         reference_logps: log pi_R(y_t), (B, T); `None` is the current policy, where A_t = lambda_t * clip(delta_t).
+        group_advantages: (B,), GRPO's; only read where w > 0.
     """
     student_logps, teacher_logps = at_least_float32(student_logps), at_least_float32(teacher_logps)
     delta = teacher_logps - student_logps
-    sign = verdict_sign(verifier_labels.to(delta)).unsqueeze(1)
-    case, factor = GATE_RULES[settings.rule](delta, sign, mask != 0, settings)
-    reward = delta if reference_logps is None else teacher_logps - at_least_float32(reference_logps)
+    case, factor = GATE_RULES[settings.rule](delta, signs.to(delta).unsqueeze(1), mask != 0, settings)
+    reference_logps = student_logps if reference_logps is None else at_least_float32(reference_logps)
+    if settings.log_ratio_form == "power":
+        student, teacher, reference = (
+            torch.exp(settings.log_ratio_power * x) for x in (student_logps, teacher_logps, reference_logps)
+        )
+        preference, reward = teacher - student, teacher - reference
+    else:
+        preference, reward = delta, teacher_logps - reference_logps
     clip = math.inf if settings.log_ratio_clip is None else settings.log_ratio_clip
-    advantage = delta.clamp(-clip, clip) + (factor - 1) * reward.clamp(-clip, clip)
-    clipped = (delta.abs() > clip) | ((reward.abs() > clip) & (factor != 1))
+    advantage = preference.clamp(-clip, clip) + (factor - 1) * reward.clamp(-clip, clip)
+    if settings.advantage_weight > 0:
+        if group_advantages is None:
+            raise ValueError("`advantage_weight` > 0 needs the `group_advantages` of the rows.")
+        advantage = advantage + settings.advantage_weight * group_advantages.to(advantage).unsqueeze(1)
+    clipped = (preference.abs() > clip) | ((reward.abs() > clip) & (factor != 1))
     return GateDecision(delta, case, factor, advantage, clipped.to(delta.dtype))
 
 

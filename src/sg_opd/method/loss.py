@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor, nn
 
-from .gate import GateDecision, GateSettings, at_least_float32, decide, gate_metrics, gate_totals
+from .gate import GateDecision, GateSettings, at_least_float32, decide, gate_metrics, gate_totals, verdict_sign
 
 
 class LossOutput(NamedTuple):
@@ -115,12 +115,14 @@ class SignGatedLoss(nn.Module):
         self,
         student_logps: Float[Tensor, "B T"],
         teacher_logps: Float[Tensor, "B T"],
-        verifier_labels: Float[Tensor, " B"],
+        signs: Float[Tensor, " B"],
         completion_mask: Shaped[Tensor, "B T"],
         reference_logps: Float[Tensor, "B T"] | None = None,
+        group_advantages: Float[Tensor, " B"] | None = None,
     ) -> GateDecision:
         """`gate.decide` with this module's settings, on per-token log-probabilities; no gradient."""
-        return decide(student_logps, teacher_logps, verifier_labels, completion_mask, self.settings, reference_logps)
+        given = student_logps, teacher_logps, signs, completion_mask
+        return decide(*given, self.settings, reference_logps, group_advantages)
 
     def forward(
         self,
@@ -131,6 +133,8 @@ class SignGatedLoss(nn.Module):
         completion_mask: Shaped[Tensor, "B T"],
         reference_logits: Float[Tensor, "B T V"] | None = None,
         num_items_in_batch: Num[Tensor, ""] | int | float | None = None,
+        signs: Float[Tensor, " B"] | None = None,
+        group_advantages: Float[Tensor, " B"] | None = None,
     ) -> LossOutput:
         """`LossOutput(loss, metrics)`: the loss over the trained tokens, and the gate's metrics.
 
@@ -143,10 +147,18 @@ class SignGatedLoss(nn.Module):
             completion_mask: (B, T), nonzero where a token is trained.
             reference_logits: (B, T, V) of the initial policy; `None` is the current policy.
             num_items_in_batch: the divisor, the global number of trained tokens; `None` counts those at hand.
+            signs: (B,), +1, -1 or 0, of the rows' outcomes; `None`: of the verdicts. With `signal="group"` it is
+                `group_sign` of the whole batch, before any split.
+            group_advantages: (B,), GRPO's, where `advantage_weight` > 0.
         """
         self._check_inputs(verifier_labels, completion_ids, completion_mask, student_logits, teacher_logits)
-        if reference_logits is not None and self.settings.interpolation == 0:
-            raise ValueError("`reference_logits` needs `interpolation` > 0; see `GateSettings`.")
+        if reference_logits is not None:
+            replace(self.settings, reference="initial")  # raises where the settings need the current one
+        if signs is None and self.settings.signal == "group":
+            raise ValueError(
+                "`signal='group'` needs `signs`: `sg_opd.method.group_sign(verifier_labels, num_generations)` of the "
+                "whole batch, before it is split into micro-batches."
+            )
         full = self.settings.estimator == "full"
         mask = completion_mask != 0
         ids = completion_ids * mask  # padding may hold any id
@@ -157,9 +169,10 @@ class SignGatedLoss(nn.Module):
         decision = self.decide(
             student_logps.detach(),
             _token_logps(teacher, ids).detach(),
-            verifier_labels,
+            verdict_sign(verifier_labels) if signs is None else signs,
             mask,
             None if reference is None else _token_logps(reference, ids),
+            group_advantages,
         )
         if full:
             per_token = gated_divergence(student, teacher, decision.factor, reference)

@@ -1,7 +1,7 @@
 """Phased teacher sampling: in a cold-start phase, part of each prompt's rollouts is the teacher's, if endorsed.
 
-Source: the SG-OPD abstract (arXiv 2606.09304) for the phase and the endorsement; schedule, slots and their place are
-this project's own.
+Sources: the SG-OPD abstract (arXiv 2606.09304) for the phase and the endorsement; [N], notes by readers of its full
+text, for "three-phase". The other schedules, the slots and their place are this project's own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Schedule = Literal["constant", "linear", "cosine"]
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    # the share left of the first fraction at progress 0 <= p < 1
-    "constant": lambda p: 1.0,
-    "linear": lambda p: 1.0 - p,
-    "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+Schedule = Literal["constant", "linear", "cosine", "three-phase"]
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    # the share left of the first fraction at progress 0 <= p < 1, of which `hold` is held
+    "constant": lambda p, hold: 1.0,
+    "linear": lambda p, hold: 1.0 - p,
+    "cosine": lambda p, hold: _cosine(p),
+    "three-phase": lambda p, hold: 1.0 if p < hold else _cosine((p - hold) / (1.0 - hold)),
 }
 
 
@@ -46,9 +53,11 @@ class TeacherPhaseSampler:
     Args:
         fraction: share of each prompt's rollouts at step 0, in [0, 1].
         steps: length K of the phase in optimizer steps, >= 0; from step K on there are no slots. 0 is off.
-        schedule: "constant", "linear" or "cosine" decay of the share from `fraction` towards 0 at K.
+        schedule: "constant", "linear" or "cosine" decay of the share from `fraction` towards 0 at K; "three-phase"
+            holds it first, then decays by a cosine, and from K on there is none [N].
         candidates: completions the teacher proposes for each slot, >= 1.
         seed: of the stochastic rounding.
+        hold: share of the phase that "three-phase" holds, in [0, 1).
 
     Raises:
         ValueError: an argument out of its range, by name.
@@ -59,8 +68,11 @@ class TeacherPhaseSampler:
     schedule: Schedule = "linear"
     candidates: int = 1
     seed: int = 0
+    hold: float = 0.5
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.hold < 1.0:
+            raise ValueError(f"`hold` must be in [0, 1), got {self.hold!r}.")
         if not 0.0 <= self.fraction <= 1.0:
             raise ValueError(f"`fraction` must be in [0, 1], got {self.fraction!r}.")
         if self.schedule not in SCHEDULES:
@@ -73,7 +85,9 @@ class TeacherPhaseSampler:
 
     def fraction_at(self, step: int) -> float:
         """The share of teacher slots at optimizer step `step` >= 0; 0.0 from step `steps` on."""
-        return self.fraction * SCHEDULES[self.schedule](step / self.steps) if step < self.steps else 0.0
+        if step >= self.steps:
+            return 0.0
+        return self.fraction * SCHEDULES[self.schedule](step / self.steps, self.hold)
 
     def slots(self, step: int, num_prompts: int, num_generations: int) -> Tensor:
         """Teacher slots of each prompt of the global batch: a LongTensor of shape (num_prompts,), on the CPU.

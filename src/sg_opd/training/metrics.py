@@ -30,10 +30,13 @@ logger = get_logger(__name__)  # of the main process only
 
 # definitions; computed by `gate_totals` in method/gate.py, `rollout_totals` and `GateMeter`
 METRICS = {
-    "gate/consensus": "share of trained tokens that the teacher moves the way the verdict wants (s * delta > 0)",
-    "gate/conflict": "share of trained tokens that the teacher moves against the verdict (s * delta < 0)",
-    "gate/neutral": "share of trained tokens without a side: verdict abstained, or abs(delta) within the dead zone",
+    "gate/consensus": "share of trained tokens that the teacher moves the way the outcome wants (s * delta > 0)",
+    "gate/conflict": "share of trained tokens that the teacher moves against the outcome (s * delta < 0)",
+    "gate/neutral": "share of trained tokens without a side: sign 0 (verdict abstained, or by gate_signal='group' a "
+    "uniform group), or abs(delta) within the dead zone",
     "gate/factor": "mean reward-scaling factor of the trained tokens",
+    "gate/uniform_groups": "share of the prompts' groups whose judged student rollouts all have one verdict; not "
+    "logged with one rollout a prompt",
     "delta/p05": "5 % quantile of delta = log pi_T - log pi_S over trained tokens, in nats",
     "delta/p50": "median of delta",
     "delta/p95": "95 % quantile of delta",
@@ -62,6 +65,7 @@ SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 DIVISORS = {
     **dict.fromkeys(("verdict/correct", "verdict/incorrect", "verdict/abstained"), "student_rollouts"),
     "teacher/slot_share": "rollouts",
+    "gate/uniform_groups": "rollouts",
     "teacher/endorsed": "teacher/slot_share",
     "loss/student": "student_tokens",
     "loss/teacher": "teacher_tokens",
@@ -69,22 +73,27 @@ DIVISORS = {
 }
 
 
-def rollout_totals(labels: Tensor, from_teacher: Tensor, slots: Tensor) -> dict[str, Tensor]:
+def rollout_totals(
+    verifier_labels: Tensor, from_teacher: Tensor, slot: Tensor, uniform: Tensor | None = None, **others: Tensor
+) -> dict[str, Tensor]:
     """Counts of one generation's rows, which ranks and generations may add up before `shares`.
 
-    All are (B,): `labels` 1.0 correct, 0.0 incorrect, NaN abstained; `from_teacher` whether a teacher rollout took the
-    row; `slots` whether it was a teacher slot.
+    All are (B,): `verifier_labels` 1.0 correct, 0.0 incorrect, NaN abstained; `from_teacher` whether a teacher rollout
+    took the row; `slot` whether it was a teacher slot; `uniform` whether its group has one verdict, `None` without
+    groups. What else a row has is not counted.
     """
     student = ~from_teacher.bool()
     counted = {
         "student_rollouts": student,
-        "verdict/correct": student & (labels == 1),
-        "verdict/incorrect": student & (labels == 0),
-        "verdict/abstained": student & labels.isnan(),
+        "verdict/correct": student & (verifier_labels == 1),
+        "verdict/incorrect": student & (verifier_labels == 0),
+        "verdict/abstained": student & verifier_labels.isnan(),
         "rollouts": torch.ones_like(student),
-        "teacher/slot_share": slots.bool(),
+        "teacher/slot_share": slot.bool(),
         "teacher/endorsed": ~student,
     }
+    if uniform is not None:
+        counted["gate/uniform_groups"] = uniform
     return {name: rows.sum() for name, rows in counted.items()}
 
 
@@ -159,6 +168,7 @@ class GateMeter:
         if counts["tokens"] > 0:
             of_gate = ("tokens", "gate/", "delta/")
             gate = {name: total for name, total in zip(names, sums.float(), strict=True) if name.startswith(of_gate)}
+            gate = {name: total for name, total in gate.items() if name not in DIVISORS}
             metrics |= {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
         self.totals, self.deltas = {}, []
         return metrics
@@ -171,7 +181,7 @@ def tell_cut(share: float, args: SGOPDConfig) -> None:
             "%.0f %% of the first rollouts were cut at max_completion_length=%d, before they had an answer. Raise it. "
             "If the model thinks first, as Qwen3 does unless told otherwise, chat_template_kwargs={'enable_thinking': "
             "False} keeps it from that. %s",
-            *(100 * share, args.max_completion_length, CUT[args.truncated_verdict]),
+            *(100 * share, args.max_completion_length, CUT[str(args.truncated_verdict)]),
         )
 
 

@@ -18,6 +18,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..config import SGOPDConfig
 from ..data import COLLECTED
+from ..method.gate import group_sign, uniform_groups, verdict_sign
 from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
@@ -110,6 +111,7 @@ class Rollouts:
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
+    compared: dict[str, Tensor] = field(default_factory=dict)  #: by row, what all ranks' verdicts say of it
 
     def __post_init__(self) -> None:
         self.openings = [""] * len(self.rows)
@@ -184,14 +186,25 @@ class Rollouts:
         return [0.0 if verdict is None else verdict for verdict in self.verdicts]
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """By row of this rank, (B,): `verifier_labels` (NaN: abstained), `from_teacher` and `slot` (booleans)."""
+        """By row of this rank, (B,): `verifier_labels` (NaN: abstained), `from_teacher` and `slot` (booleans).
+
+        Once compared also `gate_signs`, and `uniform` where there are groups.
+        """
         rows = range(len(self.verdicts))
         values = {
             "verifier_labels": [math.nan if verdict is None else verdict for verdict in self.verdicts],
             "from_teacher": [row in self.taken for row in rows],
             "slot": [row in self.slots for row in rows],
         }
-        return {name: torch.tensor(of_rows, device=device) for name, of_rows in values.items()}
+        return {name: torch.tensor(of_rows, device=device) for name, of_rows in values.items()} | self.compared
+
+    def compare(self, labels: Tensor, from_teacher: Tensor, generations: int, by_group: bool, rank: int) -> None:
+        """Take in the verdicts of all ranks, (N,): a prompt's group may lie on several."""
+        own = slice(rank * len(self.rows), (rank + 1) * len(self.rows))
+        signs = group_sign(labels, generations, from_teacher) if by_group else verdict_sign(labels)
+        self.compared = {"gate_signs": signs[own]}
+        if generations > 1:
+            self.compared["uniform"] = uniform_groups(labels, generations, from_teacher)[own]
 
     def reference_answers(self) -> list[str | None]:
         """Each row's reference answer, to be shown; `None` where the dataset has no column `solution`."""

@@ -132,6 +132,8 @@ class GateSamples(TrainerCallback):
             gold=inputs["gold"][row],
             source="teacher" if inputs["from_teacher"][row] else "student",
             step=step,
+            sign=inputs["gate_signs"][row].item(),
+            group_advantage=inputs["group_advantages"][row].item(),
         )
 
     def _keep(self, views: list[RolloutView], stream: TextIO) -> None:

@@ -60,7 +60,12 @@ function facts(rollout) {
   }
   list.push(["mean factor", number(summary["gate/factor"], 2)]);
   list.push(["median delta", signed(summary["delta/p50"])]);
-  list.push(["factors", `${settings.extrapolation} / ${settings.interpolation}`]);  // of consensus and conflict
+  if (settings.rule === "sign") {
+    list.push(["factors", `${settings.extrapolation} / ${settings.interpolation}`]);  // of consensus and conflict
+  } else {
+    list.push(["rule", settings.rule]);
+  }
+  if (settings.signal === "group" && rollout.sign !== null) list.push(["sign in its group", signed(rollout.sign)]);
   aside.append(heading, bar, rows(list));
   if (rollout.prompt !== null) {
     const text = make("pre", "", rollout.prompt), details = make("details", "", make("summary", "", "Prompt"), text);
@@ -130,7 +135,8 @@ function describe({rollout, i}) {
   if (rollout.advantage) numbers.push(["advantage", signed(rollout.advantage[i]), ""]);
   const delta = rollout.delta[i];  // what is infinite is text, "inf" or "-inf"
   const side = delta === 0 ? "leaves" : String(delta).startsWith("-") ? "lowers" : "raises";
-  const words = `${name}: the teacher ${side} it, verdict ${rollout.verdict}`;
+  const group = rollout.settings.signal === "group" && rollout.sign !== null ? `, sign ${rollout.sign} in its group` : "";
+  const words = `${name}: the teacher ${side} it, verdict ${rollout.verdict}${group}`;
   return [make("p", "", ...what), make("p", "", words), rows(numbers), make("p", "quiet", `token ${i + 1}${id}`)];
 }
 

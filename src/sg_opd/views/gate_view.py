@@ -24,16 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.gate import CONFLICT, CONSENSUS, NEUTRAL, GateDecision, GateSettings, decide, gate_metrics, gate_totals
+from ..method.gate import GateDecision, GateSettings, decide, gate_metrics, gate_totals, verdict_sign
 from ..method.loss import SignGatedLoss
+from ..method.rules import CONFLICT, CONSENSUS, NEUTRAL
 
 SAMPLES_FILE = "gate_samples.jsonl"
 LEVELS = (0.1, 0.5, 1.0, 2.0)  # nats of abs(delta) from which a colour is one step stronger
 VERDICTS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 CASES = {
-    CONSENSUS: ("consensus", "the teacher moves the token the way the verdict wants"),
-    CONFLICT: ("conflict", "the teacher moves the token against the verdict"),
-    NEUTRAL: ("neutral", "no side: the verifier abstained, or abs(delta) is within the dead zone"),
+    CONSENSUS: ("consensus", "the teacher moves the token the way the outcome wants"),
+    CONFLICT: ("conflict", "the teacher moves the token against the outcome"),
+    NEUTRAL: ("neutral", "no side: the outcome has sign 0, or abs(delta) is within the dead zone"),
 }
 MARKS = {CONSENSUS: "+", CONFLICT: "-", NEUTRAL: "0", None: "."}  # of the cases, for the page's script
 # styles by strength; the backgrounds are light, as a terminal's own colours are not known
@@ -72,14 +73,18 @@ class RolloutView:
     gold: str | None = None  #: the reference answer
     source: str = "student"  #: who wrote it: "student" or "teacher"
     step: int | None = None  #: the optimizer step it was trained in
+    sign: float | None = None  #: of the outcome, +1, -1 or 0; `None` is the verdict's
+    group_advantage: float = 0.0  #: GRPO's, which `advantage_weight` scales
 
     @cached_property
     def decision(self) -> GateDecision:
         """Of `sg_opd.method.gate.decide`, each field (1, T)."""
-        label = math.nan if self.verdict is None else self.verdict
+        label = torch.tensor([math.nan if self.verdict is None else self.verdict])
+        sign = verdict_sign(label) if self.sign is None else torch.tensor([self.sign])
         student, teacher = torch.tensor([self.student_logps]), torch.tensor([self.teacher_logps])
         reference = None if self.reference_logps is None else torch.tensor([self.reference_logps])
-        return decide(student, teacher, torch.tensor([label]), self.mask, self.settings, reference)
+        advantage = torch.tensor([self.group_advantage])
+        return decide(student, teacher, sign, self.mask, self.settings, reference, advantage)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -171,7 +176,9 @@ class RolloutView:
         step = "" if self.step is None else f"step {self.step}"
         gold = "" if self.gold is None else f"reference answer {visible(self.gold)}"
         size = f"{len(self.tokens)} tokens, mean factor {self.summary['gate/factor']:.2f}"
-        return " · ".join(filter(None, (step, f"{self.source}'s rollout", VERDICTS[self.verdict], gold, size)))
+        by_verdict = self.settings.signal == "verdict" or self.sign is None
+        outcome = VERDICTS[self.verdict] + ("" if by_verdict else f", sign {self.sign:+.0f} in its group")
+        return " · ".join(filter(None, (step, f"{self.source}'s rollout", outcome, gold, size)))
 
     def page_data(self) -> dict[str, Any]:
         """What the page's script shows, as JSON values."""
@@ -181,6 +188,7 @@ class RolloutView:
             del numbers["advantage"]
         return {
             "verdict": VERDICTS[self.verdict],
+            "sign": self.sign,
             "source": self.source,
             "prompt": None if self.prompt is None else visible(self.prompt, newline="\n"),
             "gold": None if self.gold is None else visible(self.gold),
@@ -208,6 +216,8 @@ def inspect_rollout(
     gold: str | None = None,
     source: str = "student",
     step: int | None = None,
+    sign: float | None = None,
+    group_advantage: float = 0.0,
 ) -> RolloutView:
     """One rollout with the gate's decision on each token, to be looked at in a notebook, a browser or a terminal.
 
@@ -224,6 +234,8 @@ def inspect_rollout(
         gold: the reference answer, to be shown.
         source: "student" or "teacher".
         step: the optimizer step, to be shown.
+        sign: of the outcome, +1, -1 or 0; `None` is the verdict's, which is the group's too where a group is mixed.
+        group_advantage: GRPO's advantage of the rollout, for gates with `advantage_weight`.
 
     Raises:
         ValueError: an argument that does not fit the tokens, or is out of its range, by name.
@@ -247,6 +259,8 @@ def inspect_rollout(
         gold=None if gold is None else str(gold),
         source=source,
         step=None if step is None else int(step),
+        sign=None if sign is None else float(sign),
+        group_advantage=float(group_advantage),
     )
 
 
