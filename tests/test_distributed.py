@@ -74,6 +74,12 @@ SCENARIOS = {
     # beside the pairs: an embedding that is the head too, and activations computed twice
     "whole-full-tied": {"student": "tied", "settings": {"estimator": "full", "gradient_checkpointing": True}},
     "whole-full-tied-padded": {"student": "tied-padded", "settings": {"estimator": "full"}},
+    # and a group that lies on both ranks, one verdict on the second: by itself that rank would have no sign
+    "whole-sampled-group": {
+        "verifier": "by_place",
+        "settings": {"num_generations": 8, "gate_signal": "group", "advantage_weight": 0.3},
+    },
+    "whole-full-sigmoid": {"settings": {"estimator": "full", "gate_rule": "sigmoid", "gate_beta": 0.7}},
 }
 TIED = {"seed": 5, "scale": 1.0, "tie_word_embeddings": True, "initializer_range": 0.2}
 BASE = {"padded": "student", "tied-padded": "tied"}

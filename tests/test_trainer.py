@@ -365,7 +365,13 @@ def test_checkpoint_card_and_table(make_model, tokenizer, dataset, tmp_path):
     trainer = Recorder(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
     trainer.train()
     text = (tmp_path / "README.md").read_text()
-    for part in ("SG-OPD", "2606.09304", "| `gate_extrapolation` | `1.8` |", "| `preset` | `sg-opd` |", "sg-opd\n"):
+    for part in (
+        "SG-OPD",
+        "2606.09304",
+        "| `gate_extrapolation` | `1.8` |",
+        "| `preset` | `sg-opd-lite` |",
+        "sg-opd\n",
+    ):
         assert part in text
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
     assert_same_weights_exactly(reloaded, trainer.model)

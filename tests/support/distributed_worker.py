@@ -58,6 +58,15 @@ def coin_verifier(prompts: list, completions: list, completion_ids: list, **colu
     return [(1.0, 0.0, None, 1.0, 0.0)[sum(ids) % 5] for ids in completion_ids]
 
 
+def by_place(prompts: list, **columns: Any) -> list[float | None]:
+    """Correct, incorrect or abstained by a row's place in the global batch of eight."""
+    first = PartialState().process_index * len(prompts)
+    return [(1.0, 0.0, None, 1.0, 0.0, 0.0, 0.0, 0.0)[first + row] for row in range(len(prompts))]
+
+
+VERIFIERS = {"coin": coin_verifier, "by_place": by_place}
+
+
 class Witness(SGOPDTrainer):
     """Notes this rank's rows of each generation, its trained tokens of each micro-batch, and the teacher's calls."""
 
@@ -147,6 +156,7 @@ def configuration(folder: Path, world: int, settings: dict[str, Any]) -> SGOPDCo
             "adam_epsilon": 1.0,  # far above the gradients' noise, which AdamW would otherwise turn into whole steps
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
+            "preset": "sg-opd-lite",
             "gate_interpolation": 0.6,
             "teacher_phase_steps": 0,
             "bf16": False,
@@ -176,7 +186,7 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     trainer = Witness(
         scenario["student"],
         scenario["teacher"],
-        coin_verifier,
+        VERIFIERS[scenario.get("verifier", "coin")],
         args,
         data,
         data.select(range(4)) if args.eval_strategy != "no" else None,

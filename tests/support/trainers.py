@@ -64,7 +64,7 @@ def plain_logits(model, batch):
     return model(input_ids=ids, attention_mask=mask).logits[:, -batch["completion_ids"].size(1) - 1 : -1]
 
 
-def expected_loss(student, teacher, reference, batch, loss_fn, divisor, nll):
+def expected_loss(student, teacher, reference, batch, loss_fn, divisor, nll, **of_rows):
     """SignGatedLoss on plain logits; with `nll`, teacher rows by maximum likelihood instead."""
     logits = plain_logits(student, batch)
     with torch.no_grad():
@@ -73,7 +73,9 @@ def expected_loss(student, teacher, reference, batch, loss_fn, divisor, nll):
     ids, mask = batch["completion_ids"], batch["completion_mask"]
     taught = batch["from_teacher"] & nll
     gated = mask * ~taught.unsqueeze(1)
-    loss = loss_fn(logits, teacher_logits, ids, batch["verifier_labels"], gated, reference_logits, divisor).loss
+    loss = loss_fn(
+        logits, teacher_logits, ids, batch["verifier_labels"], gated, reference_logits, divisor, **of_rows
+    ).loss
     logps = (logits.float() / loss_fn.settings.temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return loss - (logps * mask * taught.unsqueeze(1)).sum() / divisor
 
