@@ -225,6 +225,8 @@ def rates_table(content: dict[str, Any]) -> str:
     """How OPD's learning rate was chosen."""
     rates = list(content["rates"][BOTH[0]])
     rows = [[world, *(number(found.get(rate)) for rate in rates)] for world, found in content["rates"].items()]
+    both = [[found[rate] for found in content["rates"].values() if rate in found] for rate in rates]
+    rows.append(["mean", *(number(statistics.fmean(values)) for values in both)])
     return table(["world", *(f"{AVERAGE} % with {rate}" for rate in rates)], rows)
 
 
