@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from steps import LEARNING_RATE, SPECIAL, Clock, Size, model, peak_of
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sg_opd.method.divergence import Head, chunked_divergence, chunked_nll, last_hidden_state
 
@@ -21,13 +21,17 @@ class Floor:
         size: of models and batch.
         device: "cpu" or "cuda".
         bf16: under autocast, as the trainers.
+        teacher: the frozen teacher; default: one of its own.
     """
 
-    def __init__(self, size: Size, device: str, bf16: bool = False) -> None:
+    def __init__(self, size: Size, device: str, bf16: bool = False, teacher: nn.Module | None = None) -> None:
         self.size, self.bf16, self.device = size, bf16, torch.device(device)
-        self.student = model(size, size.student, 0).to(device)
-        self.teacher = model(size, size.teacher, 1).to(device).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE)
+        self.student = model(size, size.student, 0, device).train()
+        if size.checkpointing:
+            self.student.gradient_checkpointing_enable()
+        self.teacher = teacher or model(size, size.teacher, 1, device).eval().requires_grad_(False)
+        fused = self.device.type == "cuda"  # as the trainers' own
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE, fused=fused)
         draw = torch.Generator().manual_seed(1)
         shape = (size.batch, size.prompt + size.tokens)
         self.ids = torch.randint(len(SPECIAL), size.vocab, shape, generator=draw).to(device)
@@ -35,20 +39,25 @@ class Floor:
         self.times = {"student": "forward+backward", "teacher": "score teacher", "optimizer": "optimizer"}
         self.once()  # warm-up; it makes the optimizer's state
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Cross-entropy of the completions, the head applied to them alone, logits whole."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            states = last_hidden_state(model, self.ids, torch.ones_like(self.ids), self.size.tokens)
+            states = last_hidden_state(model, ids, torch.ones_like(ids), self.size.tokens)
             logits = model.get_output_embeddings()(states)
-        targets = self.ids[:, -self.size.tokens :]
+        targets = ids[:, -self.size.tokens :]
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    def passes(self) -> tuple[Tensor, ...]:
+        return self.ids.split(self.size.floor_rows or self.size.batch)
+
     def train(self) -> None:
-        self.loss(self.student).backward()
+        for ids in self.passes():
+            self.loss(self.student, ids).backward()
 
     def score(self) -> None:
         with torch.no_grad():
-            self.loss(self.teacher)
+            for ids in self.passes():
+                self.loss(self.teacher, ids)
 
     def once(self) -> dict[str, float]:
         """Seconds of the student's forward and backward, the teacher's forward, and the optimizer."""
@@ -72,13 +81,35 @@ class Floor:
         self.optimizer.zero_grad()
         positions = self.size.batch * self.size.tokens
         passes = {"student": 3, "teacher": 1}  # forward, and towards states and weights
-        each = {role: 2 * positions * self.size.vocab * getattr(self.size, role)[1] for role in passes}
+        each = {role: 2 * positions * self.size.vocab * self.size.hidden(role) for role in passes}
         heads = sum(passes[role] * each[role] for role in passes)
         return {**counts, "heads": heads, "recomputed": each["student"]}
 
 
-def flops(work: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
+Shape = Sequence[int]
+
+
+def attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Operations of an attention whose key and value may have fewer heads, as a GPU's kernels take them.
+
+    torch's own formula refuses those.
+    """
+    key, value = ((*of[:1], query[1], *of[2:]) for of in (key, value))
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    key, value = ((*of[:1], query[1], *of[2:]) for of in (key, value))
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+KERNELS = [f"_scaled_dot_product_{name}_attention" for name in ("efficient", "flash", "cudnn")]
+GROUPED = {getattr(torch.ops.aten, name): attention for name in KERNELS}
+GROUPED |= {getattr(torch.ops.aten, f"{name}_backward"): attention_backward for name in KERNELS}
+
+
+def flops(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=GROUPED) as counter:
         work()
     return counter.get_total_flops()
 
@@ -92,7 +123,7 @@ def floor_seconds(times: dict[str, float], counts: dict[str, int], recomputed: b
 
 def heads_alone(size: Size, device: str, repetitions: int) -> dict[str, float]:
     """Median seconds of a size's heads and losses on given states: TRL's kernels, and whole logits beside them."""
-    positions, widths = size.batch * size.tokens, (size.student[1], size.teacher[1])
+    positions, widths = size.batch * size.tokens, (size.hidden("student"), size.hidden("teacher"))
     own, other = (torch.randn(positions, width, device=device) for width in widths)
     weight, frozen = (torch.randn(size.vocab, width, device=device) / width**0.5 for width in widths)
     ids = torch.randint(size.vocab, (positions,), device=device)

@@ -5,8 +5,10 @@ Generation is replaced by an answer that was drawn beforehand, so that all train
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -25,6 +28,9 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallb
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from geometry import Geometry
 
 HEAD_DIM = 64
 LEARNING_RATE = 1e-6
@@ -38,41 +44,58 @@ class Size:
 
     Attributes:
         vocab: ids of both models' heads, which are tied to their embeddings as in Qwen3's small models.
-        student, teacher: layers and hidden size.
+        student, teacher: layers and hidden size, or all sizes of a Qwen3 model, whose vocabulary must be `vocab`.
         batch: completions a rank.
         prompt, tokens: length of every prompt and of every completion.
         generations: completions of a prompt.
+        checkpointing: of the student's activations, by every trainer and by the floor.
+        floor_rows: sequences of one pass of the floor, whose logits are whole; 0: all.
     """
 
     name: str
     vocab: int = 32_768
-    student: tuple[int, int] = (4, 256)
-    teacher: tuple[int, int] = (8, 384)
+    student: tuple[int, int] | Geometry = (4, 256)
+    teacher: tuple[int, int] | Geometry = (8, 384)
     batch: int = 8
     prompt: int = 32
     tokens: int = 64
     generations: int = 4
+    checkpointing: bool = False
+    floor_rows: int = 0
+
+    def hidden(self, role: str) -> int:
+        shape = getattr(self, role)
+        return shape.hidden if isinstance(shape, Geometry) else shape[1]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A trainer with settings: `trainer` is a key of `TRAINERS`, `settings` are fields of its configuration."""
+    """A trainer with settings: `trainer` is a key of `TRAINERS`, `settings` are fields of its configuration.
+
+    `lora` is the rank of an adapter on all linear maps, 0 for none.
+    """
 
     name: str
     trainer: str = "sg-opd"
     settings: dict[str, Any] = field(default_factory=dict)
+    lora: int = 0
 
 
 class Clock:
-    """Seconds by phase; a phase within another stops the outer one's time."""
+    """Seconds by phase; a phase within another stops the outer one's time.
+
+    On a GPU each edge of a phase waits for the device. Where `coarse` is set only the outermost phase is timed, so that
+    host and device overlap as they do in training. A profiler sees the phases by name.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.coarse = device, False
         self.reset()
 
     def reset(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.open: list[str] = []
+        self.shown: list[Any] = []
         self.since = 0.0
 
     def _lap(self) -> None:
@@ -84,11 +107,16 @@ class Clock:
         self.since = now
 
     def begin(self, phase: str) -> None:
-        self._lap()
+        if not (self.coarse and self.open):
+            self._lap()
         self.open.append(phase)
+        self.shown.append(torch.profiler.record_function(phase))
+        self.shown[-1].__enter__()
 
     def end(self) -> None:
-        self._lap()
+        self.shown.pop().__exit__(None, None, None)
+        if not (self.coarse and len(self.open) > 1):
+            self._lap()
         self.open.pop()
 
     @contextmanager
@@ -157,12 +185,26 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unknown, pad_token=padding, eos_token=end)
 
 
-def model(size: Size, shape: tuple[int, int], seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 model with random weights."""
+def model(size: Size, shape: tuple[int, int] | Geometry, seed: int, device: str = "cpu") -> Qwen3ForCausalLM:
+    """A Qwen3 model with random weights in fp32, drawn on `device`."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return Qwen3ForCausalLM(config_of(size, shape))
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy of a frozen model, which a trainer may patch, on the same weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def config_of(size: Size, shape: tuple[int, int] | Geometry) -> Qwen3Config:
+    special = {"pad_token_id": SPECIAL.index("<pad>"), "eos_token_id": SPECIAL.index("<eos>"), "bos_token_id": None}
+    special["max_position_embeddings"] = size.prompt + size.tokens
+    if isinstance(shape, Geometry):
+        return shape.config(**special)
     layers, hidden = shape
     heads = hidden // HEAD_DIM
-    torch.manual_seed(seed)
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=size.vocab,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -170,13 +212,9 @@ def model(size: Size, shape: tuple[int, int], seed: int) -> Qwen3ForCausalLM:
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
         head_dim=HEAD_DIM,
-        max_position_embeddings=size.prompt + size.tokens,
         tie_word_embeddings=True,
-        pad_token_id=SPECIAL.index("<pad>"),
-        eos_token_id=SPECIAL.index("<eos>"),
-        bos_token_id=None,
+        **special,
     )
-    return Qwen3ForCausalLM(config)
 
 
 def parity(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -192,9 +230,19 @@ class Step:
         variant: which trainer.
         device: "cpu" or "cuda".
         folder: for the trainer's output.
+        bf16: under autocast.
+        teacher: a frozen model to take a copy of that shares its weights; default: one with weights of its own.
     """
 
-    def __init__(self, size: Size, variant: Variant, device: str, folder: Path, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        size: Size,
+        variant: Variant,
+        device: str,
+        folder: Path,
+        bf16: bool = False,
+        teacher: nn.Module | None = None,
+    ) -> None:
         kind, config = TRAINERS[variant.trainer]
         draw = torch.Generator().manual_seed(0)
         prompts = torch.randint(len(SPECIAL), size.vocab, (size.batch // size.generations, size.prompt), generator=draw)
@@ -211,7 +259,7 @@ class Step:
             max_steps=1,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
-            gradient_checkpointing=False,
+            gradient_checkpointing=size.checkpointing,
             bf16=bf16,
             use_cpu=device == "cpu",
             ddp_backend="gloo" if device == "cpu" and "WORLD_SIZE" in os.environ else None,
@@ -222,10 +270,14 @@ class Step:
             **grouped,
             **variant.settings,
         )
-        models = {} if variant.trainer == "grpo" else {"teacher_model": model(size, size.teacher, 1)}
+        models = {}
+        if variant.trainer != "grpo":
+            models["teacher_model"] = sharing(teacher) if teacher else model(size, size.teacher, 1, device)
+        if variant.lora:
+            models["peft_config"] = LoraConfig(r=variant.lora, target_modules="all-linear", task_type="CAUSAL_LM")
         judged = {"sg-opd": {"verifier": parity}, "grpo": {"reward_funcs": parity}}.get(variant.trainer, {})
         self.trainer = kind(
-            model=model(size, size.student, 0),
+            model=model(size, size.student, 0, device),
             args=args,
             train_dataset=Dataset.from_list(self.rows * 4),
             processing_class=tokenizer(size.vocab),
@@ -253,7 +305,7 @@ class Step:
             clock.watch(trainer.teacher_model, lambda: "score teacher")
         if isinstance(trainer, SGOPDTrainer):
             clock.watch(trainer.teacher.model, lambda: "score teacher")
-            if trainer.args.reference_policy == "initial":
+            if trainer.args.reference_policy == "initial" and trainer.initial_policy.frozen is not None:
                 clock.watch(trainer.initial_policy.frozen, lambda: "score student")
             for owner, method in ((trainer, "_set_advantages"), (trainer, "_decide")):
                 clock.wrap(owner, method, "gate")
@@ -283,10 +335,10 @@ class Step:
         held = [*trainer.model.parameters(), *(getattr(trainer, "teacher_model", None) or nn.Module()).parameters()]
         if isinstance(trainer, SGOPDTrainer):
             held += trainer.teacher.model.parameters()
-            if trainer.args.reference_policy == "initial":
+            if trainer.args.reference_policy == "initial" and trainer.initial_policy.frozen is not None:
                 held += trainer.initial_policy.frozen.parameters()
         held += [x for state in trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held if not x.is_meta}
         return {"resident": sum(storages.values()), "peak": peak_of(self.once, self.clock.device)}
 
 

@@ -319,7 +319,8 @@ def test_other_settings_are_named(train, tmp_path, caplog):
     for words in (
         "`preset` was 'sg-opd' and is 'opd'",
         "`seed` was 42 and is 7",
-        "`teacher_phase_steps` was 0.1 and is 2",
+        "`gate_signal` was 'group' and is 'verdict'",
+        "`teacher_phase_steps` was 0.6666666666666666 and is 2",
     ):
         assert words in said
     for name in ("gate_extrapolation", "learning_rate"):

@@ -29,7 +29,8 @@ BASE = {
 
 
 SCENARIOS = {
-    "fresh": {"save_total_limit": 1},
+    # three phases: held at steps 0 and 1, a cosine at 2 and 3, none at 4 and 5
+    "fresh": {"preset": "sg-opd", "save_total_limit": 1},
     "buffered": {
         "steps_per_generation": 4,
         "num_iterations": 2,

@@ -97,7 +97,7 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
 
 
 def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
-    """All between two logging steps; GRPOTrainer's own `.item()` calls stay."""
+    """GRPOTrainer's own `.item()` calls stay."""
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     loss_fn, meter, mask = SignGatedLoss(), GateMeter(), torch.rand(6, 5) > 0.3
     with NoSynchronisation():
@@ -106,7 +106,7 @@ def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
             loss = policy_gradient(student, decision.advantage)
             meter.update(decision, loss, mask, FROM_TEACHER, mask, entropy=loss)
             meter.add(rollout_totals(LABELS, FROM_TEACHER, SLOTS))
-    with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+    with NoSynchronisation():  # but for one `.tolist()`, which shows on a device only
         meter.compute(Accelerator(cpu=True))
     for waits in (lambda: student[mask], lambda: bool(mask.any()), lambda: student.sum().item()):
         with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():

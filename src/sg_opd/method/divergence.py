@@ -158,21 +158,34 @@ def full_per_token(
     the gate's factors, all (B, T). `reference` is states and head of the initial policy; `None` is the current one.
     """
     student, teacher = unsharded(student), unsharded(teacher)
-    states, targets, tokens = student_states[gated], teacher_states[gated], ids[gated]
+    at = places(gated)
+    states, targets, tokens = taken(student_states, at), taken(teacher_states, at), taken(ids, at)
     # under the initial reference this pass only decides, and the next one is differentiated
     given = states if reference is None else states.detach()
     current = chunked_divergence(given, student, targets, teacher, tokens, temperature)
-    factor = decide(spread(current.student_logps, gated), spread(current.target_logps, gated))[gated]
+    factor = decide(spread(current.student_logps, gated), spread(current.target_logps, gated))
+    factor = taken(factor, at)
     if reference is None:
         divergence = factor * current.divergence
     else:
-        tilted = tilted_target(targets, teacher, reference[0][gated], unsharded(reference[1]), factor)
+        tilted = tilted_target(targets, teacher, taken(reference[0], at), unsharded(reference[1]), factor)
         divergence = chunked_divergence(states, student, *tilted, tokens, temperature).divergence
     per_token = spread(divergence, gated)
     if taught is not None:
-        nll = chunked_nll(student_states[taught], student, ids[taught], temperature)
+        at = places(taught)
+        nll = chunked_nll(taken(student_states, at), student, taken(ids, at), temperature)
         per_token = per_token + spread(taught_weight * nll, taught)
     return per_token, spread(current.entropy, gated)
+
+
+def places(mask: Tensor) -> Tensor:
+    """Where `mask` (B, T) is true, for `taken`; the host waits for the device here, as for each `values[mask]`."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def taken(values: Tensor, at: Tensor) -> Tensor:
+    """`values` (B, T, ...) at N places, (N, ...)."""
+    return values.flatten(0, 1).index_select(0, at)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

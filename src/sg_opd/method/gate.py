@@ -220,11 +220,11 @@ def gate_totals(decision: GateDecision, mask: Shaped[Tensor, "B T"]) -> dict[str
 
 
 def gate_metrics(totals: dict[str, Tensor], deltas: Float[Tensor, " N"]) -> dict[str, Tensor]:
-    """Shares and means from `gate_totals`, and the quantiles of `deltas` (NaN without any)."""
+    """Shares and means from `gate_totals`, and the quantiles of `deltas` but NaN (NaN without any)."""
     tokens = totals["tokens"].clamp(min=1.0)
     means = {name: total / tokens for name, total in totals.items() if name != "tokens"}
     known = deltas.float() if deltas.numel() else deltas.new_full((1,), math.nan, dtype=torch.float32)
-    return means | {name: torch.quantile(known, q) for name, q in QUANTILES.items()}
+    return means | {name: torch.nanquantile(known, q) for name, q in QUANTILES.items()}
 
 
 def at_least_float32(values: Tensor) -> Tensor:

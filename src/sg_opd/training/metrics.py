@@ -159,17 +159,19 @@ class GateMeter:
             return {}
         names = sorted(self.totals)
         sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
-        counts = dict(zip(names, sums.tolist(), strict=True))
         deltas = sampled(torch.cat(self.deltas), SAMPLE_PER_LOG)
         padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
         padded[: deltas.numel()] = deltas
-        deltas = accelerator.gather(padded)
+        of_gate = ("tokens", "gate/", "delta/")
+        gate = {name: total for name, total in zip(names, sums.float(), strict=True) if name.startswith(of_gate)}
+        gate = {name: total for name, total in gate.items() if name not in DIVISORS}
+        gate = gate_metrics(gate, accelerator.gather(padded))
+        # the host waits for the device here, once
+        values = torch.cat([sums, torch.stack([*gate.values()]).to(sums)]).tolist()
+        counts = dict(zip(names, values, strict=False))
         metrics = shares(counts | {"trained_tokens": counts["student_tokens"] + counts["teacher_tokens"]})
         if counts["tokens"] > 0:
-            of_gate = ("tokens", "gate/", "delta/")
-            gate = {name: total for name, total in zip(names, sums.float(), strict=True) if name.startswith(of_gate)}
-            gate = {name: total for name, total in gate.items() if name not in DIVISORS}
-            metrics |= {name: value.item() for name, value in gate_metrics(gate, deltas[~deltas.isnan()]).items()}
+            metrics |= dict(zip(gate, values[len(names) :], strict=True))
         self.totals, self.deltas = {}, []
         return metrics
 

