@@ -5,10 +5,10 @@
     python benchmarks/family.py --report     # train nothing, write the results from what is there
 
 Every prompt has eight rollouts. A run's record lies below `--output` as soon as it ends, and is not made again. A
-second machine can take runs from the other end of the plan and hand its records over in one file:
+second machine can begin elsewhere in the plan and hand its records over in one file:
 
-    python benchmarks/family.py --backwards --workers 12 --minutes 4 --pack records.tar.gz    # there
-    python benchmarks/family.py --unpack records.tar.gz                                       # here
+    python benchmarks/family.py --begin "other arms" --workers 12 --minutes 4 --pack records.tar.gz    # there
+    python benchmarks/family.py --unpack records.tar.gz                                                # here
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def factors() -> Iterator[tuple[tuple[str, object], ...]]:
 
 
 def parts(plan: Plan) -> list[Part]:
-    """The plan, the most important first."""
+    """What is compared."""
 
     def cells(arms: Sequence[str], seeds: int) -> tuple[Cell, ...]:
         return tuple(Cell(world, arm, seeds, GROUP) for arm in arms for world in BOTH)
@@ -98,6 +98,21 @@ def parts(plan: Plan) -> list[Part]:
         Part(FACTOR, turns["arithmetic"], steps=LONG),
         Part(SIGNAL, tuple(Cell(w, "sign", plan.other_seeds, signal) for signal in signals for w in BOTH)),
         Part(RETRY, cells(("opd", "sg-opd", "r2-opd"), plan.choosing_seeds), chosen=False),
+    ]
+
+
+def order(plan: Plan) -> list[tuple[Part, range]]:
+    """The plan's runs, parts with their seeds, the most important first."""
+    rate, other_rate, first, factor, other, second_factor, signal, retry = parts(plan)
+    every, three, one = range(plan.main_seeds), range(3), range(1)
+    return [
+        *((part, every) for part in (rate, other_rate)),
+        (first, three),
+        (other, one),
+        (factor, every),
+        *(
+            (part, every) for part in (other, second_factor, signal, retry, first)
+        ),  # what is done already is passed over
     ]
 
 
@@ -120,42 +135,44 @@ class Family:
         steps = self.plan.steps or part.steps or self.worlds[cell.world].steps
         return Run(cell.world, cell.arm, cell.changes, rate, seed, steps)
 
-    def results(self, part: Part, cell: Cell, file: str = "test.json") -> list[EvaluationResult]:
-        """The cell's results that are there, by seed; without a gap, so that seeds are paired."""
-        return [EvaluationResult.from_json(path.with_name(file)) for path in self.records(part, cell)]
+    def results(self, part: Part, cell: Cell, file: str = "test.json") -> dict[int, EvaluationResult]:
+        """The cell's results that are there, by seed."""
+        return {seed: EvaluationResult.from_json(path / file) for seed, path in self.folders(part, cell).items()}
 
-    def records(self, part: Part, cell: Cell) -> list[Path]:
-        """The training records of the cell's runs that are whole, by seed, up to the first that is not."""
-        found: list[Path] = []
-        for seed in range(cell.seeds):
-            folder = self.output / self.run(part, cell, seed).name
-            if not all((folder / file).is_file() for file in ("train.json", *part.files)):
-                break
-            found.append(folder / "train.json")
-        return found
+    def folders(self, part: Part, cell: Cell) -> dict[int, Path]:
+        """The folders of the cell's runs that are whole, by seed."""
+        found = {seed: self.output / self.run(part, cell, seed).name for seed in range(cell.seeds)}
+        files = "train.json", *part.files
+        return {seed: folder for seed, folder in found.items() if all((folder / file).is_file() for file in files)}
 
-    def jobs(self) -> Iterator[tuple[str, tuple[Path, ...], Callable[..., str], tuple]]:
-        """In the plan's order: a name, the files that are there when it is done, a function and its arguments."""
+    def jobs(self) -> Iterator[tuple[str, str, tuple[Path, ...], Callable[..., str], tuple]]:
+        """In the plan's order: its part, a name, the files that it leaves, a function and its arguments."""
         given = self.scale, self.plan, self.output
         for world in BOTH:
             for role in ROLES:
                 folder, files = self.output / world / role, ("test.json", "conflicts.json")[: 2 - (role == "teacher")]
-                yield f"{world}/{role}", tuple(folder / f for f in files), end, (world, role, *given)
-        for part in parts(self.plan):
-            for seed in range(max(cell.seeds for cell in part.cells)):
+                yield "", f"{world}/{role}", tuple(folder / f for f in files), end, (world, role, *given)
+        for part, seeds in order(self.plan):
+            for seed in seeds:
                 for run in (self.run(part, cell, seed) for cell in part.cells if seed < cell.seeds):
                     seen = (part.name, part.chosen, seed) == (RATE, True, 0)
                     files = (*part.files, "conflicts.json") if seen else part.files
                     paths = tuple(self.output / run.name / file for file in ("train.json", *files))
-                    yield run.name, paths, finish, (run, files, *given)
+                    yield part.name, run.name, paths, finish, (run, files, *given)
 
-    def go(self, workers: int, minutes: float, backwards: bool) -> list[str]:
-        """Do what is not there yet, and begin nothing after so many minutes; the names of what failed."""
-        jobs = list(self.jobs())[:: -1 if backwards else 1]
+    def go(self, workers: int, minutes: float, begin: str = "") -> list[str]:
+        """Do what is not there yet, from a part on and round, and begin nothing after so many minutes.
+
+        Returns:
+            The names of what failed.
+        """
+        jobs = list(self.jobs())
+        first = next(place for place, job in enumerate(jobs) if job[0] == begin)
+        jobs = jobs[first:] + jobs[:first]
         failed: list[str] = []
         start, running = time.perf_counter(), {}
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread) as pool:
-            for name, files, job, given in jobs:
+            for _, name, files, job, given in jobs:
                 if len(running) == workers:
                     failed += ended(running, start)
                 if time.perf_counter() - start > 60 * minutes:
@@ -242,7 +259,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every arm in both worlds, small")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--backwards", action="store_true", help="from the plan's end, for a second machine")
+    names = dict.fromkeys(part.name for part in parts(SIZES["small"]))
+    parser.add_argument("--begin", choices=("", *names), default="", help="with this part, for a second machine")
     parser.add_argument("--pack", type=Path, default=None, help="put the records into this .tar.gz at the end")
     parser.add_argument("--unpack", type=Path, default=None, help="take over this file's records, train nothing")
     parser.add_argument("--report", action="store_true", help="train nothing, write results from what is there")
@@ -253,7 +271,7 @@ def main() -> None:
     if options.unpack:
         print(f"{unpack(options.unpack, family.output)} records taken over")
         return
-    failed = [] if options.report else family.go(options.workers, options.minutes, options.backwards)
+    failed = [] if options.report else family.go(options.workers, options.minutes, options.begin)
     if options.pack:
         print(f"{pack(family.output, options.pack)} records in {options.pack}")
     if failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -69,31 +68,34 @@ class Content:
             for cell in part.cells
         }
 
-    def entry(self, part: Part, cell: Cell, against: Sequence[EvaluationResult] | None = None) -> dict[str, Any] | None:
+    def entry(self, part: Part, cell: Cell, against: dict[int, EvaluationResult]) -> dict[str, Any] | None:
         """One cell's figures and what its training logged, with differences to a baseline; `None` without runs."""
-        results = self.family.results(part, cell)
-        if not results:
+        found = self.family.results(part, cell)
+        if not found:
             return None
-        records = [json.loads(path.read_text()) for path in self.family.records(part, cell)]
+        results = list(found.values())
+        records = [read_json(folder / "train.json") for folder in self.family.folders(part, cell).values()]
         histories = [record["history"] for record in records]
         before = self.end(cell.world, "student").figures[AVERAGE].mean
         ids = self.habits[cell.world]
-        opd = list(against or ())
-        there, opd_there = ([only(result, ids) for result in some] if ids else [] for some in (results, opd))
+        there = [only(result, ids) for result in results] if ids else []
+        shared = sorted(found.keys() & against.keys())  # differences are paired by seed
+        pairs = [[side[seed] for seed in shared] for side in (against, found)]
+        pairs_there = [[only(result, ids) for result in side] for side in pairs if ids]
         return {
             "arm": cell.arm,
             "world": cell.world,
             "title": FAMILY[cell.arm].title,
             "changes": dict(cell.changes),
-            "seeds": len(results),
-            "planned": cell.seeds,
+            "seeds": list(found),
+            "shared_seeds": shared,
             "learning_rate": records[0]["run"]["learning_rate"],
             "steps": records[0]["run"]["steps"],
             **figures_of(results),
             "collapsed": sum(result.figures[AVERAGE].mean < before for result in results),
-            **({"minus_opd": differences(opd, results)} if opd else {}),
+            **({"minus_opd": differences(*pairs)} if shared else {}),
             **({"under_habit": figures_of(there)} if there else {}),
-            **({"minus_opd_under_habit": differences(opd_there, there)} if opd_there else {}),
+            **({"minus_opd_under_habit": differences(*pairs_there)} if shared and ids else {}),
             "cpu_minutes": round(statistics.fmean(record["cpu_seconds"] for record in records) / 60, 2),
             "signs": signs(histories, SEEN),
             "curves": {name: curve(histories, name) for name in CURVES},
@@ -108,7 +110,7 @@ class Content:
         found = {}
         for part in (part for part in self.parts if part.name == RATE):
             for cell in (cell for cell in part.cells if cell.world == world):
-                results = self.family.results(part, cell, "validation.json")
+                results = self.family.results(part, cell, "validation.json").values()
                 rate = self.family.run(part, cell, 0).learning_rate
                 if len(results) == cell.seeds:
                     found[f"{rate:g}"] = round(statistics.fmean(r.figures[AVERAGE].mean for r in results), 3)
@@ -129,7 +131,7 @@ class Content:
         for part in self.parts:
             for cell in part.cells if part.name in made else ():
                 opd = self.opd[baseline(cell.arm), cell.world, part.chosen]
-                entry = self.entry(part, cell, None if part.name == FACTOR or cell.arm == "opd" else opd)
+                entry = self.entry(part, cell, {} if part.name == FACTOR or cell.arm == "opd" else opd)
                 made[part.name] += [entry] if entry else []
         return {
             "provenance": provenance(),
@@ -163,7 +165,7 @@ def arms_table(content: dict[str, Any], world: str) -> str:
         apart = [with_span(entry["minus_opd"][f], "+") if "minus_opd" in entry else "" for f in (AVERAGE, PASS)]
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
         kind = "sampled" if sampled(entry["arm"]) else "full"
-        rows.append([entry["title"], kind, *own, *apart, str(entry["seeds"]), f"{entry['cpu_minutes']:.1f}"])
+        rows.append([entry["title"], kind, *own, *apart, str(len(entry["seeds"])), f"{entry['cpu_minutes']:.1f}"])
     apart_heads = [f"{f} minus OPD" for f in (AVERAGE, PASS)]
     heads = ["arm", "estimator", f"{AVERAGE} %", f"{PASS} %", *apart_heads, "seeds", "CPU minutes a run"]
     return table(heads, rows, left=2)
@@ -214,7 +216,7 @@ def settings_table(content: dict[str, Any], name: str) -> str:
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
         own += [with_span(entry["minus_opd"][f], "+") if "minus_opd" in entry else "" for f in (AVERAGE, PASS)]
         seen = [number(entry["signs"].get(f"gate/{name}")) for name in ("uniform_groups", "consensus", "conflict")]
-        counts = [str(entry["collapsed"]), str(entry["seeds"])]
+        counts = [str(entry["collapsed"]), str(len(entry["seeds"]))]
         rows.append([entry["world"], entry["title"], settings, *own, *seen, *counts])
     apart = [f"{f} minus OPD" for f in (AVERAGE, PASS)]
     heads = ["world", "arm", "settings", f"{AVERAGE} %", f"{PASS} %", *apart, "uniform groups", "consensus", "conflict"]

@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+from concurrent.futures import Future
 from dataclasses import asdict, fields
 
 import arms
@@ -21,10 +22,13 @@ from test_study import result
 from sg_opd import SGOPDConfig
 
 SMALL = family.SIZES["small"]
+LOGGED = {"step": 5, "verdict/correct": 0.5, "entropy": 0.1, "gate/uniform_groups": 0.25}
+LOGGED |= {"completions/mean_length": 30.0, "completions/clipped_ratio": 0.0}
+RECORD = {"cpu_seconds": 90.0, "history": [LOGGED]}
 
 
 def names(plan=SMALL, folder=ROOT / "runs" / "nowhere"):
-    return [name for name, *_ in family.Family(folder, "small", plan).jobs()]
+    return [name for _, name, *_ in family.Family(folder, "small", plan).jobs()]
 
 
 def test_the_plan_has_the_arms_and_seeds_that_were_asked_for():
@@ -39,7 +43,7 @@ def test_the_plan_has_the_arms_and_seeds_that_were_asked_for():
     assert used == set(arms.FAMILY)
     runs = [name for name in names() if "lr=" in name]
     # OPD's choosing seeds are the main arm's first two, and the other rate's
-    assert len(set(runs)) == len(runs) - 8
+    assert len(set(runs)) == 8 + 36 + 48 + 14 + 12 + 8
     assert all("num_generations=8" in run for run in runs)
 
 
@@ -105,22 +109,63 @@ def test_runs_of_a_second_machine_are_taken_over_but_never_mixed(tmp_path):
     }
 
 
-def test_results_end_at_the_first_seed_that_is_missing(tmp_path):
-    """Seeds 0 and 2 are there: only seed 0 counts, as differences are paired by seed."""
+def test_results_by_seed_and_differences_over_shared_seeds(tmp_path):
+    """OPD has the seeds 0 and 2, of 8 samples 4 and 2 right; R2-OPD 2 and 3, of 8 samples 6: +50 from seed 2 alone."""
+    runs, part = family.Family(tmp_path, "small", SMALL), family.parts(SMALL)[2]
+    for arm, known in (("opd", {0: 4, 2: 2}), ("r2-opd", {2: 6, 3: 6})):
+        for seed, right in known.items():
+            folder = tmp_path / runs.run(part, Cell("equations", arm, 5, family.GROUP), seed).name
+            folder.mkdir(parents=True)
+            (folder / "train.json").write_text(json.dumps({"run": {"learning_rate": 0.1, "steps": 1}} | RECORD))
+            result([[i < right for i in range(8)]] * 9).to_json(folder / "test.json")
+    for world in family.BOTH:
+        (tmp_path / world / "student").mkdir(parents=True, exist_ok=True)
+        result([[1] * 8]).to_json(tmp_path / world / "student" / "test.json")
+    content = family_report.Content(runs)
+    opd, r2_opd = (runs.results(part, Cell("equations", arm, 5, family.GROUP)) for arm in ("opd", "r2-opd"))
+    assert {seed: one.figures["avg@8"].mean for seed, one in opd.items()} == {0: 50.0, 2: 25.0}
+    entry = content.entry(part, Cell("equations", "r2-opd", 5, family.GROUP), opd)
+    assert list(r2_opd) == entry["seeds"] == [2, 3]
+    assert entry["shared_seeds"] == [2]
+    assert entry["minus_opd"]["avg@8"]["mean"] == 50.0
+
+
+def test_a_second_machine_begins_elsewhere(monkeypatch, tmp_path):
+    """And goes round; nothing is left out."""
+    done = []
+    monkeypatch.setattr(family, "ProcessPoolExecutor", lambda *args, **kwargs: AtOnce(done))
     runs = family.Family(tmp_path, "small", SMALL)
-    part = family.parts(SMALL)[2]
-    cell = Cell("equations", "opd", 5, family.GROUP)
-    for seed, right in ((0, 1), (2, 0)):
-        folder = tmp_path / runs.run(part, cell, seed).name
-        folder.mkdir(parents=True)
-        (folder / "train.json").write_text("{}")
-        result([[right] * 8]).to_json(folder / "test.json")
-    assert [one.figures["avg@8"].mean for one in runs.results(part, cell)] == [100.0]
+    assert runs.go(1, 1.0, begin=family.OTHER) == []
+    assert done[0].startswith("equations/opdvr,")
+    assert set(done) == set(names())
+
+
+class AtOnce:
+    """Executes nothing, at once, and leaves the files of a run's name."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def submit(self, job, *given):
+        files, folder = given[1], given[-1] / (given[0].name if job is family.finish else f"{given[0]}/{given[1]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("train.json", *(files if job is family.finish else ("test.json", "conflicts.json"))):
+            (folder / file).write_text("{}")
+        self.done.append(str(folder.relative_to(given[-1])))
+        future = Future()
+        future.set_result("done")
+        return future
 
 
 def test_no_run_begins_after_the_time(tmp_path):
     runs = family.Family(tmp_path, "small", SMALL)
-    assert runs.go(1, -1.0, backwards=False) == []
+    assert runs.go(1, -1.0) == []
     assert list(tmp_path.rglob("*.json")) == []
 
 
@@ -197,13 +242,10 @@ def test_baselines_have_the_same_estimator():
 def recorded(folder, right):
     """Records of a whole quick study below a folder: `right(name)` samples of eight are right in each question."""
     runs = family.Family(folder, "small", family.SIZES["quick"])
-    for name, files, _, given in runs.jobs():
+    for _, name, files, _, given in runs.jobs():
         files[0].parent.mkdir(parents=True, exist_ok=True)
         run = asdict(given[0]) if "lr=" in name else {}
-        history = [{"step": 5, "verdict/correct": 0.5, "entropy": 0.1, "gate/uniform_groups": 0.25}]
-        history[0] |= {"completions/mean_length": 30.0, "completions/clipped_ratio": 0.0}
-        record = {"run": run, "cpu_seconds": 90.0, "history": history}
-        (files[0].parent / "train.json").write_text(json.dumps(record))
+        (files[0].parent / "train.json").write_text(json.dumps({"run": run} | RECORD))
         for file in ("test.json", "validation.json"):
             result([[i < right(name) for i in range(8)]] * 9).to_json(files[0].parent / file)
         one = conflicts.Scored(0, True, np.array([0.5, -0.5]), np.array([1, -1]))
