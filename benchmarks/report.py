@@ -76,7 +76,7 @@ def signs(histories: Sequence[list[dict]], at_the_end: Sequence[str] = AT_THE_EN
     everywhere = [entry for history in histories for entry in history]
     for names, entries in ((at_the_end, last), (IN_THE_PHASE, everywhere)):
         for name in names:
-            values = [entry[name] for entry in entries if name in entry]
+            values = [entry[name] for entry in entries if entry.get(name) is not None]
             if values:
                 found[name] = round(statistics.fmean(values), 4)
     return found
