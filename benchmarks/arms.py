@@ -51,20 +51,37 @@ class Arm:
     everywhere: bool = True
 
 
+LITE = {"preset": "sg-opd-lite"}
+# the arms of the earlier study
 ARMS = {
     "opd": Arm("OPD", {"preset": "opd"}, main=True),
     "exopd": Arm("ExOPD", {"preset": "exopd"}, main=True),
     "opdvr": Arm("OPDVR", {"preset": "opdvr"}, main=True),
-    "sg-opd": Arm("SG-OPD", main=True),
-    "no-gate": Arm("SG-OPD without gate", {"gate_extrapolation": 1.0}, main=True),
-    "no-phase": Arm("SG-OPD without phase", {"teacher_phase_steps": 0}, main=True),
-    "initial": Arm("SG-OPD, initial reference", {"reference_policy": "initial"}),
-    "nll": Arm("SG-OPD, nll on teacher rows", {"teacher_rollout_loss": "nll"}),
-    "unendorsed": Arm("SG-OPD, unendorsed phase", trainer="unendorsed"),
-    "entry-gate": Arm("SG-OPD, gate per vocabulary entry", trainer="entry-gate", everywhere=False),
+    "sg-opd-lite": Arm("SG-OPD lite", LITE, main=True),
+    "no-gate": Arm("SG-OPD lite without gate", {**LITE, "gate_extrapolation": 1.0}, main=True),
+    "no-phase": Arm("SG-OPD lite without phase", {**LITE, "teacher_phase_steps": 0}, main=True),
+    "initial": Arm("SG-OPD lite, initial reference", {**LITE, "reference_policy": "initial"}),
+    "nll": Arm("SG-OPD lite, nll on teacher rows", {**LITE, "teacher_rollout_loss": "nll"}),
+    "unendorsed": Arm("SG-OPD lite, unendorsed phase", LITE, trainer="unendorsed"),
+    "entry-gate": Arm("SG-OPD lite, gate per vocabulary entry", LITE, trainer="entry-gate", everywhere=False),
     "distillation": Arm("TRL DistillationTrainer", trainer="distillation"),
     "grpo": Arm("GRPO, verifier alone", trainer="grpo"),
     "sft": Arm("SFT on endorsed teacher rollouts", trainer="sft"),
+}
+# and of the family of gates; what they share with the others is the same arm
+FAMILY = {
+    **{name: ARMS[name] for name in ("opd", "sg-opd-lite", "opdvr", "grpo")},
+    "sg-opd": Arm("SG-OPD", {"preset": "sg-opd"}, main=True),
+    "r2-opd": Arm("R2-OPD", {"preset": "r2-opd"}, main=True),
+    "grpd": Arm("GRPD", {"preset": "grpd"}),
+    "rg-opd": Arm("RG-OPD", {"preset": "rg-opd"}),
+    "opd-sampled": Arm("OPD, sampled", {"preset": "opd", "estimator": "sampled"}),
+    "power-opd": Arm("PowerOPD", {"preset": "power-opd", "estimator": "sampled"}),
+    "opd-grpo": Arm("OPD + 0.1 reward", {"preset": "opd-grpo", "estimator": "sampled", "advantage_weight": 0.1}),
+    "opd-grpo-1": Arm("OPD + 1.0 reward", {"preset": "opd-grpo", "estimator": "sampled", "advantage_weight": 1.0}),
+    # the gate alone: no teacher phase; `factors` against the initial policy, `sign` against the current one
+    "factors": Arm("factors", {"preset": "opd", "reference_policy": "initial"}),
+    "sign": Arm("sign gate", {"preset": "opd", "gate_extrapolation": 1.8, "gate_interpolation": 1.0}),
 }
 
 

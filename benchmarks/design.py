@@ -117,7 +117,7 @@ def groups(plan: Plan, worlds: list[str]) -> Iterator[tuple[str, list[Cell]]]:
         cells = [replace(cell, rate_of=main["opd", world]) for cell in main.values() if cell.world == world]
         yield f"at OPD's learning rate, {world}", cells
     sampled = [(("estimator", "sampled"), ("log_ratio_clip", clip)) for clip in plan.clips]
-    cells = [Cell(second, arm, plan.other_seeds, changes) for changes in sampled for arm in ("opd", "sg-opd")]
+    cells = [Cell(second, arm, plan.other_seeds, changes) for changes in sampled for arm in ("opd", "sg-opd-lite")]
     yield "estimators and clip", cells
     for world in reversed(worlds):
         yield f"other arms, {world}", [cell for cell in others.values() if cell.world == world]

@@ -6,11 +6,17 @@ import re
 from collections.abc import Sequence
 
 
-def filled(page: str, known: dict[str, str]) -> str:
-    """A page with each `<!-- table: name -->` ... `<!-- end -->` filled anew, from tables as Markdown by name."""
+def filled(page: str, known: dict[str, str], whole: bool = True) -> str:
+    """A page with each `<!-- table: name -->` ... `<!-- end -->` filled anew.
+
+    Args:
+        page: as Markdown.
+        known: tables by name.
+        whole: whether they are all that the page has; else the others, of another benchmark, stay as they are.
+    """
     return re.sub(
-        r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{known.get(match[2], 'Not run yet.')}\n{match[3]}",
+        r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)",
+        lambda m: f"{m[1]}{known.get(m[2], 'Not run yet.')}\n{m[4]}" if whole or m[2] in known else m[0],
         page,
         flags=re.DOTALL,
     )

@@ -69,14 +69,14 @@ def curve(histories: Sequence[list[dict]]) -> dict[str, list[float]]:
     return {"step": list(by_step), "correct": [round(statistics.fmean(values), 2) for values in by_step.values()]}
 
 
-def signs(histories: Sequence[list[dict]]) -> dict[str, float]:
+def signs(histories: Sequence[list[dict]], at_the_end: Sequence[str] = AT_THE_END) -> dict[str, float]:
     """What training logged of the gate, the log-ratios, entropy and length: means over runs."""
     found: dict[str, float] = {}
     last = [entry for history in histories for entry in history[-max(1, len(history) // 3) :]]
     everywhere = [entry for history in histories for entry in history]
-    for names, entries in ((AT_THE_END, last), (IN_THE_PHASE, everywhere)):
+    for names, entries in ((at_the_end, last), (IN_THE_PHASE, everywhere)):
         for name in names:
-            values = [entry[name] for entry in entries if name in entry]
+            values = [entry[name] for entry in entries if entry.get(name) is not None]
             if values:
                 found[name] = round(statistics.fmean(values), 4)
     return found
@@ -344,7 +344,7 @@ def report(study: Any, cells: dict[str, list[Any]], folder: Path, page: Path | N
     if LINE in content and PLANE in content:
         show_factors(content, folder / "factors.png")
     if page is not None:
-        page.write_text(filled(page.read_text(), tables(content)))
+        page.write_text(filled(page.read_text(), tables(content), whole=False))
     else:
         for name, table in tables(content).items():
             print(f"\n{name}\n\n{table}")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from arms import ARMS, budget, load, trainer_of, verifier
+from arms import ARMS, FAMILY, budget, load, trainer_of, verifier
 from design import PLANS, QUICK, Cell, Plan, Run, groups
 from transformers import PrinterCallback
 from worlds import SCALES
@@ -178,7 +178,7 @@ def worlds_of(scale: str, output: Path) -> dict[str, Any]:
 
 def train(run: Run, scale: str, plan: Plan, output: Path) -> str:
     """Train the run's student; its weights are kept, and a record of how the training went."""
-    world, arm, folder = worlds_of(scale, output)[run.world], ARMS[run.arm], output / run.name
+    world, arm, folder = worlds_of(scale, output)[run.world], (ARMS | FAMILY)[run.arm], output / run.name
     clock, cpu = time.perf_counter(), time.process_time()
     trainer = trainer_of(world, arm, dict(run.changes), run.steps, run.learning_rate, run.seed, folder)
     trainer.remove_callback(PrinterCallback)
