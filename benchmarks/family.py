@@ -104,15 +104,14 @@ def parts(plan: Plan) -> list[Part]:
 def order(plan: Plan) -> list[tuple[Part, range]]:
     """The plan's runs, parts with their seeds, the most important first."""
     rate, other_rate, first, factor, other, second_factor, signal, retry = parts(plan)
-    every, three, one = range(plan.main_seeds), range(3), range(1)
-    return [
+    every = range(plan.main_seeds)
+    return [  # what an earlier line has done is passed over
         *((part, every) for part in (rate, other_rate)),
-        (first, three),
-        (other, one),
+        (first, range(3)),
+        (other, range(1)),
         (factor, every),
-        *(
-            (part, every) for part in (other, second_factor, signal, retry, first)
-        ),  # what is done already is passed over
+        *((part, range(seeds)) for part, seeds in ((signal, 2), (retry, 1), (other, 2))),
+        *((part, every) for part in (first, other, signal, retry, second_factor)),
     ]
 
 
