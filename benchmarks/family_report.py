@@ -198,7 +198,8 @@ def signs_table(content: dict[str, Any], world: str) -> str:
 def factors_table(content: dict[str, Any], world: str) -> str:
     """The question about factors: where each run ended."""
     rows = []
-    for entry in (entry for entry in content[FACTOR] if entry["world"] == world):
+    entries = [entry for entry in content[FACTOR] if entry["world"] == world]
+    for entry in sorted(entries, key=lambda entry: entry["changes"]["gate_extrapolation"]):
         factor, gated = entry["changes"]["gate_extrapolation"], "gate_signal" in entry["changes"]
         last = [number(entry["curves"][name]["value"][-1]) for name in list(CURVES)[1:]]
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
