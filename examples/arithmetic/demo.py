@@ -103,7 +103,9 @@ def main() -> None:
     written = plot_runs([options.output / preset for preset in ("opd", "sg-opd-lite")], options.output / "curves")
     keys = {"student before": "student_before", "SG-OPD lite": "student_after", "OPD": "opd", "teacher": "teacher"}
     summary = {keys[name]: result.means() for name, result in results.items()}
-    summary.update(train_seconds=seconds["SG-OPD lite"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates)
+    summary.update(
+        train_seconds=seconds["SG-OPD lite"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates
+    )
     (options.output / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(f"written: {options.output}/result.json, {', '.join(map(str, written))}")
 

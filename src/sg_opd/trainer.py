@@ -45,7 +45,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     """Sign-Gated On-Policy Distillation (arXiv 2606.09304) as a subclass of [`~trl.GRPOTrainer`].
 
     The student samples completions; the verifier judges each; the teacher scores each token. Tokens that the teacher
-    moves the way the verdict wants are extrapolated, the others interpolated; in a first phase, part of the rollouts
+    moves the way the outcome wants are extrapolated, the others interpolated; in a first phase, part of the rollouts
     are the teacher's own, where the verifier endorses them.
 
     Inherited as they are: generation (transformers, vLLM), prompt groups, PPO ratio and clipping, engine-mismatch

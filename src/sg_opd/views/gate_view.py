@@ -177,7 +177,7 @@ class RolloutView:
         gold = "" if self.gold is None else f"reference answer {visible(self.gold)}"
         size = f"{len(self.tokens)} tokens, mean factor {self.summary['gate/factor']:.2f}"
         by_verdict = self.settings.signal == "verdict" or self.sign is None
-        outcome = VERDICTS[self.verdict] + ("" if by_verdict else f", sign {self.sign:+.0f} in its group")
+        outcome = VERDICTS[self.verdict] + ("" if by_verdict else f", sign {self.sign:g} in its group")
         return " · ".join(filter(None, (step, f"{self.source}'s rollout", outcome, gold, size)))
 
     def page_data(self) -> dict[str, Any]:
