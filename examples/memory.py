@@ -3,8 +3,8 @@
     python examples/memory.py --config examples/configs/X.yaml --accelerate_config examples/accelerate/Y.yaml
 
 Checked on the CPU are parameter counts, LoRA's, the bytes of 4-bit weights, gradients, optimizer and KV cache, and the
-activations a layer stores; on one H100 the peak of a step on it, without OVERHEAD and SLACK (docs/gpu.md). Assumed are
-those two, what a library keeps for itself and how an allocator fragments, and all that needs generation or several GPUs.
+activations a layer stores; on one H100 the peak of a step, without OVERHEAD and SLACK (docs/gpu.md). Assumed are those
+two, what a library keeps for itself and how an allocator fragments, and all that needs generation or several GPUs.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def resident(run: Run) -> dict[str, float]:
 
     fp32 masters under autocast: weights 4, gradients 4, moments 8. DeepSpeed in bf16: 2, 2, and 4 + 8 in fp32. LoRA:
     adapters in fp32 (4, 4, 8), on a 4-bit student in bf16 (2, 2, 4). ZeRO-2 divides gradients and optimizer by
-    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients. On one
-    GPU a step of one backward pass holds no gradients before it (`passing` counts them). Of an offloaded teacher the
-    tables and the last norm stay, and for the full estimator its states of a generation's rows.
+    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients. On
+    one GPU a step of one backward pass holds no gradients before it (`training` counts them). Of an offloaded teacher
+    the tables and the last norm stay, and for the full estimator its states of a generation's rows.
     """
     zero, sharded = run.sharding.startswith("zero"), run.sharding in ("zero3", "fsdp")
     base = 2 if zero else run.weight_bytes
@@ -125,10 +125,10 @@ def training(run: Run, computing: int) -> dict[str, dict[str, float]]:
     """Bytes of the two moments at which training can be largest, by part; weights are in use in `computing` bytes.
 
     "training" is the head's turn, when all that the layers keep for the backward pass is there, and the head's own.
-    "backward" is a layer's: what is kept falls as gradients come, so that the larger of the two counts, the gradient of
-    the table that is the head being there from the start; a checkpointed layer is computed once more. Under autocast the
-    layers' bf16 copies live as long as their graph, and with checkpointing to the end of the forward pass, where they are
-    trained.
+    "backward" is a layer's: what is kept falls as gradients come, so that the larger of the two counts (the gradient of
+    the table that is the head is there from the start); a checkpointed layer is computed once more. Under autocast the
+    layers' bf16 copies live as long as their graph; with checkpointing those of trained weights live to the end of the
+    forward pass.
     """
     student, teacher = run.student, run.teacher
     tokens, completions = run.batch * (run.prompt + run.completion), run.batch * run.completion

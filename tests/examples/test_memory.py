@@ -160,8 +160,8 @@ def test_parts_by_hand():
 
     Parameters 151936 x 2048 + 28 x (2048 x 2048 x 2 + 2 x 2048 x 1024 + 3 x 2048 x 6144 + 2 x 2048 + 2 x 128) + 2048
     = 1,720,574,976; the 4B's 4,022,468,096. Cache 2 x 28 x 8 x 1024 x 8 x 128 x 4 bytes = 1.75 GiB. Head: a tile of
-    1024 x 32768 x 2, a copy of its weights 32768 x 2048 x 2 and of the states 1024 x 2048 x 4; then the gradients of states
-    and head, 151936 x 2048 x 4 bytes. Autocast: bf16 copies of what is in layers, 28 x 50,331,648 = 1,409,286,144.
+    1024 x 32768 x 2, a copy of its weights 32768 x 2048 x 2 and of the states 1024 x 2048 x 4; then the gradients of
+    states and head, 151936 x 2048 x 4 bytes. Autocast: bf16 copies of the layers' 28 x 50,331,648 = 1,409,286,144.
     """
     student, teacher = Geometry.of("Qwen/Qwen3-1.7B"), Geometry.of("Qwen/Qwen3-4B")
     parts = estimate(Run(student, teacher, rows=8, batch=2, completion=512, sharding="ddp", world=2))
@@ -205,7 +205,7 @@ def test_what_makes_it_larger_and_smaller():
 
 
 def test_gradients_of_a_single_backward_pass_come_as_activations_go():
-    """Qwen3-0.6B, 596,049,920 parameters in fp32: 2.2 GiB, more than what few tokens keep; sharding always holds them."""
+    """Qwen3-0.6B, 596,049,920 parameters in fp32: 2.2 GiB, more than few tokens keep; sharding holds them always."""
     run = Run(Geometry.of("Qwen/Qwen3-0.6B"), None, rows=1, batch=1, completion=64, prompt=64, accumulates=False)
     parts = estimate(run)
     assert "gradients" not in parts
