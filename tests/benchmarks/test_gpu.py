@@ -181,7 +181,7 @@ def test_todays_estimate_is_what_was_measured():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "sampled" not in v.name], ids=lambda v: v.name)
 def test_distillation_trainer_steps_around_autocast(tmp_path, variant):
-    """Why docs/gpu.md compares nothing with it: its layers compute in fp32, the others' in bf16, all with `bf16: true`."""
+    """Why docs/gpu.md compares nothing with it: its layers compute in fp32, the others' in bf16, of one setting."""
     step = Step(TINY_SIZES[0], variant, "cpu", tmp_path, True, bf16_teacher(TINY_SIZES[0], "cpu"))
     layer, seen = step.trainer.accelerator.unwrap_model(step.trainer.model).model.layers[0].mlp.up_proj, set()
     layer.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
