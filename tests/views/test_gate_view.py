@@ -56,6 +56,7 @@ def test_the_sign_in_a_group_decides(tmp_path):
     assert "incorrect, sign 0 in its group" in uniform.headline()
     assert "sign -1 in its group" in mixed.headline()
     assert "in its group" not in three(0.0, sign=0.0).headline()
+    assert "in its group" not in three(0.0, gate=gate).headline()
     assert RolloutView.from_json(uniform.to_json()) == uniform
     assert uniform.page_data()["sign"] == 0.0
 

@@ -176,7 +176,7 @@ class RolloutView:
         gold = "" if self.gold is None else f"reference answer {visible(self.gold)}"
         size = f"{len(self.tokens)} tokens, mean factor {self.summary['gate/factor']:.2f}"
         by_group = self.settings.signal == "group" and self.sign is not None
-        outcome = VERDICTS[self.verdict] + f", sign {self.sign:g} in its group" * by_group
+        outcome = VERDICTS[self.verdict] + (f", sign {self.sign:g} in its group" if by_group else "")
         return " · ".join(filter(None, (step, f"{self.source}'s rollout", outcome, gold, size)))
 
     def page_data(self) -> dict[str, Any]:
