@@ -53,10 +53,12 @@ def phases_table(content: dict[str, Any]) -> str:
     for name, seconds in row["phase_seconds"].items():
         if name == "plain":
             continue
-        generate = row["generate_seconds"].get(name, 0.0)
-        cells = [generate if phase == "generate" else seconds[phase] for phase in phases]
+        cells = {phase: f"{1000 * seconds[phase]:.1f}" for phase in phases}
+        cells["generate"] = f"{1000 * row['generate_seconds'].get(name, 0.0):.1f}"
+        if "generate_seconds" in content.get("remarks", {}):  # they are no result
+            cells["generate"] = "-"
         total = row["step_seconds"][name]["median"]
-        rows.append([TITLES.get(name, name), *(f"{1000 * cell:.1f}" for cell in cells), f"{1000 * total:.0f}"])
+        rows.append([TITLES.get(name, name), *cells.values(), f"{1000 * total:.0f}"])
     return table(["trainer", *phases, "step without generation"], rows)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                             # needs a GPU; writes benchmarks/results/gpu
     python benchmarks/gpu.py --device cpu --tiny --output X              # a dry run of the same code, in a minute
-    python benchmarks/gpu.py --judge --output X                          # measures nothing, judges what is there
+    python benchmarks/gpu.py --judge                                     # measures nothing, judges what is there
 
 Each part is a process with a time limit, and its JSON is written after each case: what was measured before a failure or
 a limit stays. No network is needed; benchmarks/gpu_bundle.py makes the wheels for a machine without it.
@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gpu_targets import agreement, targets_of
+from gpu_targets import agreement, targets_of, without
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / folder) for folder in ("examples", "examples/arithmetic")]
@@ -154,16 +154,25 @@ def real(options: argparse.Namespace, seconds: float) -> str:
     return ending(code, options.output / "real.log")
 
 
+def remarks_of(folder: Path) -> list[dict[str, Any]]:
+    """Figures of a folder that are no results: part, case, names, and why; `remarks.json` is written by hand."""
+    path = folder / "remarks.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def judge(folder: Path) -> dict[str, Any]:
-    """What the JSON in a folder says of the targets."""
+    """What the JSON in a folder says of the targets, without what its remarks call invalid."""
+    remarks = remarks_of(folder)
 
     def cases(part: str) -> dict[str, Any]:
         path = folder / f"{part}.json"
-        return json.loads(path.read_text())["cases"] if path.exists() else {}
+        found = json.loads(path.read_text())["cases"] if path.exists() else {}
+        return without(found, [remark for remark in remarks if remark["part"] == part])
 
     return {
         "agrees": agreement(cases("agreement"), cases(REFERENCE)),
         "targets": targets_of(cases("cost") | cases("memory")),
+        "not judged": remarks,
         "failed": {
             f"{part}: {name}": case["error"]
             for part in ("agreement", REFERENCE, "cost", "memory")
@@ -174,7 +183,10 @@ def judge(folder: Path) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, str]:
-    """Run the parts in order; how each ended."""
+    """Run the parts in order; how each ended. Remarks on what they measured before go."""
+    if remarks := remarks_of(options.output):
+        left = [remark for remark in remarks if remark["part"] not in options.parts]
+        (options.output / "remarks.json").write_text(json.dumps(left, indent=1) + "\n")
     end = time.monotonic() + options.limit
     names = [part for part in options.parts if part != "real"]
     names += [REFERENCE] * ("agreement" in names)
@@ -225,6 +237,8 @@ def main() -> None:
         write(options.output / "parts.json", ended)
     found = judge(options.output)
     write(options.output / "judged.json", found)
+    for remark in found["not judged"]:
+        print(f"not judged: {remark['case']}: {', '.join(remark['figures'])}: {remark['why']}")
     for target in found["targets"]:
         print(f"{target['name']}: {target['measured']:.4g} (target {target['target']}): {target['met']}")
     print(f"agree: {sum(found['agrees'].values())} of {len(found['agrees'])} cases")

@@ -194,9 +194,11 @@ def expected(size: Size, variant: Variant) -> float:
         completion=size.tokens,
         prompt=size.prompt,
         lora_rank=variant.lora,
+        lora_dropout=False,  # peft's default
         checkpointing=size.checkpointing,
         full=settings.get("estimator") == "full",
-        initial_copy=settings.get("reference_policy") == "initial" and not variant.lora,
+        initial=settings.get("reference_policy") == "initial",
+        accumulates=False,
         teacher_offload=settings.get("teacher_offload", False),
     )
     parts = estimate(run)

@@ -21,7 +21,7 @@ REASONS = {
     "sampled_vs_distillation": FUSED_HEAD
     + "By FLOPs of the heads the base size would be at 0.79 (five passes against six). With completions of 256 tokens "
     "and more it is cheaper, in time (0.74 to 0.91) and in memory (0.76 to 0.86). On a GPU the kernels work in place; "
-    "there the figure is still to be taken.",
+    "there no figure on equal terms was taken (docs/gpu.md).",
 }
 
 

@@ -77,17 +77,18 @@ class Geometry:
         """Keys and values of `rows` sequences of `tokens` in all layers."""
         return 2 * self.layers * rows * tokens * self.kv_heads * self.head_dim * bytes_each
 
-    def stored(self, weight_bytes: int, lora: bool) -> int:
+    def stored(self, weight_bytes: int, lora: bool, dropout: bool = True) -> int:
         """Bytes a token that one layer stores for its backward pass, computing in bf16 without attention matrices.
 
         Korthikanti et al. (arXiv 2205.05198, section 4) count 34 bytes a hidden unit, for GELU and dropout. Here, with
         SDPA and SwiGLU: a norm keeps its input in fp32, the normalised values and its output (4 + 2 + 2 bytes; 13 with
         fp32 weights), twice; the MLP gate, up, activation and product (8 a unit); a query 10, a key or value pair 10.
-        LoRA adds dropped-out inputs and their masks. Counted from the tensors autograd saves; a test counts again.
+        LoRA's frozen norms and values keep less; its dropout adds dropped-out inputs and their masks. Counted from the
+        tensors autograd saves; a test counts again.
         """
         q, kv, h, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
         if lora:
-            return 38 * h + 12 * f + 14 * q + 8 * kv
+            return 38 * h + 12 * f + 14 * q + 8 * kv if dropout else 18 * h + 8 * f + 10 * q + 8 * kv
         return (26 if weight_bytes == 4 else 16) * h + 8 * f + 10 * q + 10 * kv
 
     def passing(self) -> int:

@@ -1,9 +1,10 @@
-"""How much GPU memory a recipe needs: an ESTIMATE from formulas; no GPU was at hand to check it against.
+"""How much GPU memory a recipe needs: an ESTIMATE from formulas.
 
     python examples/memory.py --config examples/configs/X.yaml --accelerate_config examples/accelerate/Y.yaml
 
 Checked on the CPU are parameter counts, LoRA's, the bytes of 4-bit weights, gradients, optimizer and KV cache, and the
-activations a layer stores. Assumed are what a library keeps for itself and how an allocator fragments: OVERHEAD, SLACK.
+activations a layer stores; on one H100 the peak of a step, without OVERHEAD and SLACK (docs/gpu.md). Assumed are those
+two, what a library keeps for itself and how an allocator fragments, and all that needs generation or several GPUs.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Run:
     prompt: int = PROMPT
     weight_bytes: int = 4  # of the student as loaded: 4 (fp32 masters, bf16 autocast) or 2
     lora_rank: int = 0
+    lora_dropout: bool = True
     student_4bit: bool = False
     teacher_4bit: bool = False
     teacher_rows: int = 0  # sequences the teacher generates at once in its phase
     checkpointing: bool = True
     full: bool = False  # the full estimator
-    initial_copy: bool = False  # a frozen copy of the student as the reference
+    initial: bool = False  # the initial policy is the reference: without LoRA a frozen copy of the student
+    accumulates: bool = True  # a step has several backward passes: gradients are there before the later ones
     sharding: str = "none"  # "none", "ddp", "zero2", "zero3", "fsdp"
     offload: bool = False  # ZeRO: weights, gradients and optimizer in the host's memory
     teacher_offload: bool = False  # the teacher's layers in the host's memory
@@ -54,21 +57,21 @@ def resident(run: Run) -> dict[str, float]:
 
     fp32 masters under autocast: weights 4, gradients 4, moments 8. DeepSpeed in bf16: 2, 2, and 4 + 8 in fp32. LoRA:
     adapters in fp32 (4, 4, 8), on a 4-bit student in bf16 (2, 2, 4). ZeRO-2 divides gradients and optimizer by
-    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients. Of an
-    offloaded teacher the tables and the last norm stay, and for the full estimator its states of a generation's rows.
+    the world, ZeRO-3 and FSDP2 weights too, the teacher's among them. DDP adds buckets as large as the gradients. On
+    one GPU a step of one backward pass holds no gradients before it (`training` counts them). Of an offloaded teacher
+    the tables and the last norm stay, and for the full estimator its states of a generation's rows.
     """
     zero, sharded = run.sharding.startswith("zero"), run.sharding in ("zero3", "fsdp")
     base = 2 if zero else run.weight_bytes
-    each = base if zero or not run.lora_rank else 2 if run.student_4bit else 4
-    trained = run.student.lora(run.lora_rank) if run.lora_rank else run.student.parameters
+    each, trained = trained_weights(run)
     split = run.world if sharded else 1
     later = run.world if sharded or run.sharding == "zero2" else 1
     on_gpu = 0 if run.offload else 1
     own = run.student.weights(base, run.student_4bit)
     parts = {"student weights": own / split * on_gpu, "LoRA weights": each * trained / split if run.lora_rank else 0.0}
-    parts["gradients"] = each * trained / later * on_gpu
+    parts["gradients"] = each * trained / later * on_gpu if gradients_stay(run) else 0.0
     parts["optimizer"] = (12 if zero else 2 * each) * trained / later * on_gpu
-    parts["initial policy"] = own / split * on_gpu if run.initial_copy else 0.0
+    parts["initial policy"] = own / split * on_gpu if run.initial and not run.lora_rank else 0.0
     parts["communication buffers"] = 2 * ZERO_BUCKET if zero else each * trained if run.sharding == "ddp" else 0.0
     parts["teacher weights"] = run.teacher.weights(2, run.teacher_4bit) / split * on_gpu if run.teacher else 0.0
     if run.teacher and run.teacher_offload:
@@ -76,6 +79,19 @@ def resident(run: Run) -> dict[str, float]:
         parts["teacher states"] = 2 * run.rows * run.completion * run.teacher.hidden * run.full
     parts["vLLM"] = run.vllm * GIB * (not run.vllm_sleeps)
     return parts
+
+
+def trained_weights(run: Run) -> tuple[int, int]:
+    """Bytes of a trained weight, and how many are trained."""
+    base = 2 if run.sharding.startswith("zero") else run.weight_bytes
+    if not run.lora_rank:
+        return base, run.student.parameters
+    return base if run.sharding.startswith("zero") else 2 if run.student_4bit else 4, run.student.lora(run.lora_rank)
+
+
+def gradients_stay(run: Run) -> bool:
+    """Whether gradients are held as a backward pass begins."""
+    return run.accumulates or run.sharding != "none"
 
 
 def passing(run: Run) -> dict[str, float]:
@@ -88,7 +104,6 @@ def passing(run: Run) -> dict[str, float]:
     probabilities).
     """
     student, length, zero3 = run.student, run.prompt + run.completion, run.sharding == "zero3"
-    tokens, completions = run.batch * length, run.batch * run.completion
     computing = run.weight_bytes if run.sharding in ("none", "ddp") else 2  # bytes of a weight in use
     layer = student.in_layers / student.layers
     tables = 2 * (student.parameters - student.in_layers)
@@ -98,17 +113,47 @@ def passing(run: Run) -> dict[str, float]:
     if run.vllm:
         generation = {"vLLM": run.vllm * GIB * run.vllm_sleeps}
     generation["gathered weights"] = 2 * student.parameters if zero3 else gathered
-    tile = min(completions, TOKEN_TILE) * VOCAB_TILE * (10 if run.full else 2)
-    head = tile + completions * student.hidden * 4 + (0 if run.lora_rank else 4 * student.vocab * student.hidden)
-    per_layer = student.stored(computing, bool(run.lora_rank))
-    kept = tokens * student.layers * (student.hidden * computing if run.checkpointing else per_layer)
-    in_flight = tokens * (student.passing() + (per_layer if run.checkpointing else 0))
-    copies = 2 * student.parameters if computing == 4 and not run.lora_rank else 0
-    training = {"activations": kept + in_flight, "head": head, "autocast copies": copies, "gathered weights": gathered}
-    phases = {"generation": generation, "training": training}
+    phases = {"generation": generation, **training(run, computing)}
+    for phase in ("training", "backward"):
+        phases[phase]["gathered weights"] = gathered
     if run.teacher:
         phases |= teaching(run, run.teacher)
     return {f"{phase}: {part}": size for phase, parts in phases.items() for part, size in parts.items()}
+
+
+def training(run: Run, computing: int) -> dict[str, dict[str, float]]:
+    """Bytes of the two moments at which training can be largest, by part; weights are in use in `computing` bytes.
+
+    "training" is the head's turn, when all that the layers keep for the backward pass is there, and the head's own.
+    "backward" is a layer's: what is kept falls as gradients come, so that the larger of the two counts (the gradient of
+    the table that is the head is there from the start); a checkpointed layer is computed once more. Under autocast the
+    layers' bf16 copies live as long as their graph; with checkpointing those of trained weights live to the end of the
+    forward pass.
+    """
+    student, teacher = run.student, run.teacher
+    tokens, completions = run.batch * (run.prompt + run.completion), run.batch * run.completion
+    per_layer = student.stored(computing, bool(run.lora_rank), run.lora_dropout)
+    kept = tokens * student.layers * (student.hidden * computing if run.checkpointing else per_layer)
+    copies = 2 * student.in_layers if computing == 4 else 0
+    table = 0 if run.lora_rank else 4 * student.vocab * student.hidden
+    # a copy of the states and of a tile's weights in the kernel's precision
+    head = min(completions, TOKEN_TILE) * VOCAB_TILE * (10 if run.full else 2)
+    head += completions * student.hidden * 4 + (VOCAB_TILE * student.hidden * 2 if computing == 4 else 0)
+    if run.full and teacher:
+        head += 2 * completions * teacher.hidden * 2
+    if run.full and teacher and run.initial:  # the target's head: the teacher's and the reference's side by side
+        head += computing * student.vocab * (teacher.hidden + student.hidden)
+    coming = table + completions * student.hidden * 4  # the head's gradients, when the forward pass is over
+    norm = 13 * tokens * student.hidden  # the last one
+    # of a checkpointed layer they are gone when those come
+    beside = copies if not run.checkpointing else 0 if run.lora_rank else max(0, copies - coming)
+    turn = {"activations": kept + norm, "head": head, "head's gradients": coming, "autocast copies": beside}
+    each, trained = trained_weights(run)
+    arriving = kept + table if gradients_stay(run) else max(kept + table, each * trained)
+    back = {"activations and gradients": arriving}
+    back["a layer"] = tokens * (student.passing() + (per_layer if run.checkpointing else 0))
+    back["autocast copies"] = copies / student.layers if run.checkpointing else copies
+    return {"training": turn, "backward": back}
 
 
 def teaching(run: Run, teacher: Geometry) -> dict[str, dict[str, float]]:
@@ -174,6 +219,7 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
         prompt=prompt,
         weight_bytes=4 if given["dtype"] == "float32" else 2,
         lora_rank=lora_rank,
+        lora_dropout=given["lora_dropout"] > 0,
         student_4bit=given["load_in_4bit"],
         teacher_4bit=quantised.get("load_in_4bit", False),
         teacher_rows=math.ceil(rows * given["teacher_phase_fraction"])
@@ -181,7 +227,8 @@ def read(recipe: Path, accelerate_config: Path, gpu: float = 80.0, prompt: int =
         * (given["teacher_phase_steps"] > 0),
         checkpointing=given["gradient_checkpointing"],
         full=given["estimator"] == "full",
-        initial_copy=given["reference_policy"] == "initial" and not lora_rank,
+        initial=given["reference_policy"] == "initial",
+        accumulates=given["gradient_accumulation_steps"] > 1,
         sharding=kinds[launch["distributed_type"]],
         offload=zero.get("offload_param_device") == "cpu",
         teacher_offload=given["teacher_offload"],

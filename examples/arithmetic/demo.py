@@ -91,19 +91,21 @@ def main() -> None:
     for name, folder in (("student before", "student"), ("teacher", "teacher")):
         model = AutoModelForCausalLM.from_pretrained(HERE / folder, trust_remote_code=False)
         results[name] = evaluate(model, tokenizer, verifier, length)
-    for name, preset in (("OPD", "opd"), ("SG-OPD", "sg-opd")):
+    for name, preset in (("OPD", "opd"), ("SG-OPD lite", "sg-opd-lite")):
         console.print(f"[bold]training {name}[/bold]")
         trainer, seconds[name] = train(preset, verifier, options.seed, options.output, extra)
         results[name] = evaluate(trainer.model, tokenizer, verifier, length)
         logged = [entry for entry in trainer.state.log_history if GATE[0] in entry]
         gates[name] = {metric: sum(entry[metric] for entry in logged) / len(logged) for metric in GATE}
-    results = {name: results[name] for name in ("student before", "OPD", "SG-OPD", "teacher")}
+    results = {name: results[name] for name in ("student before", "OPD", "SG-OPD lite", "teacher")}
     show(results, gates, console)
-    console.print(f"training took {seconds['OPD']:.0f} s (OPD) and {seconds['SG-OPD']:.0f} s (SG-OPD)")
-    written = plot_runs([options.output / preset for preset in ("opd", "sg-opd")], options.output / "curves")
-    keys = {"student before": "student_before", "SG-OPD": "student_after", "OPD": "opd", "teacher": "teacher"}
+    console.print(f"training took {seconds['OPD']:.0f} s (OPD) and {seconds['SG-OPD lite']:.0f} s (SG-OPD lite)")
+    written = plot_runs([options.output / preset for preset in ("opd", "sg-opd-lite")], options.output / "curves")
+    keys = {"student before": "student_before", "SG-OPD lite": "student_after", "OPD": "opd", "teacher": "teacher"}
     summary = {keys[name]: result.means() for name, result in results.items()}
-    summary.update(train_seconds=seconds["SG-OPD"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates)
+    summary.update(
+        train_seconds=seconds["SG-OPD lite"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates
+    )
     (options.output / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(f"written: {options.output}/result.json, {', '.join(map(str, written))}")
 

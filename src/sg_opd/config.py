@@ -12,7 +12,7 @@ from trl import GRPOConfig
 from .confidential import Confidential
 from .method.gate import GateSettings
 from .method.teacher_phase import SCHEDULES, TeacherPhaseSampler
-from .presets import PRESETS, SOURCES
+from .presets import PRESETS, SOURCES, check_idle
 from .teachers.http import check_url
 from .teachers.sampling import WHOLE_DISTRIBUTION
 
@@ -222,6 +222,7 @@ class SGOPDConfig(Confidential, GRPOConfig):
 
     def _check_fields(self) -> None:
         self.gate_settings()  # raises
+        check_idle(self)
         steps = self.teacher_phase_steps
         if not (math.isfinite(steps) and steps >= 0 and (steps < 1 or steps == int(steps))):
             raise ValueError(

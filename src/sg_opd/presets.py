@@ -47,7 +47,8 @@ SOURCES = {
     "opd": "on-policy distillation: no gate, no teacher phase",
     "exopd": "one factor above 1 for every token, against the initial policy [G]",
     "opdvr": "conflict tokens are dropped (arXiv 2608.24696); an abstention is plain OPD [O]",
-    "grpd": "the same by the group's sign, and nothing from uniform groups (arXiv 2608.24696)",
+    "grpd": "conflict tokens are dropped by the group's sign; uniform groups and abstentions teach nothing (arXiv "
+    "2608.24696)",
     "r2-opd": "sigmoid weights that keep a row's mass, 1 on cut rollouts (arXiv 2609.35517)",
     "rg-opd": "whole rollouts, where the teacher's sum agrees with the verdict (arXiv 2607.04037); "
     "on the sampled token's delta, and an abstention is plain OPD [O]",
@@ -55,7 +56,30 @@ SOURCES = {
     "opd-grpo": "OPD with GRPO's group advantage added to every token; its weight 0.1 [O]",
     "sg-opd": "sign gate [P] as readers of the full text describe it [N]: group sign, 1.8 and 1.0 [R], initial "
     "reference, cross-entropy on teacher rollouts, three-phase cosine; a quarter of the rollouts, thirds of the run, "
-    "and neutral uniform groups [O]",
+    "and neutral uniform groups [O]. One more forward of the student, and without LoRA one more model in memory",
     "sg-opd-lite": "sign gate [P] without a third model: verdict sign, 1.8 and 1.0 [R], current reference, gated "
     "teacher rollouts, a quarter of them decaying over the first tenth of the steps [O]",
 }
+
+# field: the value at which it does nothing, the field that decides whether it is read, and at which values it is not
+IDLE = {
+    "gate_extrapolation": (1.0, "gate_rule", ("sigmoid", "row")),
+    "gate_interpolation": (1.0, "gate_rule", ("sigmoid", "row")),
+    "gate_dead_zone": (0.0, "gate_rule", ("sigmoid", "row")),
+    "gate_neutral": (1.0, "gate_rule", ("sigmoid",)),
+    "gate_beta": (1e-3, "gate_rule", ("sign", "row")),
+    "gate_row_threshold": (0.0, "gate_rule", ("sign", "sigmoid")),
+    "log_ratio_power": (0.5, "log_ratio_form", ("log",)),
+    "teacher_phase_hold": (0.5, "teacher_phase_schedule", ("constant", "linear", "cosine")),
+    "teacher_rollout_weight": (1.0, "teacher_rollout_loss", ("gated",)),
+}
+
+
+def check_idle(args: Any) -> None:
+    """Refuse a setting that another one keeps from having any effect, by name."""
+    for field, (idle, by, values) in IDLE.items():
+        if getattr(args, by) in values and getattr(args, field) != idle:
+            raise ValueError(
+                f"`{field}={getattr(args, field)!r}` has no effect with {by}={getattr(args, by)!r}: leave it at "
+                f"{idle!r}, or set {by} (preset {args.preset!r} has {PRESETS[args.preset][by]!r})."
+            )

@@ -45,7 +45,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
     """Sign-Gated On-Policy Distillation (arXiv 2606.09304) as a subclass of [`~trl.GRPOTrainer`].
 
     The student samples completions; the verifier judges each; the teacher scores each token. Tokens that the teacher
-    moves the way the verdict wants are extrapolated, the others interpolated; in a first phase, part of the rollouts
+    moves the way the outcome wants are extrapolated, the others interpolated; in a first phase, part of the rollouts
     are the teacher's own, where the verifier endorses them.
 
     Inherited as they are: generation (transformers, vLLM), prompt groups, PPO ratio and clipping, engine-mismatch
@@ -191,8 +191,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         own = self._rollouts.tensors(self.accelerator.device)
         labels, from_teacher = gather(own["verifier_labels"]), gather(own["from_teacher"])
         if self.model.training:
-            signal = self.num_generations, self.args.gate_signal == "group", self.accelerator.process_index
-            self._rollouts.compare(labels, from_teacher, *signal)
+            signal = self.num_generations, self.args.gate_signal == "group"
+            self._rollouts.compare(labels, from_teacher, *signal, self.accelerator.process_index)
             self._meter.add(rollout_totals(**own))
         else:
             for name, value in verdict_metrics(labels).items():
@@ -214,9 +214,9 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        device = self.accelerator.device
-        output |= self._rollouts.tensors(device) | {"row": torch.arange(len(inputs), device=device)}
-        output |= {"group_advantages": output["advantages"], "gold": self._rollouts.reference_answers()}
+        device, own = self.accelerator.device, {"group_advantages": output["advantages"]}
+        own |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
+        output |= self._rollouts.tensors(device) | own
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         if self.args.estimator == "full":
             if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
@@ -319,8 +319,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         logps = self.finite.checked(inputs, mask, **logps)  # in each pass: the student may have gone bad meanwhile
         if "decision" in inputs:
             return GateDecision(**inputs["decision"])
-        given = logps["teacher"], inputs["gate_signs"], mask, logps.get("initial"), inputs["group_advantages"]
-        decision = self.sign_gated_loss.decide(logps["student"], *given)
+        given = logps["student"], logps["teacher"], inputs["verifier_labels"], mask, logps.get("initial")
+        decision = self.sign_gated_loss.decide(*given, inputs["gate_signs"], inputs["group_advantages"])
         inputs["decision"] = decision._asdict()
         if self.args.log_gate_samples and not self.finite.found:
             inputs |= {"gate_logps": logps, "gated": mask & ~self._by_likelihood(inputs)}

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import gpu_bundle
 import pytest
 from documents import ROOT
 from real import model, prepare, world
@@ -31,6 +32,22 @@ def test_two_halves_are_the_wheel_again(wheel, tmp_path):
     assert {file.parent.name: file.stat().st_size for file in folder.rglob("*.whl.*")} == {"first": 641, "second": 642}
     joined = model.wheel_in(folder, of(whole))
     assert joined.read_bytes() == whole.read_bytes()
+
+
+def test_what_travels_has_both_halves_the_problems_and_the_wheels_of_the_one_list(wheel, tmp_path, monkeypatch):
+    def bundle(folder, wheels=gpu_bundle.WHEELS):
+        folder.mkdir()
+        (folder / "of.txt").write_text(wheels.name)
+
+    monkeypatch.setattr(gpu_bundle, "bundle", bundle)
+    monkeypatch.setattr(model, "wheel_in", lambda data: wheel)
+    (tmp_path / "data" / "problems").mkdir(parents=True)
+    (tmp_path / "data" / "problems" / "test.jsonl").touch()
+    prepare.bundle(tmp_path / "data", tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    halves = {f"first/{model.HALVES[0]}", f"second/{model.HALVES[1]}"}
+    assert found == halves | {"first/wheels/of.txt", "second/problems/test.jsonl"}
+    assert (tmp_path / "out" / "first" / "wheels" / "of.txt").read_text() == "gpu_wheels.txt"
 
 
 def test_a_damaged_half_is_named_and_never_taken(wheel, tmp_path):

@@ -104,6 +104,7 @@ def test_evaluate_py_on_an_adapter_and_a_task(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(ARITHMETIC / "student")
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
     with torch.no_grad():
+        torch.manual_seed(0)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 10)
@@ -114,7 +115,7 @@ def test_evaluate_py_on_an_adapter_and_a_task(tmp_path):
     assert evaluate(tmp_path / "adapter", tmp_path / "mine", "--dataset_name", tmp_path).returncode == 0
     content = json.loads((tmp_path / "mine" / "result.json").read_text())
     assert len(content["questions"]) == 30
-    assert content["figures"]["avg@2"]["mean"] == 0
+    assert content["figures"]["avg@2"]["mean"] < 10  # of 28 before; a number at random may be right
 
     rows = [{"question": row["question"], "answer": f"so\n#### {row['answer']}"} for row in make_problems(3, seed=1)]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -149,7 +150,7 @@ def test_the_demo_writes_its_result(tmp_path):
     # the shipped checkpoints: a teacher that is good but not perfect, a student that can do some
     assert 70 <= summary["teacher"]["avg@8"] <= 90
     assert 10 <= summary["student_before"]["avg@8"] <= 40
-    for name in ("opd", "sg-opd"):  # what the README evaluates
+    for name in ("opd", "sg-opd-lite"):  # what the README evaluates
         assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / name).iterdir()}
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "Correct rollouts" in (tmp_path / "curves.html").read_text()

@@ -401,7 +401,7 @@ def test_a_further_rule_touches_one_place(monkeypatch, tmp_path):
     monkeypatch.setitem(GATE_RULES, "row-mean", row_mean)
     teacher, mask = torch.tensor([[1.0, 3.0, 5.0], [-1.0, 7.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
     loss_fn = SignGatedLoss(rule="row-mean")
-    decision = loss_fn.decide(torch.zeros(2, 3), teacher, torch.tensor([1.0, -1.0]), mask)
+    decision = loss_fn.decide(torch.zeros(2, 3), teacher, torch.tensor([1.0, 0.0]), mask)
     assert decision.advantage.tolist() == [[2.0, 6.0, 10.0], [1.0, -7.0, -9.0]]
     assert decision.case.tolist() == [[1, 1, 1], [1, -1, -1]]
     from sg_opd import SGOPDConfig

@@ -34,6 +34,7 @@ def make_batch(dtype=torch.float64):
     draw = torch.Generator().manual_seed(3)
     student, teacher = (2 * torch.randn(6, LENGTH, WIDTH, generator=draw, dtype=dtype) for _ in range(2))
     teacher[4] = student[4]
+    teacher[0, 1] = student[0, 1]  # of a row with mass one token without
     ids = torch.randint(0, WIDTH, (6, LENGTH), generator=draw)
     mask = torch.arange(LENGTH) < torch.tensor(LENGTHS).unsqueeze(1)
     return student, teacher, ids, mask
@@ -55,7 +56,7 @@ def factors_of(deltas, sign, settings):
         weights = [sigmoid(settings.beta * sign * delta / scale) for delta in deltas]
         mass = sum(map(abs, deltas))
         kept = sum(w * abs(delta) for w, delta in zip(weights, deltas, strict=True))
-        return [w * mass / kept if delta and kept else 1.0 for w, delta in zip(weights, deltas, strict=True)]
+        return [w * mass / kept if kept else 1.0 for w in weights]
     if settings.extrapolation == settings.interpolation:
         return [settings.extrapolation] * len(deltas)
     side = [0 if abs(delta) <= settings.dead_zone else sign * delta for delta in deltas]
@@ -123,6 +124,7 @@ def test_sigmoid_weights_keep_a_rows_mass(dtype):
         torch.testing.assert_close(*mass, rtol=1e-4, atol=1e-6)
         assert (decision.factor[2] == 1).all()  # abstained
         assert (decision.factor[4] == 1).all()  # nothing to teach
+        assert decision.advantage[0, 1] == 0.0
         assert decision.factor[3, 0].item() == pytest.approx(1.0, abs=1e-5)  # one token
 
 
@@ -143,6 +145,53 @@ def test_rows_by_hand():
         decision = decide(torch.zeros(5, 2), teacher, signs, torch.ones(5, 2), settings)
         assert decision.factor[:, 0].tolist() == decision.factor[:, 1].tolist() == expected
         assert decision.case[0].tolist() == [1, 1]
+        assert decision.case[1].tolist() == [-1, -1]  # dropped
+        assert decision.case[4].tolist() == [0, 0]
+
+
+def test_a_row_is_its_trained_tokens():
+    """The sum of what is trained is 1, with what is not it would be -4."""
+    delta, mask = torch.tensor([[1.0, -5.0]]), torch.tensor([[1, 0]])
+    assert decide(torch.zeros(1, 2), delta, torch.ones(1), mask, GateSettings(rule="row")).factor[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("rule", ["sigmoid", "row"])
+def test_infinities_are_clipped_before_a_row_is_weighed(rule):
+    """A token that the teacher excludes, and anything where nothing is trained."""
+    delta = torch.tensor([[0.5, -math.inf, -0.25, NAN, math.inf]])
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    settings = GateSettings(rule=rule, log_ratio_clip=2.0, beta=1.0)
+    decision = decide(torch.zeros(1, 5), delta, -torch.ones(1), mask, settings)
+    assert decision.advantage[0, :3].isfinite().all()
+    if rule == "sigmoid":  # 0.5, 2 and 0.25: the mass that is trained on
+        assert decision.advantage[0, :3].abs().sum().item() == pytest.approx(2.75)
+    else:  # they sum to -1.75, and the answer is wrong
+        assert decision.advantage[0, :3].tolist() == [0.5, -2.0, -0.25]
+
+
+def test_the_least_scale_is_below_what_deltas_are():
+    """delta 1e-6 and -1e-6, correct, beta 1: x is 1 and -1, so the factors are 2 sigmoid(1) and 2 sigmoid(-1)."""
+    delta = torch.tensor([[1e-6, -1e-6]], dtype=torch.float64)
+    settings = GateSettings(rule="sigmoid", beta=1.0)
+    factor = decide(torch.zeros_like(delta), delta, torch.ones(1), torch.ones(1, 2), settings).factor[0].tolist()
+    assert factor == pytest.approx([2 * sigmoid(1.0), 2 * sigmoid(-1.0)])
+
+
+def test_power_and_the_initial_reference_by_hand():
+    """Probabilities 1/4, 9/16 and 1/16, a = 1/2, factor 1.5: (3/4 - 1/2) + 0.5 * (3/4 - 1/4) = 1/2."""
+    student, teacher, reference = (torch.tensor([[math.log(p)]]) for p in (1 / 4, 9 / 16, 1 / 16))
+    settings = GateSettings(1.5, 1.0, log_ratio_form="power", reference="initial")
+    decision = decide(student, teacher, torch.ones(1), torch.ones(1, 1), settings, reference)
+    assert decision.advantage.item() == pytest.approx(0.5)
+
+
+def test_a_clip_counts_where_it_changed_the_advantage():
+    """The log-ratio to the reference is beyond the clip, and enters where the factor is not 1."""
+    for sign, expected in ((-1.0, 1.0), (1.0, 0.0)):
+        settings = GateSettings(1.8, 1.0, log_ratio_clip=1.0)
+        logps = torch.tensor([[-1.0]]), torch.tensor([[-1.5]])
+        decision = decide(*logps, torch.tensor([sign]), torch.ones(1, 1), settings, torch.tensor([[1.0]]))
+        assert decision.clipped.item() == expected
 
 
 def test_the_group_sign_by_hand():
@@ -270,6 +319,10 @@ def test_what_is_missing_is_named():
     labels = torch.ones(6, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"`signs`.*group_sign"):
         Loss(signal="group")(student, teacher, ids, labels, mask)
+    with pytest.raises(ValueError, match="7 rows, which are no whole groups of 4"):
+        group_sign(torch.ones(7), 4)
+    with pytest.raises(ValueError, match="`log_ratio_form`='power'"):
+        Loss(rule="sigmoid", log_ratio_form="power")
     with pytest.raises(ValueError, match="group_advantages"):
         Loss(advantage_weight=0.1)(student, teacher, ids, labels, mask)
     with pytest.raises(ValueError, match="`rule`='sigmoid'"):

@@ -21,6 +21,17 @@ def test_fractions_by_hand():
     assert cosine.fraction_at(4) == 0.0
 
 
+def test_three_phases_by_hand():
+    """fraction 0.5 over 8 steps, half of them held: 0.5 for four, then 0.25 (1 + cos(pi k / 4)), then none."""
+    phase = TeacherPhaseSampler(0.5, 8, "three-phase")
+    expected = [0.5] * 4 + [0.25 * (1 + math.cos(math.pi * k / 4)) for k in range(4)] + [0.0] * 2
+    assert [phase.fraction_at(k) for k in range(10)] == pytest.approx(expected)
+    assert TeacherPhaseSampler(0.5, 8, "three-phase", hold=0.0).fraction_at(4) == pytest.approx(0.25)
+    for hold in (1.0, -0.1):
+        with pytest.raises(ValueError, match="`hold`"):
+            TeacherPhaseSampler(0.5, 8, "three-phase", hold=hold)
+
+
 def test_a_phase_of_zero_steps_is_off():
     assert TeacherPhaseSampler(1.0, 0).slots(0, 5, 4).tolist() == [0] * 5
 

@@ -17,6 +17,7 @@ from trainers import (
 
 from sg_opd import SignGatedLoss
 from sg_opd.presets import PRESETS
+from sg_opd.training.rollouts import Rollouts
 
 SAMPLED_ONLY = ("power-opd", "opd-grpo")
 CASES = [(name, "sampled") for name in PRESETS] + [(name, "full") for name in PRESETS if name not in SAMPLED_ONLY]
@@ -122,6 +123,23 @@ def test_uniform_groups_are_counted(make_model, tokenizer, dataset, tmp_path):
     assert logged == [0.5]
     factors = torch.cat([batch["gate_signs"] for batch in trainer.batches])
     assert sorted(factors.tolist()) == [-1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_rank_compares_its_rows_with_all_others():
+    """Two ranks of three rows, two groups of three: rank 1 has rows 3 to 5. A teacher's row (3) is part of no mean, so
+    that the student's (4, 5) are uniform; it keeps its own sign."""
+    rollouts = Rollouts([{}] * 3, None, None)
+    labels = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    teacher = torch.tensor([False, False, False, True, False, False])
+    for by_group, signs in ((True, [1.0, 0.0, 0.0]), (False, [1.0, -1.0, -1.0])):
+        rollouts.compare(labels, teacher, 3, by_group, rank=1)
+        assert rollouts.by_row["gate_signs"].tolist() == signs
+        assert rollouts.by_row["uniform"].tolist() == [True] * 3
+    rollouts.compare(labels, teacher & False, 3, True, rank=1)
+    assert rollouts.by_row["gate_signs"].tolist() == [1.0, -1.0, -1.0]
+    assert rollouts.by_row["uniform"].tolist() == [False] * 3
+    rollouts.compare(labels, teacher, 3, True, rank=0)
+    assert rollouts.by_row["gate_signs"].tolist() == [1.0, -1.0, -1.0]
 
 
 def test_one_rollout_a_prompt_has_no_groups(make_model, tokenizer, dataset, tmp_path):

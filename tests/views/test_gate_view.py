@@ -45,6 +45,22 @@ def three(verdict=1.0, **more):
     return inspect_rollout(["one", " two", "\n"], [-1.0, -2.0, -0.5], [-0.4, -2.5, -0.5], verdict, **more)
 
 
+def test_the_sign_in_a_group_decides(tmp_path):
+    """An incorrect rollout of a uniform group is neutral throughout; of a mixed one it is as its verdict says. GRPO's
+    advantage, -2, is added a tenth: 0.6 - 0.2, -0.5 - 0.2 and -0.2."""
+    gate = SignGatedLoss(signal="group", advantage_weight=0.1)
+    uniform, mixed = (three(0.0, gate=gate, sign=sign, group_advantage=-2.0) for sign in (0.0, -1.0))
+    assert uniform.cases == [0, 0, 0]
+    assert uniform.decision.advantage[0].tolist() == pytest.approx([0.4, -0.7, -0.2])
+    assert mixed.cases == three(0.0).cases == [-1, 1, 0]
+    assert "incorrect, sign 0 in its group" in uniform.headline()
+    assert "sign -1 in its group" in mixed.headline()
+    assert "in its group" not in three(0.0, sign=0.0).headline()
+    assert "in its group" not in three(0.0, gate=gate).headline()
+    assert RolloutView.from_json(uniform.to_json()) == uniform
+    assert uniform.page_data()["sign"] == 0.0
+
+
 def hostile_view(**more):
     texts = [*HOSTILE.values(), "\n", " السلام", " عليكم", "\n", "", "é"]
     logps = [-1.0] * len(texts)

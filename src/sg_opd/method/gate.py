@@ -100,11 +100,17 @@ class GateSettings:
                 f"{named('log_ratio_clip')} clips log-ratios, and {named('log_ratio_form')}='power' has none: it is "
                 "bounded by 1. Leave the clip at None."
             )
+        if self.log_ratio_form == "power" and self.rule == "sigmoid":
+            raise ValueError(
+                f"{named('rule')}='sigmoid' keeps the mass of log-ratios, and {named('log_ratio_form')}='power' has "
+                "none: use 'log'."
+            )
         if self.reference != "initial":
             return
         if self.rule in ("sigmoid", "row"):
             raise ValueError(
-                f"{named('rule')}={self.rule!r} weighs the log-ratio to the current policy: use the current reference."
+                f"{named('rule')}={self.rule!r} weighs the log-ratio to the current policy: set {named('reference')} "
+                "to 'current', as the presets 'r2-opd' and 'rg-opd' do."
             )
         for field, what in (("interpolation", "conflict"), ("neutral", "neutral")):
             if getattr(self, field) == 0:
@@ -140,7 +146,14 @@ def group_sign(
         verifier_labels: (N,), 1.0 correct, 0.0 incorrect, NaN abstained; a prompt's rollouts one after another.
         num_generations: rollouts a prompt.
         from_teacher: (N,), teacher rollouts: part of no mean, and of their verdict's sign [O]; `None`: there is none.
+
+    Raises:
+        ValueError: rows that are no whole groups.
     """
+    if len(verifier_labels) % num_generations:
+        raise ValueError(
+            f"`verifier_labels` has {len(verifier_labels)} rows, which are no whole groups of {num_generations}."
+        )
     own = verifier_labels if from_teacher is None else verifier_labels.masked_fill(from_teacher, math.nan)
     groups = own.view(-1, num_generations)
     sign = torch.sign(torch.nan_to_num(groups - groups.nanmean(1, keepdim=True), nan=0.0)).flatten()

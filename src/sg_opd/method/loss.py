@@ -115,12 +115,19 @@ class SignGatedLoss(nn.Module):
         self,
         student_logps: Float[Tensor, "B T"],
         teacher_logps: Float[Tensor, "B T"],
-        signs: Float[Tensor, " B"],
+        verifier_labels: Float[Tensor, " B"],
         completion_mask: Shaped[Tensor, "B T"],
         reference_logps: Float[Tensor, "B T"] | None = None,
+        signs: Float[Tensor, " B"] | None = None,
         group_advantages: Float[Tensor, " B"] | None = None,
     ) -> GateDecision:
-        """`gate.decide` with this module's settings, on per-token log-probabilities; no gradient."""
+        """`gate.decide` with this module's settings, on per-token log-probabilities; no gradient. See `forward`."""
+        if signs is None and self.settings.signal == "group":
+            raise ValueError(
+                "`signal='group'` needs `signs`: `sg_opd.method.group_sign(verifier_labels, num_generations)` of the "
+                "whole batch, before it is split into micro-batches."
+            )
+        signs = verdict_sign(verifier_labels) if signs is None else signs
         given = student_logps, teacher_logps, signs, completion_mask
         return decide(*given, self.settings, reference_logps, group_advantages)
 
@@ -154,11 +161,6 @@ class SignGatedLoss(nn.Module):
         self._check_inputs(verifier_labels, completion_ids, completion_mask, student_logits, teacher_logits)
         if reference_logits is not None:
             replace(self.settings, reference="initial")  # raises where the settings need the current one
-        if signs is None and self.settings.signal == "group":
-            raise ValueError(
-                "`signal='group'` needs `signs`: `sg_opd.method.group_sign(verifier_labels, num_generations)` of the "
-                "whole batch, before it is split into micro-batches."
-            )
         full = self.settings.estimator == "full"
         mask = completion_mask != 0
         ids = completion_ids * mask  # padding may hold any id
@@ -169,9 +171,10 @@ class SignGatedLoss(nn.Module):
         decision = self.decide(
             student_logps.detach(),
             _token_logps(teacher, ids).detach(),
-            verdict_sign(verifier_labels) if signs is None else signs,
+            verifier_labels,
             mask,
             None if reference is None else _token_logps(reference, ids),
+            signs,
             group_advantages,
         )
         if full:

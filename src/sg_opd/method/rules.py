@@ -57,23 +57,30 @@ def sign_rule(
     return case, factor.masked_fill(case == CONFLICT, settings.interpolation)
 
 
+def bounded(delta: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], clip: float | None) -> Float[Tensor, "B T"]:
+    """The preference as it enters the advantage, clipped, and 0 where nothing is trained."""
+    return torch.where(mask, delta if clip is None else delta.clamp(-clip, clip), 0.0)
+
+
 def sigmoid_rule(
     delta: Float[Tensor, "B T"], sign: Float[Tensor, "B 1"], mask: Bool[Tensor, "B T"], settings: GateSettings
 ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """R2-OPD's weights (arXiv 2609.35517), `Z * sigmoid(beta * s * delta_t / nu)`.
+    """R2-OPD's weights (arXiv 2609.35517), `Z * sigmoid(beta * s * delta_t / nu)`, of the clipped delta.
 
     `nu` is the row's median of `abs(delta)`, of an even number the lower one, 1e-8 nats at least. `Z` keeps the row's
-    mass, `sum_t factor_t * abs(delta_t) = sum_t abs(delta_t)`. A row of sign 0 has factor 1 throughout, and with `beta`
-    0 all have: plain OPD.
+    mass, `sum_t factor_t * abs(delta_t) = sum_t abs(delta_t)`. A row of sign 0 has factor 1 throughout, and so has one
+    without mass; with `beta` 0 all have: plain OPD.
     """
-    size = delta.abs().masked_fill(~mask, torch.nan)
-    scale = torch.nan_to_num(size.nanmedian(dim=1, keepdim=True).values).clamp(min=LEAST_SCALE)
-    weight = torch.nn.functional.logsigmoid(settings.beta * sign * delta / scale)
+    preference = bounded(delta, mask, settings.log_ratio_clip)
+    size = preference.abs()
+    scale = torch.nan_to_num(size.masked_fill(~mask, torch.nan).nanmedian(dim=1, keepdim=True).values)
+    weight = torch.nn.functional.logsigmoid(settings.beta * sign * preference / scale.clamp(min=LEAST_SCALE))
     # in logarithms: every weight of a row may be too small for a number
-    mass = torch.nan_to_num(size, nan=0.0).log()
-    factor = (weight - torch.logsumexp(weight + mass, 1, keepdim=True) + torch.logsumexp(mass, 1, keepdim=True)).exp()
-    moved = mask & (delta != 0) & (sign != 0)  # elsewhere there is no mass to keep, or none to move
-    return cases(delta, sign, settings.dead_zone), torch.where(moved, factor, 1.0)
+    mass = size.log()
+    log_z = torch.logsumexp(mass, 1, keepdim=True) - torch.logsumexp(weight + mass, 1, keepdim=True)
+    factor = (weight + log_z).exp().clamp(max=torch.finfo(delta.dtype).max)
+    moved = mask & (sign != 0) & (size.sum(1, keepdim=True) > 0)
+    return cases(delta, sign, 0.0), torch.where(moved, factor, 1.0)
 
 
 def row_rule(
@@ -81,11 +88,13 @@ def row_rule(
 ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T"]]:
     """RG-OPD's choice of whole rows (arXiv 2607.04037): factor 1 where the teacher agrees with the outcome, else 0.
 
-    It agrees where `s * sum_t delta_t > row_threshold`, over the trained tokens. A row of sign 0 gets `neutral` [O].
+    It agrees where `s * sum_t delta_t > row_threshold`, over the trained tokens, of the clipped delta. The case is the
+    row's too: consensus where it is kept, conflict where it is dropped. A row of sign 0 gets `neutral` [O].
     """
-    total = torch.where(mask, delta, 0.0).sum(1, keepdim=True)
-    factor = torch.where(sign == 0, settings.neutral, (sign * total > settings.row_threshold).to(delta.dtype))
-    return cases(delta, sign, settings.dead_zone), factor.expand_as(delta)
+    total = bounded(delta, mask, settings.log_ratio_clip).sum(1, keepdim=True)
+    case = torch.where(sign * total > settings.row_threshold, CONSENSUS, CONFLICT).masked_fill(sign == 0, NEUTRAL)
+    factor = (case == CONSENSUS).to(delta.dtype).masked_fill(sign == 0, settings.neutral)
+    return case.to(torch.int8).expand_as(delta), factor.expand_as(delta)
 
 
 GATE_RULES: dict[str, Rule] = {"sign": sign_rule, "sigmoid": sigmoid_rule, "row": row_rule}

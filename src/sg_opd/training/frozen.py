@@ -128,7 +128,7 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
             return None
         raise ValueError(
             "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an instance "
-            "without one. Pass the path as `model`."
+            "without one. Pass the path as `model`, or set reference_policy='current' (preset 'sg-opd-lite')."
         )
     reference = copy.deepcopy(model)
     reference.__dict__.pop("forward", None)  # the copy of a patched forward would still run the original

@@ -50,12 +50,12 @@ METRICS = {
     "loss/teacher": "the same in the teacher's rollouts",
 }
 ABSTAINED = (
-    "The verifier %s abstained on every rollout since the last log (now at step %d), so the gate is neutral and the "
-    "teacher alone teaches. Look at the verifier's answers (`log_completions=True`) and at the columns it reads."
+    "The verifier %s abstained on every rollout since the last log (now at step %d), so the gate takes no side. Look "
+    "at the verifier's answers (`log_completions=True`) and at the columns it reads."
 )
 CUT = {
     "judge": "truncated_verdict='abstain' makes cut rollouts neutral.",
-    "abstain": "They are neutral (truncated_verdict='abstain'), so the teacher alone teaches on them.",
+    "abstain": "They are neutral (truncated_verdict='abstain').",
 }
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step

@@ -29,6 +29,10 @@ function signed(value) {
   return (value > 0 ? "+" : "") + number(value);
 }
 
+function sign(value) {
+  return (value > 0 ? "+" : "") + String(value).replace("-", "−");
+}
+
 function percent(logp) {
   return typeof logp === "number" ? `${(100 * Math.exp(logp)).toPrecision(3)} %` : "";
 }
@@ -65,7 +69,7 @@ function facts(rollout) {
   } else {
     list.push(["rule", settings.rule]);
   }
-  if (settings.signal === "group" && rollout.sign !== null) list.push(["sign in its group", signed(rollout.sign)]);
+  if (settings.signal === "group" && rollout.sign !== null) list.push(["sign in its group", sign(rollout.sign)]);
   aside.append(heading, bar, rows(list));
   if (rollout.prompt !== null) {
     const text = make("pre", "", rollout.prompt), details = make("details", "", make("summary", "", "Prompt"), text);
@@ -135,7 +139,7 @@ function describe({rollout, i}) {
   if (rollout.advantage) numbers.push(["advantage", signed(rollout.advantage[i]), ""]);
   const delta = rollout.delta[i];  // what is infinite is text, "inf" or "-inf"
   const side = delta === 0 ? "leaves" : String(delta).startsWith("-") ? "lowers" : "raises";
-  const group = rollout.settings.signal === "group" && rollout.sign !== null ? `, sign ${rollout.sign} in its group` : "";
+  const group = rollout.settings.signal === "group" && rollout.sign !== null ? `, sign ${sign(rollout.sign)} in its group` : "";
   const words = `${name}: the teacher ${side} it, verdict ${rollout.verdict}${group}`;
   return [make("p", "", ...what), make("p", "", words), rows(numbers), make("p", "quiet", `token ${i + 1}${id}`)];
 }

@@ -79,12 +79,11 @@ class RolloutView:
     @cached_property
     def decision(self) -> GateDecision:
         """Of `sg_opd.method.gate.decide`, each field (1, T)."""
-        label = torch.tensor([math.nan if self.verdict is None else self.verdict])
-        sign = verdict_sign(label) if self.sign is None else torch.tensor([self.sign])
-        student, teacher = torch.tensor([self.student_logps]), torch.tensor([self.teacher_logps])
+        label = math.nan if self.verdict is None else self.verdict
+        sign = verdict_sign(torch.tensor([label])) if self.sign is None else torch.tensor([self.sign])
+        student, teacher = (torch.tensor([logps]) for logps in (self.student_logps, self.teacher_logps))
         reference = None if self.reference_logps is None else torch.tensor([self.reference_logps])
-        advantage = torch.tensor([self.group_advantage])
-        return decide(student, teacher, sign, self.mask, self.settings, reference, advantage)
+        return decide(student, teacher, sign, self.mask, self.settings, reference, torch.tensor([self.group_advantage]))
 
     @cached_property
     def mask(self) -> Tensor:
@@ -176,8 +175,8 @@ class RolloutView:
         step = "" if self.step is None else f"step {self.step}"
         gold = "" if self.gold is None else f"reference answer {visible(self.gold)}"
         size = f"{len(self.tokens)} tokens, mean factor {self.summary['gate/factor']:.2f}"
-        by_verdict = self.settings.signal == "verdict" or self.sign is None
-        outcome = VERDICTS[self.verdict] + ("" if by_verdict else f", sign {self.sign:+.0f} in its group")
+        by_group = self.settings.signal == "group" and self.sign is not None
+        outcome = VERDICTS[self.verdict] + (f", sign {self.sign:g} in its group" if by_group else "")
         return " · ".join(filter(None, (step, f"{self.source}'s rollout", outcome, gold, size)))
 
     def page_data(self) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def inspect_rollout(
     if ids is not None and tokenizer is None:
         raise ValueError("`tokens` are ids: give the `tokenizer` that turns them into text, or give their texts.")
     logps = {"student_logps": student_logps, "teacher_logps": teacher_logps, "reference_logps": reference_logps}
-    _check(verdict, source, len(listed), {**logps, "trained": trained})
+    _check(verdict, source, sign, len(listed), {**logps, "trained": trained})
     if not (prompt is None or isinstance(prompt, str)):  # each message's content, or the calls of tools instead
         prompt = "\n\n".join(f"{m['role']}: {m.get('content') or m.get('tool_calls', '')}" for m in prompt)
     return RolloutView(
@@ -264,12 +263,13 @@ def inspect_rollout(
     )
 
 
-def _check(verdict: Any, source: Any, length: int, by_token: dict[str, Any]) -> None:
+def _check(verdict: Any, source: Any, sign: Any, length: int, by_token: dict[str, Any]) -> None:
     """Refuse, by name, what is out of its range or has not one entry a token."""
     if verdict not in VERDICTS:
         raise ValueError(f"`verdict` must be 1.0 (correct), 0.0 (incorrect) or None (abstained), got {verdict!r}.")
-    if source not in ("student", "teacher"):
-        raise ValueError(f"`source` must be 'student' or 'teacher', got {source!r}.")
+    for name, value, allowed in (("source", source, ("student", "teacher")), ("sign", sign, (1, -1, 0, None))):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be {' or '.join(map(repr, allowed))}, got {value!r}.")
     for name, values in by_token.items():
         if values is not None and (getattr(values, "ndim", 1) != 1 or len(values) != length):
             raise ValueError(f"`{name}` must have one entry for each of the {length} `tokens`.")
