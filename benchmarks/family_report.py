@@ -101,6 +101,12 @@ class Content:
             "curves": {name: curve(histories, name) for name in CURVES},
         }
 
+    def against(self, part: Part, cell: Cell) -> dict[int, EvaluationResult]:
+        """What a cell is compared with: OPD with its estimator, or the factor 1; itself with nothing."""
+        if part.name == FACTOR:
+            return {} if cell is part.cells[0] else self.family.results(part, part.cells[0])
+        return {} if cell.arm == "opd" else self.opd[baseline(cell.arm), cell.world, part.chosen]
+
     def end(self, world: str, role: str) -> EvaluationResult:
         """The test result of one of a world's two models as it was."""
         return EvaluationResult.from_json(self.family.output / world / role / "test.json")
@@ -130,8 +136,7 @@ class Content:
         made: dict[str, list[dict]] = {name: [] for name in (FIRST, OTHER, FACTOR, SIGNAL, RETRY)}
         for part in self.parts:
             for cell in part.cells if part.name in made else ():
-                opd = self.opd[baseline(cell.arm), cell.world, part.chosen]
-                entry = self.entry(part, cell, {} if part.name == FACTOR or cell.arm == "opd" else opd)
+                entry = self.entry(part, cell, self.against(part, cell))
                 made[part.name] += [entry] if entry else []
         return {
             "provenance": provenance(),
@@ -203,8 +208,21 @@ def factors_table(content: dict[str, Any], world: str) -> str:
         factor, gated = entry["changes"]["gate_extrapolation"], "gate_signal" in entry["changes"]
         last = [number(entry["curves"][name]["value"][-1]) for name in list(CURVES)[1:]]
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
+        for name in ("minus_opd", "minus_opd_under_habit"):
+            own.append(with_span(entry[name][AVERAGE], "+") if name in entry else "")
         rows.append([f"{factor:g}", "group sign" * gated, *own, *last, "yes" if entry["collapsed"] else "no"])
-    heads = ["factor", "gate", f"{AVERAGE} %", f"{PASS} %", "entropy", "length", "cut", "collapsed"]
+    heads = [
+        "factor",
+        "gate",
+        f"{AVERAGE} %",
+        f"{PASS} %",
+        f"{AVERAGE} minus factor 1",
+        "and under the habit",
+        "entropy",
+        "length",
+        "cut",
+        "collapsed",
+    ]
     return table(heads, rows, left=2) if rows else "Not run."
 
 
