@@ -282,7 +282,8 @@ def test_the_tables_of_known_records(tmp_path):
     assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[4:] == ["0.25", "", "", "0", "1"]
     assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[2] == everywhere(37.5)  # OPD has 3 there
     assert row("family, signal", "equations", "sign gate", "group sign")[2] == everywhere(-12.5)
-    assert row("family, factors, equations", "1.8", "group sign")[2:] == [everywhere(0), everywhere(0), "0.1", "30", "0", "no"]
+    factor = row("family, factors, equations", "1.8", "group sign")
+    assert factor[2:] == [everywhere(0), everywhere(0), "0.1", "30", "0", "no"]
     conflict = row("family, conflicts by size, equations", "after OPD", "0.1 to 1")
     assert conflict == ["100 %", "100 %", "50 %", "50 %", "50 %", "", "0 %"]
     assert "family, habit, equations" in made
