@@ -263,9 +263,8 @@ class GateLogging(ResumableTrainer):
         found = self._meter.compute(self.accelerator)
         for name, value in found.items():
             self._metrics["train"][name].append(value)
-        cut = self.args.truncated_verdict == "abstain" and self._metrics["train"]["completions/clipped_ratio"][-1:] == [
-            1.0
-        ]
+        ratios = self._metrics["train"].get("completions/clipped_ratio", [])  # none when training ends after a log
+        cut = self.args.truncated_verdict == "abstain" and ratios[-1:] == [1.0]
         if found.get("verdict/abstained") == 1.0 and not self._abstention_told and not cut:
             self._abstention_told = True
             logger.warning(ABSTAINED, self.reward_func_names[0], self.state.global_step)
