@@ -79,7 +79,15 @@ SCENARIOS = {
         "verifier": "by_place",
         "settings": {"num_generations": 8, "gate_signal": "group", "advantage_weight": 0.3},
     },
-    "whole-full-sigmoid": {"settings": {"estimator": "full", "gate_rule": "sigmoid", "gate_beta": 0.7}},
+    "whole-full-sigmoid": {
+        "settings": {
+            "preset": "r2-opd",
+            "estimator": "full",
+            "gate_interpolation": 1.0,
+            "gate_beta": 0.7,
+            "truncated_verdict": "judge",
+        }
+    },
 }
 TIED = {"seed": 5, "scale": 1.0, "tie_word_embeddings": True, "initializer_range": 0.2}
 BASE = {"padded": "student", "tied-padded": "tied"}
