@@ -193,7 +193,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         if self.model.training:
             signal = self.num_generations, self.args.gate_signal == "group"
             self._rollouts.compare(labels, from_teacher, *signal, self.accelerator.process_index)
-            self._meter.add(rollout_totals(**own))
+            self._meter.add(rollout_totals(**self._rollouts.by_row))
         else:
             for name, value in verdict_metrics(labels).items():
                 self._metrics["eval"][name].append(value)
