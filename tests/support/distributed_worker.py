@@ -19,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import load_dataset
+from leaving import leave
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
@@ -237,6 +238,7 @@ def main() -> None:
         GradientState._reset_state()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

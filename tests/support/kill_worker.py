@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from distributed_worker import BACKEND, JOB, OUT, coin_verifier, configuration, prepare, whole_weights
+from leaving import leave
 from transformers import TrainerCallback
 
 import sg_opd.checkpoints.folders
@@ -136,7 +137,7 @@ def main() -> None:
         for job in JOB["jobs"]:
             run(job)
         torch.distributed.destroy_process_group()
-        return
+        leave()
     codes = {}
     for job in JOB["jobs"]:
         sys.stdout.flush()

@@ -7,8 +7,10 @@ import runpy
 from pathlib import Path
 
 import deepspeed.ops
+from leaving import leave
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 if __name__ == "__main__":
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "train.py"), run_name="__main__")
+    leave()
