@@ -9,7 +9,7 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadsco
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo test test-integration docs linkcheck torture audit lint format clean
+.PHONY: install demo demo-real test test-integration docs linkcheck torture audit lint format clean
 
 install: $(VENV)/installed
 
@@ -22,6 +22,11 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 # one thread: models this small gain nothing from more, and lose much where something else takes the cores
 demo: install
 	OMP_NUM_THREADS=1 $(BIN)/python examples/arithmetic/demo.py
+
+# a language model of 135 M parameters on word problems: downloads 93 MB, takes an hour on two cores
+demo-real: install
+	$(BIN)/python benchmarks/real/prepare.py
+	$(BIN)/python benchmarks/real/run.py --device cpu --minutes 55 --arms opd sg-opd --output runs/real/demo.json
 
 # lint first: it takes a minute, and names what a test would only trip over. Without Chromium the tests of the gate view's page are skipped with the reason; SG_OPD_REQUIRE_CHROMIUM=1 makes that a failure
 test: lint

@@ -37,6 +37,7 @@ class Arm:
 ARMS = (
     Arm("OPD", {"preset": "opd"}),
     Arm("SG-OPD lite", {"preset": "sg-opd-lite"}),
+    Arm("R2-OPD", {"preset": "r2-opd"}),
     Arm("SG-OPD", {"preset": "sg-opd"}),
 )
 
@@ -128,6 +129,7 @@ def trainer_of(pair: Pair, arm: Arm, size: Size, steps: int, seed: int, on_cpu: 
         use_cpu=on_cpu,
         seed=seed,
         logging_steps=1,
+        log_gate_samples=2,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,7 @@ NEEDED = (
     "pycosat==0.6.6",
     "pyfiglet==1.0.2",
     "pytz==2026.6",
+    "six==1.17.0",
     "tabulate==0.9.0",
     "zss==1.2.0",
 )
@@ -53,8 +55,9 @@ def use_site(data: Path) -> None:
 
 def install(data: Path) -> None:
     """Put reasoning-gym and gguf into `data`/site, where they are not there yet."""
-    if not (data / "site" / "reasoning_gym").is_dir():
-        pip("install", "--no-deps", "--target", str(data / "site"), *NEEDED, what="reasoning-gym and gguf")
+    there = {distribution.name.lower() for distribution in metadata.distributions(path=[str(data / "site")])}
+    if not {requirement.split("==")[0] for requirement in NEEDED} <= there:
+        pip("install", "--no-deps", "--upgrade", "--target", str(data / "site"), *NEEDED, what="reasoning-gym and gguf")
     use_site(data)
 
 

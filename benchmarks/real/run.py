@@ -2,10 +2,12 @@
 
     python benchmarks/real/prepare.py                                                 # once, with a network
     python benchmarks/real/run.py --device cuda --data runs/real --minutes 5 --output OUT.json
+    python benchmarks/real/run.py --device cpu --minutes 55 --arms opd sg-opd --output runs/real/demo.json  # demo-real
     python benchmarks/real/run.py --device cpu --tiny --output OUT.json               # a trial of every part
 
 A teacher and a student are made of the language model; then every arm trains the student for equally many steps, as
-many as the minutes allow. What is known is written after each part, so that a run that is ended keeps what it has.
+many as the minutes allow, once with each seed. What is known is written after each part, so that a run that is ended
+keeps what it has. Each arm leaves rollouts with the gate's view of them below DATA/models.
 """
 
 from __future__ import annotations
@@ -63,9 +65,8 @@ GPU = Plan(
     (Lesson("teacher", 80.0, 240, 60, 30, 64, seed=1), Lesson("student", 28.0, 60, 12, 4, 64, seed=2)),
 )
 CPU = Plan(
-    Size(rollouts=16, batch=16, questions=16, at_once=128),
+    Size(rollouts=16, batch=16, questions=40, at_once=128),
     (Lesson("teacher", 60.0, 60, 36, 8, 32, seed=1), Lesson("student", 22.0, 40, 18, 4, 32, seed=2)),
-    most=10,
 )
 TINY = Plan(
     Size(rollouts=16, batch=8, questions=2, at_once=16, length=8),
@@ -90,7 +91,7 @@ class Record:
         """Keep a part, and when it was known."""
         if part == "arm":
             self.content["arms"].append(value)
-            part = f"arm {value['title']}"
+            part = f"arm {value['title']}, seed {value['seed']}"
         else:
             self.content[part] = value
         self.content["seconds"][part] = round(time.perf_counter() - START, 1)
@@ -121,14 +122,15 @@ def made_world(data: Path, tiny: bool) -> tuple[world.World, Path]:
     return problems, model.make_base(data)
 
 
-def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], where: tuple, spare: float) -> int:
+def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], runs: int, where: tuple, spare: float) -> int:
     """How many steps each arm can have until the deadline, by the second step of a trial of the last arm.
 
     Args:
         record: gets what was found.
         pair: whom to train.
         plan: how large.
-        arms: between which the time is divided.
+        arms: of which the last one, which costs the most, is tried.
+        runs: between which the time is divided.
         where: whether on the CPU, the output folder, the deadline.
         spare: seconds an arm needs besides its steps.
     """
@@ -136,7 +138,7 @@ def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], where: t
     trial = trainer_of(pair, arms[-1], plan.size, 2, 0, on_cpu, output / "trial")
     step = train(trial)["step_seconds"][-1]
     left = deadline - time.perf_counter() - 10  # to end in time
-    steps = max(2, min(plan.most, int((left / len(arms) - spare) / step)))
+    steps = max(2, min(plan.most, int((left / runs - spare) / step)))
     record.add("trial", {"seconds_a_step": step, "seconds_left": left, "steps": steps})
     return steps
 
@@ -165,10 +167,13 @@ def run(args: argparse.Namespace, data: Path) -> None:
         record.add("before", before)
     free()
     pair = Pair(output / "student", output / "teacher", problems)
-    steps = args.steps or affordable(record, pair, plan, arms, (on_cpu, output, deadline), spare)
-    for arm in arms:
+    runs = [(arm, seed) for seed in args.seeds for arm in arms]  # a run that is ended has whole comparisons
+    steps = args.steps or affordable(record, pair, plan, arms, len(runs), (on_cpu, output, deadline), spare)
+    for arm, seed in runs:
         free()
-        record.add("arm", run_arm(pair, arm, size, steps, args.seed, on_cpu, output / arm.title, verifier))
+        folder = output / f"{arm.settings['preset']}-{seed}"
+        record.add("arm", run_arm(pair, arm, size, steps, seed, on_cpu, folder, verifier))
+        print(f"the gate on its rollouts: {folder / 'gate_samples.html'}")
     print(table(record.content))
 
 
@@ -181,7 +186,8 @@ def free() -> None:
 
 def table(content: dict[str, Any]) -> str:
     """avg@8 and pass@4 of both ends and every arm, on both test sets."""
-    rows = [*content["before"].items(), *((arm["title"], arm["after"]) for arm in content["arms"])]
+    arms = ((f"{arm['title']}, {arm['seed']}", arm["after"]) for arm in content["arms"])
+    rows = [*content["before"].items(), *arms]
     lines = [f"{'':14}{'test avg@8':>20}{'pass@4':>8}{'unseen avg@8':>22}{'pass@4':>8}"]
     for title, sets in rows:
         cells = []
@@ -205,7 +211,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file")
     parser.add_argument("--tiny", action="store_true", help="a random model and two steps, in a folder of its own")
     parser.add_argument("--steps", type=int, help="of every arm; default: as many as the minutes allow")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every arm is trained with each; default: 0")
     parser.add_argument("--learning-rate", type=float, default=RATE, help=f"of LoRA; default {RATE:g}")
     presets = [arm.settings["preset"] for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=presets, default=presets, help="by their presets; default: all")
@@ -215,6 +221,7 @@ def main() -> None:
         raise SystemExit("run.py needs a CUDA device, and torch sees none; --device cpu does without.")
     transformers.utils.logging.disable_progress_bar()
     if not args.tiny:
+        print(f"This takes about {args.minutes:g} minutes: a teacher and a student are taught first.", flush=True)
         return run(args, args.data)
     with tempfile.TemporaryDirectory() as folder:
         run(args, Path(folder))

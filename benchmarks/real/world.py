@@ -37,6 +37,7 @@ def make_problems(folder: Path) -> None:
 
     Raises:
         RuntimeError: `reasoning_gym` is missing or has another version.
+        ModuleNotFoundError: something that it needs is missing.
         ValueError: a reference answer or a worked solution that does not verify.
     """
     generators = templates()
@@ -55,7 +56,9 @@ def templates() -> dict[int, Any]:
         import reasoning_gym
 
         found = version("reasoning-gym")
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "reasoning_gym":  # something that it needs
+            raise
         found = None
     if found != REASONING_GYM:
         raise RuntimeError(

@@ -9,7 +9,7 @@ import sys
 import gpu_bundle
 import pytest
 from documents import ROOT
-from real import model, prepare, world
+from real import model, prepare, report, world
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_trial_goes_the_whole_way(tmp_path):
     run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "out.json").read_text())
-    assert [arm["settings"]["preset"] for arm in result["arms"]] == ["opd", "sg-opd-lite", "sg-opd"]
+    assert [arm["settings"]["preset"] for arm in result["arms"]] == ["opd", "sg-opd-lite", "r2-opd", "sg-opd"]
     assert result["about"]["machine"]["name"].startswith("cpu")
     assert result["lesson teacher"]["trials"] == [[1, 0.0], [2, 0.0]]
     for arm in result["arms"]:
@@ -150,5 +150,54 @@ def test_a_trial_goes_the_whole_way(tmp_path):
             assert {"avg@8", "pass@4", "truncated", "tokens"} <= found["figures"].keys()
     # two steps moved the student, each arm in its own way
     losses = [[entry["loss"] for entry in arm["history"] if "loss" in entry] for arm in result["arms"]]
-    assert losses[0] != losses[2]
+    assert losses[0] != losses[3]
     assert "SG-OPD lite" in run.stdout
+
+
+def answered(*correct):
+    """What an evaluation of two questions keeps."""
+    return {"correct": dict(zip("ab", correct, strict=True))}
+
+
+def run_of(title, seed, test, **logged):
+    """An arm's record."""
+    return {
+        "title": title,
+        "seed": seed,
+        "steps": 3,
+        "step_seconds": [1.0, 2.0, 9.0],
+        "seconds": {"generate": 3.0, "forward+backward": 6.0},
+        "history": [
+            *({"loss": 0.0, "step": step, **{name: v[step] for name, v in logged.items()}} for step in range(3)),
+            {"train_loss": 0.0},
+        ],
+        "after": {"test": answered(*test), "unseen": answered(0, 0)},
+    }
+
+
+def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
+    content = {
+        "before": {"student": {"test": answered(0, 4), "unseen": answered(0, 0)}},
+        "arms": [
+            run_of("OPD", 0, (4, 8), entropy=[0.1, 0.5, 0.3]),
+            run_of("SG-OPD", 0, (6, 8), entropy=[0.2, 0.5, 0.4]),
+            run_of("SG-OPD", 1, (1, 1), entropy=[0.4, 0.5, 0.8]),
+        ],
+    }
+    made = report.tables({**content, **{f"lesson {name}": LESSON for name in ("teacher", "student")}})
+    rows = [line.split(" | ") for line in made["real, figures"].splitlines()[2:5]]
+    # two questions: the mean of 0 and 50 is 25, its interval 25 +- t(1) * 25, t(1) = 12.706;
+    # pass@4 of 4 right ones of 8 is 1 - C(4, 4) / C(8, 4) = 1 - 1 / 70, of none 0, of 8 it is 1
+    assert rows[0][1:] == ["student", "1", "25.0 [-292.7, 342.7]", "49.3 [-576.9, 675.5]", " |"]
+    assert rows[1][2:4] == ["1", "75.0 [-242.7, 392.7]"]
+    # the second seed has no OPD: the difference is the first one's, 25 and 0 points
+    assert rows[2][2] == "2"
+    assert rows[2][-1] == "+12.5 [-146.3, +171.3] |"
+    assert rows[1][4].startswith("99.3 ")
+    logged = [line for line in made["real, logged"].splitlines() if "entropy" in line]
+    assert logged == ["| OPD | `entropy` | 0.100 | 0.300 |", "| SG-OPD | `entropy` | 0.300 | 0.600 |"]
+    assert "| SG-OPD | 3 | 2.0 | 1.0 | 2.0 |" in made["real, seconds"]
+    assert "| teacher | 1: 20, 2: 60 | 2 | 1.5 |" in made["real, lessons"]
+
+
+LESSON = {"trials": [[1, 20.0], [2, 60.0]], "kept": [2, 60.0], "seconds": 90.0}

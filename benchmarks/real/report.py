@@ -1,0 +1,180 @@
+"""What a run of the real world says: the tables of docs/real.md, and the curves beside its JSON.
+
+python benchmarks/real/report.py benchmarks/results/real/cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from pages import filled, table
+
+from sg_opd.evaluation.figures import Interval, mean_interval, pass_at_k
+from sg_opd.evaluation.results import read_json
+
+PAGE = ROOT / "docs" / "real.md"
+SETS = {"test": "the same templates", "unseen": "templates never trained on"}
+SAMPLES, TRIES = 8, 4  # of a question; pass@k is to be trusted up to half of them
+LOGGED = {
+    "delta/p01": 3,
+    "delta/p05": 4,
+    "delta/p95": 4,
+    "delta/p99": 3,
+    "delta/top_share": 2,
+    "gate/consensus": 2,
+    "gate/conflict": 2,
+    "gate/neutral": 2,
+    "gate/uniform_groups": 2,
+    "entropy": 3,
+    "completions/mean_length": 1,
+    "completions/clipped_ratio": 3,
+}
+CURVES = {
+    "verdict/correct": "right rollouts (share)",
+    "entropy": "entropy (nats)",
+    "completions/mean_length": "length (tokens)",
+    "gate/conflict": "conflict (share of tokens)",
+}
+Correct = dict[str, int]  # right answers by question
+
+
+def by_question(counts: Sequence[Correct], figure: str) -> list[list[float]]:
+    """avg@8 or pass@4 of each question, in per cent, by run."""
+    value = (lambda c: c / SAMPLES) if figure == "avg" else (lambda c: pass_at_k(SAMPLES, c, TRIES))
+    return [[100 * value(run[id]) for id in counts[0]] for run in counts]
+
+
+def with_interval(found: Interval, sign: str = "") -> str:
+    return f"{found.mean:{sign}.1f} [{found.low:{sign}.1f}, {found.high:{sign}.1f}]"
+
+
+def arms_of(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Runs by the title of their arm, in the order of their seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(content["arms"], key=lambda run: run["seed"]):
+        found.setdefault(run["title"], []).append(run)
+    return found
+
+
+def figures_table(content: dict[str, Any]) -> str:
+    """Both ends and every arm on both test sets, with the difference to OPD of the same seeds and questions."""
+    ends = [(name, [found]) for name, found in content["before"].items()]
+    arms = arms_of(content)
+    rows = []
+    for questions, words in SETS.items():
+        opd = {run["seed"]: run["after"][questions]["correct"] for run in arms.get("OPD", [])}
+        for title, results in [*ends, *((title, [run["after"] for run in runs]) for title, runs in arms.items())]:
+            counts = [result[questions]["correct"] for result in results]
+            cells = [with_interval(mean_interval(by_question(counts, figure))) for figure in ("avg", "pass")]
+            rows.append([words, title, str(len(counts)), *cells, minus(opd, arms.get(title, []), questions)])
+    heads = ["test set", "model", "runs", f"avg@{SAMPLES} %", f"pass@{TRIES} %", f"avg@{SAMPLES} minus OPD"]
+    return table(heads, rows, left=2)
+
+
+def minus(opd: dict[int, Correct], runs: Sequence[dict[str, Any]], questions: str) -> str:
+    """The paired difference to OPD's runs with the same seeds; nothing for OPD itself and for the ends."""
+    pairs = [(opd[run["seed"]], run["after"][questions]["correct"]) for run in runs if run["seed"] in opd]
+    if not pairs or runs[0]["title"] == "OPD":
+        return ""
+    before, after = (by_question(side, "avg") for side in zip(*pairs, strict=True))
+    return with_interval(
+        mean_interval([[b - a for a, b in zip(*run, strict=True)] for run in zip(before, after, strict=True)]), "+"
+    )
+
+
+def logged_table(content: dict[str, Any]) -> str:
+    """What training logged, the mean of the first third of the steps and of the last."""
+    rows = []
+    for title, runs in arms_of(content).items():
+        histories = [[entry for entry in run["history"] if "loss" in entry] for run in runs]
+        for name, digits in LOGGED.items():
+            cells = []
+            for first in (True, False):
+                parts = [part(history, first) for history in histories]
+                values = [entry[name] for entries in parts for entry in entries if entry.get(name) is not None]
+                cells.append(f"{statistics.fmean(values):.{digits}f}" if values else "")
+            if any(cells):
+                rows.append([title, f"`{name}`", *cells])
+    return table(["arm", "metric", "first third", "last third"], rows, left=2)
+
+
+def part(history: list[dict[str, Any]], first: bool) -> list[dict[str, Any]]:
+    """The first or the last third of a history, at least one entry."""
+    count = max(1, len(history) // 3)
+    return history[:count] if first else history[-count:]
+
+
+def lessons_table(content: dict[str, Any]) -> str:
+    """How teacher and student came about."""
+    rows = []
+    for name in ("teacher", "student"):
+        lesson = content[f"lesson {name}"]
+        trials = ", ".join(f"{step}: {accuracy:.0f}" for step, accuracy in lesson["trials"])
+        rows.append([name, trials, f"{lesson['kept'][0]}", f"{lesson['seconds'] / 60:.1f}"])
+    heads = ["model", "step: right greedily, %, of validation questions", "kept step", "minutes"]
+    return table(heads, rows, left=2)
+
+
+def seconds_table(content: dict[str, Any]) -> str:
+    """Where an arm's time went, in seconds a step."""
+    rows = []
+    for title, runs in arms_of(content).items():
+        steps = sum(run["steps"] for run in runs)
+        phases = [sum(run["seconds"].get(name, 0) for run in runs) / steps for name in ("generate", "forward+backward")]
+        whole = statistics.median(second for run in runs for second in run["step_seconds"])
+        rows.append([title, str(runs[0]["steps"]), f"{whole:.1f}", *(f"{phase:.1f}" for phase in phases)])
+    heads = ["arm", "steps", "seconds a step (median)", "generation", "forward and backward"]
+    return table(heads, rows)
+
+
+def show(content: dict[str, Any], path: Path) -> None:
+    """Curves over the steps, a line for each run."""
+    plot, axes = plt.subplots(1, len(CURVES), figsize=(3.4 * len(CURVES), 2.8), constrained_layout=True)
+    for axis, (name, label) in zip(axes, CURVES.items(), strict=True):
+        for number, (title, runs) in enumerate(arms_of(content).items()):
+            for run in runs:
+                entries = [entry for entry in run["history"] if name in entry]
+                steps, values = ([entry[key] for entry in entries] for key in ("step", name))
+                label_of = title if run is runs[0] else None
+                axis.plot(steps, values, color=f"C{number}", linewidth=1, label=label_of)
+        axis.set(ylabel=label, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    plot.savefig(path, dpi=100)
+    plt.close(plot)
+
+
+def tables(content: dict[str, Any]) -> dict[str, str]:
+    """All tables as Markdown, by name."""
+    return {
+        "real, lessons": lessons_table(content),
+        "real, figures": figures_table(content),
+        "real, logged": logged_table(content),
+        "real, seconds": seconds_table(content),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="what run.py wrote")
+    parser.add_argument("--page", type=Path, default=PAGE, help="whose tables are filled; default: docs/real.md")
+    args = parser.parse_args()
+    content = read_json(args.result)
+    show(content, args.result.with_suffix(".png"))
+    args.page.write_text(filled(args.page.read_text(), tables(content)))
+
+
+if __name__ == "__main__":
+    main()
