@@ -67,7 +67,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         **kwargs: `processing_class`, `callbacks`, `optimizers` and all else that GRPOTrainer takes.
 
     Raises:
-        ValueError, TypeError: an argument, a dataset or a pair of models that cannot work, by name.
+        ValueError, TypeError, FileNotFoundError: an argument, a dataset or models that cannot work, by name.
 
     Example:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, IntervalStrategy, PreTrained
 
 from ..config import SGOPDConfig
 from ..method.divergence import check_linear, head_of
+from ..paths import check_path
 from ..teachers.local import LocalTeacher, blocks_of
 from ..teachers.protocol import Teacher, eos_set
 from ..verifiers.verdicts import MathVerifier
@@ -126,19 +126,6 @@ def check_router_loss(model: Any, args: SGOPDConfig) -> None:
         raise ValueError(
             f"estimator='full' has no router loss, but `model` is a mixture of experts with one (coefficient "
             f"{coefficient}): set `router_aux_loss_coef=0.0`, or use estimator='sampled'."
-        )
-
-
-def check_path(name: str, value: Any) -> None:
-    """Refuse a local path that is not there, for which the hub would be asked instead."""
-    if not isinstance(value, str) or Path(value).is_dir():
-        return
-    if Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1:
-        raise ValueError(f"`{name}`: there is no folder {value!r} (looked in {Path.cwd()}).")
-    if "/" in value and Path(value).parent.is_dir():  # a name on the hub, or one mistyped
-        logger.warning(
-            "`%s`: there is no folder %r here, so it is taken for a model of the hub, although there is a folder %r.",
-            *(name, value, str(Path(value).parent)),
         )
 
 
