@@ -133,8 +133,8 @@ def test_prompts_and_the_context(build, make_model, caplog):
         build(teacher_model=make_model(2, max_position_embeddings=8))
     rows = Dataset.from_list([{"prompt": [1] * 5}, {"prompt": [1] * 9}])
     with pytest.raises(ValueError, match="first row 1"):
-        check_prompts(rows, lambda prompts: (prompts,), (9, None), 4, served=False)
-    check_prompts(rows, lambda prompts: (prompts,), (None, 10), 4, served=False)
+        check_prompts(rows, lambda prompts: (prompts,), 4, 9, None, served=False)
+    check_prompts(rows, lambda prompts: (prompts,), 4, None, 10, served=False)
     assert "longest prompt in `train_dataset` (9 tokens) and `max_completion_length` (4)" in caplog.text
 
 

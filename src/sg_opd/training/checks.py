@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,15 +163,15 @@ def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
 
 
 def check_prompts(
-    dataset: Any, tokenize: Callable[[list], tuple], contexts: Sequence[int | None], completion: int, served: bool
+    dataset: Any, tokenize: Callable[[list], tuple], completion: int, own: int | None, other: int | None, served: bool
 ) -> None:
     """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
 
-    `tokenize` is the trainer's own, `contexts` are the student's and the teacher's in tokens, `completion` is
-    `max_completion_length`. A teacher that is `served` needs room for one token more, and would refuse a longer
+    `tokenize` is the trainer's own, `completion` is `max_completion_length`, `own` and `other` are the student's and
+    the teacher's context in tokens. A teacher that is `served` needs room for one token more, and would refuse a longer
     sequence in the middle of a run: every row that may be one is looked at.
     """
-    context, server = min((size for size in contexts if size), default=None), contexts[1] if served else None
+    context, server = min((size for size in (own, other) if size), default=None), other if served else None
     if not (context and isinstance(dataset, Dataset)):
         return
     rows = {*rows_to_check(len(dataset))}
