@@ -14,9 +14,9 @@ from sg_opd.training.checks import (
     check_arguments,
     check_prompts,
     check_set_up,
-    check_tokenizers,
 )
 from sg_opd.training.datasets import check_dataset, has_images, rows_to_check
+from sg_opd.training.models import check_tokenizers
 
 
 def coin(prompts, completions, **kwargs):
