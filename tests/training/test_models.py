@@ -10,9 +10,7 @@ from transformers import AutoModelForCausalLM
 from sg_opd import SGOPDTrainer
 from sg_opd.training.models import tell_narrow
 
-NARROW = (
-    "The student is trained in torch.%s weights: what an update changes by less than about 1/%d of a weight is lost"
-)
+NARROW = "trained in torch.%s weights: what an update changes by less than about 1/%d of a weight is lost"
 DIFFER = "The student's weights are torch.%s, the teacher's torch.%s, as in its checkpoint"
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
@@ -107,5 +105,5 @@ def test_updates_that_16_bits_lose(build, halves):
         trainer.train()
         moved = [(a != b).sum().item() for a, b in zip(trainer.model.parameters(), before, strict=True)]
         shares.append(sum(moved) / trainer.model.num_parameters())
-    assert shares[0] < 0.1
+    assert shares[0] < 0.2
     assert shares[1] > 0.9

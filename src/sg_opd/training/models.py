@@ -54,7 +54,7 @@ def tell_narrow(student: PreTrainedModel, args: SGOPDConfig) -> None:
     for dtype in sorted(narrow, key=str):
         logger.warning(
             "The student is trained in %s weights: what an update changes by less than about 1/%d of a weight is lost, "
-            "which at learning_rate=%g may be nearly all. Load it in float32, model_init_kwargs={'dtype': 'float32'} "
+            "at a small learning rate (here %g) nearly all. Load it in float32, model_init_kwargs={'dtype': 'float32'} "
             "where it is given by name; bf16=True computes in bfloat16 all the same.",
             *(dtype, 2 / torch.finfo(dtype).eps, args.learning_rate),
         )
