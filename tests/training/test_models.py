@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import DistributedType
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trainers import coin_verifier, make_config
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +85,13 @@ def test_a_master_copy_in_float32_is_taken_into_account(make_model, tmp_path, ca
     monkeypatch.setattr(args.distributed_state, "distributed_type", kind)
     tell_narrow(make_model(1).to(torch.bfloat16), args)
     assert ("is trained in" in caplog.text) == said
+
+
+def test_an_adapter_in_bfloat16_is_as_trl_makes_it_for_qlora(make_model, tmp_path, caplog):
+    adapted = get_peft_model(make_model(1).to(torch.bfloat16), LORA, autocast_adapter_dtype=False)
+    assert {weight.dtype for weight in adapted.parameters() if weight.requires_grad} == {torch.bfloat16}
+    tell_narrow(adapted, make_config(tmp_path))
+    assert not caplog.text
 
 
 def test_the_part_that_is_lost():
