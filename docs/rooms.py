@@ -15,7 +15,8 @@ WIDTH, BOX, PITCH, LINE = 1010, (236, 54), 254, 104  # of the picture, a room, f
 # where a room stands in its row, so that few arrows cross
 COLUMNS = {
     **{"trainer": 2.1, "views": 2.1, "training": 1.5, "config": 0.2, "evaluation": 2.7, "teachers": 1.75},
-    **{"presets": 0.0, "confidential": 0.0, "checkpoints": 0.1, "data": 1.05, "method": 2.0, "verifiers": 3.0},
+    **{"presets": 0.0, "confidential": 0.0, "checkpoints": 0.1, "data": 1.05, "paths": 1.05, "method": 2.0},
+    "verifiers": 3.0,
 }
 
 

@@ -33,6 +33,7 @@ from sg_opd.evaluation import (
     compare,
     evaluate,
 )
+from sg_opd.paths import check_path
 
 
 @dataclass
@@ -101,6 +102,8 @@ def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 def main(args: EvaluationArguments) -> None:
+    check_path("model_name_or_path", args.model_name_or_path)
+    check_path("dataset_name", args.dataset_name, "dataset")
     if args.task:
         dataset = load_task(args.task, args.dataset_name)
     elif args.dataset_name:

@@ -16,6 +16,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.data import load_data, prepare_dataset
+from sg_opd.paths import check_path
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "arithmetic.yaml"
 
@@ -23,6 +24,10 @@ EMBEDDED = Path(__file__).resolve().parent / "configs" / "arithmetic.yaml"
 def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfig) -> None:
     if not script_args.dataset_name or not model_args.model_name_or_path:
         raise SystemExit("Set `dataset_name` and `model_name_or_path`, in the recipe or on the command line.")
+    check_path("model_name_or_path", model_args.model_name_or_path)
+    if not args.teacher_server_url:  # else it is the id of the served model
+        check_path("teacher_model_name_or_path", args.teacher_model_name_or_path)
+    check_path("dataset_name", script_args.dataset_name, "dataset")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

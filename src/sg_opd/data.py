@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
+from .paths import check_path
+
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
 # (question, reference answer): the first pair of columns that a dataset has; GSM8K, MATH, AIME, DeepMath, Open-R1 ...
@@ -45,7 +47,7 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
 
     Raises:
         ValueError: a local file of another kind, or another split of a single file.
-        FileNotFoundError: a name that ends like a local file which is not there.
+        FileNotFoundError: a path that is not there, or a name that ends like a local file which is not.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -56,6 +58,7 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
         return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     if path.suffix in LOADERS:
         raise FileNotFoundError(f"{name_or_path} is not there (looked in {Path.cwd()}).")
+    check_path("name_or_path", name_or_path, "dataset")
     return load_dataset(name_or_path, name=name, split=split)
 
 

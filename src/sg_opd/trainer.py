@@ -33,7 +33,8 @@ from .training import checks
 from .training.datasets import check_box, check_datasets
 from .training.environments import probed, verifier_of
 from .training.frozen import InitialPolicy, Run, build_teacher, capture
-from .training.metrics import GateLogging, rollout_totals, verdict_metrics
+from .training.metrics import rollout_totals, verdict_metrics
+from .training.reports import RunReports
 from .training.rollouts import MULTIMODAL_KEYS, Generated, Proposer, Rollouts, state_sampling, teacher_slots
 from .verifiers.verdicts import MathVerifier
 from .views.gate_samples import GateSamples
@@ -41,7 +42,7 @@ from .views.gate_samples import GateSamples
 NOT_COMPARED = ("teacher_server_", "log_gate_samples")  # own settings that do not alter what is computed
 
 
-class SGOPDTrainer(GateLogging, ResumableTrainer):
+class SGOPDTrainer(RunReports, ResumableTrainer):
     """Sign-Gated On-Policy Distillation (arXiv 2606.09304) as a subclass of [`~trl.GRPOTrainer`].
 
     The student samples completions; the verifier judges each; the teacher scores each token. Tokens that the teacher
@@ -67,7 +68,7 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
         **kwargs: `processing_class`, `callbacks`, `optimizers` and all else that GRPOTrainer takes.
 
     Raises:
-        ValueError, TypeError: an argument, a dataset or a pair of models that cannot work, by name.
+        ValueError, TypeError, FileNotFoundError: an argument, a dataset or models that cannot work, by name.
 
     Example:
 
@@ -150,9 +151,8 @@ class SGOPDTrainer(GateLogging, ResumableTrainer):
             check_box(own, getattr(self.processing_class, "chat_template", None))
         if own is not None and not self._is_vlm:
             checks.check_bos(own, self._tokenizer)
-            contexts = checks.context_of(student), self.teacher.context
-            served = isinstance(self.teacher, ServerTeacher)
-            checks.check_prompts(own, self._tokenize_prompts, contexts, args.max_completion_length, served)
+            of_models = checks.context_of(student), self.teacher.context, isinstance(self.teacher, ServerTeacher)
+            checks.check_prompts(own, self._tokenize_prompts, args.max_completion_length, *of_models)
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:

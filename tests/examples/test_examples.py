@@ -60,9 +60,12 @@ def test_train_py_fails_loudly(tmp_path):
     result = run("examples/train.py", "--gate_extrapolation", "-1")
     assert result.returncode != 0
     assert "`gate_extrapolation` must be a number, finite and >= 0" in result.stderr
-    result = run("examples/train.py", "--teacher_model_name_or_path", "examples/nope")
-    assert result.returncode != 0
-    assert "`teacher_model`: there is no folder 'examples/nope'" in result.stderr
+    for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
+        result = run("examples/train.py", "--config", "examples/configs/arithmetic.yaml", f"--{name}", "examples/nope")
+        assert result.returncode != 0
+        assert f"FileNotFoundError: `{name}`: there is no f" in result.stderr
+        assert "Loading" not in result.stderr  # weights have a progress bar, and a dataset too
+        assert "Generating" not in result.stderr
 
 
 def evaluate(model, folder, *options):
@@ -127,6 +130,10 @@ def test_evaluate_py_on_an_adapter_and_a_task(tmp_path):
 
 
 def test_evaluate_py_fails_loudly(tmp_path):
+    result = evaluate("./nope", tmp_path, "--dataset_name", "./nope.jsonl")
+    assert "FileNotFoundError: `model_name_or_path`: there is no folder './nope'" in result.stderr
+    result = evaluate(ARITHMETIC / "student", tmp_path, "--dataset_name", "./nope.jsonl")
+    assert "FileNotFoundError: `dataset_name`: there is no file or folder './nope.jsonl'" in result.stderr
     result = evaluate(ARITHMETIC / "student", tmp_path)
     assert "Set `task` or `dataset_name`." in result.stderr
     result = evaluate(ARITHMETIC / "student", tmp_path, "--task", "aime23")

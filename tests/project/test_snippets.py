@@ -44,6 +44,7 @@ SMALL = {
 GIVEN = {
     "docs/evaluation.md": ("trainer", "held_out"),
     "docs/gate-view.md": ("dataset",),
+    "docs/merging.md": ("dataset",),
     "docs/metrics.md": ("trained",),
     "sg_opd.evaluation.evaluator.EvaluationCallback": ("trainer", "held_out"),
     "sg_opd.trainer.SGOPDTrainer": ("dataset",),

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SGOPDConfig
 from ..method.divergence import check_linear, head_of
-from ..teachers.local import LocalTeacher, blocks_of
-from ..teachers.protocol import Teacher, eos_set
+from ..paths import check_path
+from ..teachers.local import LocalTeacher
+from ..teachers.protocol import Teacher
 from ..verifiers.verdicts import MathVerifier
 from .datasets import Unparseable, rows_to_check
+from .models import tell_narrow
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -129,19 +129,6 @@ def check_router_loss(model: Any, args: SGOPDConfig) -> None:
         )
 
 
-def check_path(name: str, value: Any) -> None:
-    """Refuse a local path that is not there, for which the hub would be asked instead."""
-    if not isinstance(value, str) or Path(value).is_dir():
-        return
-    if Path(value).is_absolute() or value.startswith((".", "~")) or value.count("/") > 1:
-        raise ValueError(f"`{name}`: there is no folder {value!r} (looked in {Path.cwd()}).")
-    if "/" in value and Path(value).parent.is_dir():  # a name on the hub, or one mistyped
-        logger.warning(
-            "`%s`: there is no folder %r here, so it is taken for a model of the hub, although there is a folder %r.",
-            *(name, value, str(Path(value).parent)),
-        )
-
-
 def context_of(model: PreTrainedModel) -> int | None:
     """Longest sequence that a model takes, in tokens; `None` where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -176,15 +163,15 @@ def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
 
 
 def check_prompts(
-    dataset: Any, tokenize: Callable[[list], tuple], contexts: Sequence[int | None], completion: int, served: bool
+    dataset: Any, tokenize: Callable[[list], tuple], completion: int, own: int | None, other: int | None, served: bool
 ) -> None:
     """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
 
-    `tokenize` is the trainer's own, `contexts` are the student's and the teacher's in tokens, `completion` is
-    `max_completion_length`. A teacher that is `served` needs room for one token more, and would refuse a longer
+    `tokenize` is the trainer's own, `completion` is `max_completion_length`, `own` and `other` are the student's and
+    the teacher's context in tokens. A teacher that is `served` needs room for one token more, and would refuse a longer
     sequence in the middle of a run: every row that may be one is looked at.
     """
-    context, server = min((size for size in contexts if size), default=None), contexts[1] if served else None
+    context, server = min((size for size in (own, other) if size), default=None), other if served else None
     if not (context and isinstance(dataset, Dataset)):
         return
     rows = {*rows_to_check(len(dataset))}
@@ -222,9 +209,10 @@ def check_set_up(
     multimodal: bool,
     fsdp_version: int | None,
 ) -> None:
-    """Refuse a teacher that cannot do what the student and the estimator need."""
+    """Refuse a teacher that cannot do what the student and the estimator need; warn of a student in 16 bits."""
     if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
+    tell_narrow(student, args)
     if args.estimator != "full":
         return
     if not isinstance(teacher, LocalTeacher):
@@ -241,98 +229,3 @@ def check_set_up(
         )
     if args.reference_policy == "initial":
         check_linear(head_of(student), head_of(teacher.unwrapped))
-
-
-def check_models(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SGOPDConfig
-) -> None:
-    """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
-    check_causal("student", without_adapter(student))
-    check_causal("teacher", teacher)
-    if args.teacher_offload:
-        blocks_of(teacher)  # raises
-    teacher_tokenizer, size = tokenizer_of(teacher, args), teacher.config.get_text_config().vocab_size
-    if teacher_tokenizer is not None:
-        check_tokenizers(tokenizer, teacher_tokenizer)
-    elif len(tokenizer) > size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} ids but the teacher's vocabulary only {size}: they cannot share a "
-            "tokenizer."
-        )
-    ends = [eos_set(model.generation_config.eos_token_id) for model in (student, teacher)]
-    if ends[0] != ends[1]:
-        logger.warning(
-            "Student and teacher end a completion with different tokens (%s and %s): the teacher will rate the "
-            "student's ending as unlikely. Align `generation_config.eos_token_id`.",
-            *(sorted(end) for end in ends),
-        )
-    if same_weights(student, teacher):
-        logger.warning(
-            "Teacher and student are the same model, by path or by weights: every delta is zero and nothing is learnt."
-        )
-
-
-def without_adapter(model: Any) -> PreTrainedModel:
-    """The model that an adapter was put on, or the model itself."""
-    return getattr(model, "get_base_model", lambda: model)()
-
-
-def check_causal(role: str, model: PreTrainedModel) -> None:
-    """Refuse a model that does not predict the next token from the ones before it."""
-    name = type(model).__name__
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"The {role} ({name}) has no language-model head; pass a causal LM.")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"The {role} ({name}) is an encoder-decoder; pass a causal LM.")
-    if not model.can_generate():
-        raise ValueError(f"The {role} ({name}) is no model that generates; pass a causal LM.")
-
-
-def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved beside the teacher; `None`, with a warning, where there is none to compare with."""
-    path = getattr(teacher.config, "_name_or_path", "")
-    missing = "The teacher has no path to load its tokenizer from"
-    try:
-        if path:
-            return AutoTokenizer.from_pretrained(
-                path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-            )
-    except (OSError, ValueError) as error:  # what transformers raises where it finds no tokenizer
-        missing = f"No tokenizer at the teacher's {path!r} ({error})"
-    logger.warning("%s; only the sizes of vocabularies are compared.", missing)
-    return None
-
-
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse different vocabularies (padding of a head's size is no difference); warn of chat templates that differ."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
-        shown = ", ".join(f"{t!r} ({ours.get(t)} / {theirs.get(t)})" for t in sorted(differing)[:3])
-        raise ValueError(
-            f"Student and teacher use different tokenizers: {len(differing)} tokens have other ids, first {shown} "
-            "(student / teacher). Token-level distillation needs one tokenizer; choose a teacher of the same family."
-        )
-    if student.chat_template and teacher.chat_template and student.chat_template != teacher.chat_template:
-        logger.warning(
-            "Student and teacher have different chat templates; the teacher is asked with the student's. If its "
-            "deltas are large from the first step, use a student and a teacher of the same template."
-        )
-
-
-def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both models come from one path or, not sharded, have equal parameters; the student without an adapter."""
-    paths = [getattr(model.config, "_name_or_path", "") for model in (student, teacher)]
-    if paths[0] and paths[0] == paths[1]:
-        return True
-    student = without_adapter(student)
-    ours = {
-        name.replace(".base_layer", ""): value for name, value in student.state_dict().items() if "lora_" not in name
-    }
-    theirs = teacher.state_dict()
-    if ours.keys() != theirs.keys() or any(value.numel() == 0 for value in ours.values()):
-        return False
-    return all(
-        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device, value.dtype))
-        for name, value in ours.items()
-    )

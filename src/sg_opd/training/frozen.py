@@ -36,7 +36,7 @@ from ..teachers.probe import check_patience, check_server
 from ..teachers.protocol import Teacher, TeacherError
 from ..teachers.sampling import OF_RUN, SERVED, run_sampling, stated, tell_unused
 from ..teachers.server import ServerTeacher
-from .checks import check_models
+from .models import check_models, tell_dtypes
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
 
@@ -76,6 +76,8 @@ def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     settings = args.teacher_model_revision, args.teacher_model_init_kwargs
     model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
     check_models(run.student, model, run.tokenizer, args)
+    if isinstance(given, str):
+        tell_dtypes(run.student, model, args)
     if args.teacher_phase_steps:
         tell_unused(logger, "teacher", model.generation_config.to_dict(), stated(args), OF_RUN)
     shared = shared_vocabulary(run.student, model)

@@ -1,0 +1,71 @@
+"""What a run says of itself beside its metrics: that its rollouts are cut, and its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from accelerate.logging import get_logger
+from trl.trainer.utils import get_config_model_id
+
+from .metrics import GateLogging
+
+logger = get_logger(__name__)  # of the main process only
+
+CUT = (
+    "%.0f %% of the rollouts since the last log (now at step %d) were cut at max_completion_length=%d, before they had "
+    "an answer. Raise it where the task needs more. Where answers have grown, a lower learning rate, `log_ratio_clip` "
+    "or `mask_truncated_completions=True` hold them."
+)
+UNTRAINED = (
+    "Every rollout since the last log (now at step %d) was cut at max_completion_length=%d, and "
+    "`mask_truncated_completions=True` leaves those out: nothing was trained. Raise `max_completion_length`."
+)
+NO_HUB = "[None](https://huggingface.co/None)", 'model="None"'  # as TRL's template has it for what is on no hub
+
+
+class RunReports(GateLogging):
+    """Mixed into a ResumableTrainer, with `GateLogging`: warnings while it runs, once each, and the model card."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._cut_told: bool | None = None  # None: before the first log
+        self._untrained_told = False
+        super().__init__(*args, **kwargs)
+
+    def _gather_metrics(self) -> None:
+        """Same as GateLogging; warns where most rollouts since the last log were cut, or none of them is trained on."""
+        super()._gather_metrics()
+        if not (shares := self._metrics["train"].get("completions/clipped_ratio")):
+            return
+        if self._cut_told is None:
+            self._cut_told = shares[0] > 0.5  # of the first rollouts, by GateLogging
+        step, limit, share = self.state.global_step, self.args.max_completion_length, mean(shares)
+        if self.args.mask_truncated_completions and share == 1.0:
+            if not self._untrained_told:
+                logger.warning(UNTRAINED, step, limit)
+            self._untrained_told = True
+        elif share > 0.5 and not self._cut_told:
+            logger.warning(CUT, 100 * share, step, limit)
+            self._cut_told = True
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Same as GateLogging, without the "None" of a student, or a model, that is on no hub."""
+        folder = Path(str(self.args.output_dir)).resolve()
+        if not args and not kwargs.get("model_name"):
+            kwargs["model_name"] = folder.name
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = folder / "README.md"
+            text = named(card.read_text("utf-8"), get_config_model_id(self.model.config), folder.name)
+            card.write_text(text, encoding="utf-8")
+
+
+def named(card: str, student: str, model: str) -> str:
+    """A model card that says what it left open.
+
+    `student` is the path that the student came from, of which the folder alone is told; empty for a model in memory.
+    `model` is the name of the folder that holds what was trained.
+    """
+    source = f"`{Path(student).name}`, a model in a local folder" if student else "a model that was given in memory"
+    return card.replace(NO_HUB[0], source).replace(NO_HUB[1], f'model="path/to/{model}"')
