@@ -248,8 +248,8 @@ def _whole(tensor: Tensor) -> Tensor:
 def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
     """The scaled logit of one id a position, from matrix products as the kernel's.
 
-    A dot product of its own would be rounded otherwise than the logit in the kernel's normaliser. Where a token is nearly
-    certain that difference is all that is left of its log-probability.
+    A dot product of its own would be rounded otherwise than the logit in the kernel's normaliser, and where a token is
+    nearly certain that difference is all that is left of its log-probability.
     """
     from trl.kernels.chunked_divergence import _compute_dtype, _project
     from trl.kernels.chunked_logprob import _torch_transform
@@ -258,7 +258,7 @@ def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -
     logits = []
     with _gathered(head.weight, head.bias):
         for states, of in zip(hidden.to(dtype).tensor_split(blocks), ids.tensor_split(blocks), strict=True):
-            square = torch.empty(len(of), len(of), device=hidden.device)
+            square = torch.empty(len(of), len(of), dtype=torch.float32, device=hidden.device)
             bias = None if head.bias is None else head.bias[of]
             _project(square, states, head.weight[of], bias, 0, len(of), dtype)
             logits.append(square.diagonal())
