@@ -4,9 +4,9 @@
     python benchmarks/rounding.py --quick --output X.json    # fewer tokens and ids, some seconds
 
 Synthetic tokens of two models, a student and a teacher, each with a head of its own. The sampled token's probability is
-1 / (1 + u), with u of the student from 1e-7 to 1, evenly by its logarithm. The teacher's u is the student's times
+1 / (1 + u), with u of the student from 1e-7 to 10, evenly by its logarithm. The teacher's u is the student's times
 e^(d N(0, 1)), with the distance d 1 (models that are far apart) or 0.1 (near each other). The other logits have a
-standard deviation of two or so, so those of the sampled tokens are 13 to 30, as a pretrained model's are. Each way to
+standard deviation of two or so, so those of the sampled tokens are 10 to 30, as a pretrained model's are. Each way to
 compute the log-probabilities gives a delta, which is compared with that in float64 of the same states and heads: what
 the layers below round is not in it.
 """
@@ -31,7 +31,7 @@ RESULT = ROOT / "benchmarks" / "results" / "rounding.json"
 TOKENS, VOCABULARY, WIDTH = 4_096, 49_152, 256
 QUICK = 512, 4_096, 64
 SPREAD = 2.0  # standard deviation of the other logits, but for what they share with the token's
-ODDS = (1e-7, 1.0)  # against the sampled token
+ODDS = (1e-7, 10.0)  # against the sampled token
 DISTANCES = (1.0, 0.1)  # of the teacher from the student
 ROWS = 256  # of whole logits at once
 EDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)  # nats of abs(delta) in float64
