@@ -296,8 +296,10 @@ def test_metrics_speak_of_student_rows_and_are_all_defined(make_model, tokenizer
     case = torch.cat([d.case[m] for d, m in zip(decisions, masks, strict=True)])
     assert logs["gate/consensus"] == pytest.approx((case == 1).float().mean().item(), abs=1e-6)
     assert logs["gate/conflict"] == pytest.approx((case == -1).float().mean().item(), abs=1e-6)
-    for name, q in (("delta/p05", 0.05), ("delta/p50", 0.5), ("delta/p95", 0.95)):
-        assert logs[name] == pytest.approx(delta.quantile(q).item(), abs=1e-5)
+    for percent in (1, 5, 50, 95, 99):
+        assert logs[f"delta/p{percent:02}"] == pytest.approx(delta.quantile(percent / 100).item(), abs=1e-5)
+    sizes = sorted(delta.abs().tolist(), reverse=True)
+    assert logs["delta/top_share"] == pytest.approx(sum(sizes[: math.ceil(len(sizes) / 100)]) / sum(sizes), rel=1e-4)
     losses = torch.cat([-d.advantage[m] for d, m in zip(decisions, masks, strict=True)])
     taught = torch.cat(
         [b["from_teacher"].unsqueeze(1).expand(m.shape)[m] for b, m in zip(trainer.batches, masks, strict=True)]

@@ -144,7 +144,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         if args.reference_policy == "initial":
             loading = loading_defaults(args) | (args.model_init_kwargs or {})
             loading |= {} if quantization is None else {"quantization_config": quantization}
-            of_run = self.accelerator, self.temperature
+            of_run = self.accelerator, self.temperature, args.cast_lm_head_to_fp32
             self.initial_policy = InitialPolicy(captured, lambda: self.model, *of_run, **loading)
         checks.check_set_up(args, student, self.teacher, self._is_vlm, self._dist.fsdp_version)
         if own is not None and isinstance(self.verifier, MathVerifier):

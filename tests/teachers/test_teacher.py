@@ -8,7 +8,7 @@ from scoring import COMPLETIONS, PROMPTS, Countdown, expected_logps
 from trainers import Recorder, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
-from sg_opd.teachers.local import load_teacher
+from sg_opd.teachers.local import load_teacher, sequence_logps
 from sg_opd.teachers.protocol import Teacher, TeacherError, as_lists, ask
 
 
@@ -32,6 +32,26 @@ def test_local_scores_are_the_models(temperature, make_model, tokenizer, dataset
     for got, prompt, completion in zip(scored[:3], PROMPTS, COMPLETIONS, strict=True):
         torch.testing.assert_close(got, expected_logps(plain, prompt, completion), rtol=0, atol=2e-5)
     assert [row.shape for row in trainer.teacher.score(PROMPTS, [[], [], []])] == [(0,)] * 3
+
+
+def test_every_policy_has_the_head_of_the_students_precision(make_model, tokenizer, dataset, tmp_path):
+    """bf16 weights with `cast_lm_head_to_fp32`: log-softmax of fp32 logits, which bf16 ones miss by 1e-3 and more."""
+    settings = {"cast_lm_head_to_fp32": True, "reference_policy": "initial", "temperature": 1.0}
+    models = (make_model(seed).bfloat16() for seed in (1, 2))
+    trainer = SGOPDTrainer(
+        *models, coin_verifier, make_config(tmp_path, **settings), dataset, processing_class=tokenizer
+    )
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 5]])
+    policies = {1: [trainer.model, trainer.initial_policy.frozen], 2: [trainer.teacher.model]}
+    for seed, of_seed in policies.items():
+        plain = make_model(seed).bfloat16()
+        with torch.no_grad():
+            states, head = plain.base_model(ids).last_hidden_state[0, :-1], plain.get_output_embeddings().weight
+            expected = (states.float() @ head.float().T).log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+            rounded = (states @ head.T).log_softmax(-1, dtype=torch.float32).gather(1, ids[0, 1:, None]).squeeze(1)
+        assert (rounded - expected).abs().max() > 1e-3
+        for policy in of_seed:
+            torch.testing.assert_close(sequence_logps(trainer, policy, ids[0].tolist()), expected, rtol=0, atol=1e-5)
 
 
 def test_any_object_of_the_protocol_can_teach(make_model, tokenizer, dataset, tmp_path):

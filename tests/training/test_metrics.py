@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sg_opd import SignGatedLoss
+from sg_opd.method.gate import gate_metrics
 from sg_opd.method.loss import policy_gradient
 from sg_opd.training.metrics import METRICS, GateMeter, rollout_totals, shares, verdict_metrics
 
@@ -91,9 +92,36 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
     assert metrics["loss/student"] == pytest.approx(sum(of_student) / len(of_student), rel=1e-5)
     deltas = sorted(decision.delta[place].item() for place in places)
     assert metrics["delta/p50"] == pytest.approx(torch.tensor(deltas).quantile(0.5).item())
+    sizes = [abs(delta) for delta in deltas]
+    assert metrics["delta/top_share"] == pytest.approx(max(sizes) / sum(sizes))
     assert metrics["verdict/correct"] == pytest.approx(2 / 5)
     assert set(metrics) == set(METRICS) - {"gate/uniform_groups"}  # which needs groups
     assert meter.compute(Accelerator(cpu=True)) == {}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "share"),
+    [
+        ([-8.0, *[0.01, -0.01] * 99, 2.0], 10 / 11.98),  # 200 tokens: two of them
+        ([-8.0, *[0.01] * 198, 2.0, 0.01], 10.01 / 11.99),  # 201: 1 % is two and a bit, so three
+        ([1.0, NAN, -3.0, NAN], 3 / 4),  # of less than 100 the largest
+        ([math.inf, 1.0, -math.inf], 1 / 2),  # of two infinite ones one
+        ([0.0, 0.0], 0.0),
+        ([NAN, NAN], NAN),
+        ([], NAN),
+    ],
+)
+def test_the_share_of_the_largest_deltas_by_hand(deltas, share):
+    metrics = gate_metrics({"tokens": torch.tensor(float(len(deltas)))}, torch.tensor(deltas))
+    assert metrics["delta/top_share"].item() == pytest.approx(share, nan_ok=True)
+
+
+def test_the_tails_are_seen_where_the_5_percent_are_not():
+    """101 tokens, -4, -2, 97 times 0, and 3 twice: the 1 % and 99 % quantiles are the second and the last but one."""
+    deltas = torch.tensor([0.0] * 49 + [-4.0, -2.0] + [0.0] * 48 + [3.0, 3.0])
+    metrics = {k: v.item() for k, v in gate_metrics({"tokens": torch.tensor(101.0)}, deltas).items()}
+    quantiles = {"delta/p01": -2.0, "delta/p05": 0.0, "delta/p50": 0.0, "delta/p95": 0.0, "delta/p99": 3.0}
+    assert metrics == pytest.approx(quantiles | {"delta/top_share": (4 + 3) / 12})
 
 
 def test_neither_the_gate_nor_its_metrics_wait_for_the_device():

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sg_opd import SignGatedLoss, inspect_rollout, load_gate_samples, score_rollout
-from sg_opd.views.gate_view import RolloutView, render_page, token_texts, visible
+from sg_opd.views.gate_view import RolloutView, render_page
+from sg_opd.views.texts import token_texts, visible
 
 HOSTILE = {
     "script": "</script><script>alert(1)</script>",
@@ -146,7 +147,7 @@ def test_a_part_of_a_character_has_no_text_of_its_own(byte_tokenizer):
     view = inspect_rollout(ids, [-1.0] * 11, [-0.5] * 11, 1.0, tokenizer=byte_tokenizer)
     assert view.tokens[5] == "€"
     assert view.token_ids == tuple(ids)
-    assert "a⋯é⋯⋯€⋯⋯⋯👍b" in view.plain()
+    assert "①a②⋯③é⋯⋯€⋯⋯⋯👍b" in view.plain()
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,8 +222,57 @@ def test_the_terminal_shows_cases_with_and_without_colours():
         plain.splitlines()[0]
         == "step 3 · student's rollout · correct · reference answer 4 · 3 tokens, mean factor 1.27"
     )
-    assert "one⟦ two⟧↵" in plain
+    assert "①one②⟦ two⟧↵" in plain
     assert " 33.3% consensus  the teacher moves the token the way the outcome wants" in plain
+
+
+def slip(verdict=0.0, **more):
+    """delta is -1e-5, +1e-5, -8, +0.25, +0.125, -0.0625 and 0: of a wrong rollout the slip is the third token."""
+    tokens = ["a", " b", " 35", " c", "\n", " d", " e"]
+    student, teacher = [-1.0] * 7, [-1.00001, -0.99999, -9.0, -0.75, -0.875, -1.0625, -1.0]
+    return inspect_rollout(tokens, student, teacher, verdict, **more)
+
+
+def test_the_terminal_marks_what_differs_by_a_tenth_of_a_nat():
+    """Conflicts are +1e-5, +0.25 and +0.125, of which the first is below 0.1; so are two of three consensus tokens."""
+    lines = slip().plain(width=200).splitlines()
+    assert lines[1] == (
+        "largest delta: ① “ 35” -8 consensus, token 3 · ② “ c” +0.25 conflict, token 4 · ③ “↵” +0.125 conflict, token 5"
+    )
+    assert "a b① 35②⟦ c⟧③⟦↵⟧" in lines
+    assert " d e" in lines
+    assert lines[-1] == "3 of these 7 tokens differ by less than 0.1 nats, and are not marked"
+    file = io.StringIO()
+    slip().print(file=file, force_terminal=True, color_system="truecolor")
+    styles = {text: codes for codes, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b]+)\x1b", file.getvalue())}
+    assert styles[" 35"].startswith("4;")  # underlined
+    assert styles[" c"].startswith("1;3;")  # bold and italic
+    assert not {"a", " b", " d", " e"} & styles.keys()
+
+
+@pytest.mark.parametrize(
+    ("mark_from", "shown", "left"),
+    [(0, "a⟦ b⟧① 35②⟦ c⟧③⟦↵⟧", None), (0.2, "a b① 35②⟦ c⟧③↵", "4 of these 7 tokens differ by less than 0.2 nats")],
+)
+def test_what_is_marked_can_be_chosen(mark_from, shown, left):
+    lines = slip().plain(mark_from=mark_from).splitlines()
+    assert shown in lines
+    assert lines[-1].startswith(left) if left else "are not marked" not in lines[-1]
+    with pytest.raises(ValueError, match=r"`mark_from` must be a number of nats, >= 0"):
+        slip().plain(mark_from=-0.1)
+
+
+def test_the_largest_deltas_are_of_trained_tokens():
+    """At most three, the first of equal ones first, neutral ones too; none with delta 0 or not trained on."""
+    assert slip().largest == [2, 3, 4]
+    assert slip(trained=[True, True, False, True, True, True, True]).largest == [3, 4, 5]
+    assert inspect_rollout(list("abcd"), [-1.0] * 4, [-2.0, -3.0, -2.0, -2.0], 1.0).largest == [1, 0, 2]
+    assert three().largest == [0, 1]
+    assert three(None).largest == [0, 1]
+    assert "① “one” +0.6 neutral, token 1" in three(None).plain()
+    assert inspect_rollout(["a"], [-1.0], [-1.0], 1.0).plain().count("largest") == 0
+    clipped = SignGatedLoss(log_ratio_clip=2.0)
+    assert inspect_rollout(["a", "b"], [-1.0] * 2, [-9.0, -math.inf], 1.0, clipped).largest == [1, 0]
 
 
 def test_it_is_read_back_as_it_was(tmp_path):
@@ -431,10 +481,12 @@ def test_browser_shows_it_in_a_notebooks_frame(open_page):
 
 
 def test_browser_keyboard(open_page):
-    """Tab reaches the tokens once; arrows move on, End to the last, Shift to the next conflict, Escape closes."""
+    """Tab reaches the three largest, then the tokens once; arrows move on, End to the last, Shift to the next conflict,
+    Escape closes."""
     tokens, teacher = ["one", " two", " three", " four", "\n"], [-0.4, -2.5, -0.4, -0.4, -1.0]
     page = open_page(inspect_rollout(tokens, [-1.0] * 5, teacher, 1.0).html())
-    page.keyboard.press("Tab")
+    for _ in range(4):
+        page.keyboard.press("Tab")
     assert tip(page).startswith("“one”")
     assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
     page.keyboard.press("ArrowRight")
@@ -452,12 +504,29 @@ def test_browser_keyboard(open_page):
     assert tip(page).startswith("“ two”")
 
 
+def test_browser_goes_to_the_largest_and_passes_over_what_has_no_line(open_page):
+    """The slip by a click; Shift from the first token passes the conflict of 1e-5 nats. Three tokens have no line."""
+    page = open_page(slip().html())
+    assert page.locator(".largest button").all_inner_texts() == [" 35 −8.000", " c +0.250", "↵ +0.125"]
+    assert "without a line\n3 below 0.1" in page.locator("aside").inner_text()
+    page.locator(".largest button").first.click()
+    assert tip(page).splitlines()[:2] == ["“ 35”", "consensus: the teacher lowers it, verdict incorrect"]
+    page.keyboard.press("Home")
+    assert tip(page).startswith("“a”")
+    page.keyboard.press("Shift+ArrowRight")
+    assert tip(page).startswith("“ c”")
+    colour = "all => all.map(token => getComputedStyle(token).textDecorationColor)"
+    lines = ["/ 0)" not in of and ", 0)" not in of for of in page.locator(".tokens .t").evaluate_all(colour)]
+    assert lines[:6] == [False, False, True, True, True, False]
+    assert open_page(three(None).html()).locator(".largest span.neutral").count() == 2
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_browser_runs_nothing_of_a_hostile_rollout(open_page, width):
     page = open_page(hostile_view().html(), width)
     assert page.locator(".tokens .t").count() == len(HOSTILE) + 6
     assert page.locator("img").count() == page.locator("iframe").count() == 0
-    shown = page.locator(".tokens").inner_text()
+    shown = page.locator(".tokens").text_content()  # also of lines below the window, which are not laid out
     for text in ("</script><script>alert(1)</script>", "<img src=x", "⟨U+202E⟩evil", "⟨U+D800⟩", "[red]x[/red]"):
         assert text in shown
     for i in range(page.locator(".tokens .t").count()):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 REVERSE_KL = 1.0  # the kernel's beta for KL(student || target)
+BLOCK = 256  # positions whose tokens' logits are one product: few against the ids of a vocabulary, and so cheap
 
 
 class Head(NamedTuple):
@@ -245,17 +246,24 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
-    """The scaled logit of one id a position, in the precision of the kernel's projection."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    """The scaled logit of one id a position, from matrix products as the kernel's.
+
+    A dot product of its own would be rounded otherwise than the logit in the kernel's normaliser, and where a token is
+    nearly certain that difference is all that is left of its log-probability.
+    """
+    from trl.kernels.chunked_divergence import _compute_dtype, _project
+    from trl.kernels.chunked_logprob import _torch_transform
+
+    dtype, blocks = _compute_dtype(hidden), max(1, math.ceil(len(ids) / BLOCK))
+    logits = []
     with _gathered(head.weight, head.bias):
-        logits = (head.weight[ids].to(dtype).float() * hidden.to(dtype).float()).sum(-1)
-        if head.bias is not None:
-            logits = logits + head.bias[ids].float()
-    logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits / temperature
+        for states, of in zip(hidden.to(dtype).tensor_split(blocks), ids.tensor_split(blocks), strict=True):
+            square = torch.empty(len(of), len(of), dtype=torch.float32, device=hidden.device)
+            bias = None if head.bias is None else head.bias[of]
+            _project(square, states, head.weight[of], bias, 0, len(of), dtype)
+            logits.append(square.diagonal())
+    softcap = 1.0 if head.softcap is None else head.softcap
+    return _torch_transform(torch.cat(logits), head.scale, softcap, 1 / temperature, head.softcap is not None)
 
 
 def _gathered(*parameters: Any) -> Any:

@@ -24,7 +24,8 @@ ESTIMATORS = ("sampled", "full")
 REFERENCES = ("current", "initial")
 SIGNALS = ("verdict", "group")
 LOG_RATIO_FORMS = ("log", "power")
-QUANTILES = {"delta/p05": 0.05, "delta/p50": 0.50, "delta/p95": 0.95}
+QUANTILES = {"delta/p01": 0.01, "delta/p05": 0.05, "delta/p50": 0.50, "delta/p95": 0.95, "delta/p99": 0.99}
+HUGE = 1e30  # nats, in place of an infinite delta in a sum
 
 
 @dataclass(frozen=True)
@@ -233,11 +234,24 @@ def gate_totals(decision: GateDecision, mask: Shaped[Tensor, "B T"]) -> dict[str
 
 
 def gate_metrics(totals: dict[str, Tensor], deltas: Float[Tensor, " N"]) -> dict[str, Tensor]:
-    """Shares and means from `gate_totals`, and the quantiles of `deltas` but NaN (NaN without any)."""
+    """Shares and means from `gate_totals`; quantiles and top share of `deltas` but NaN (NaN without any)."""
     tokens = totals["tokens"].clamp(min=1.0)
     means = {name: total / tokens for name, total in totals.items() if name != "tokens"}
     known = deltas.float() if deltas.numel() else deltas.new_full((1,), math.nan, dtype=torch.float32)
-    return means | {name: torch.nanquantile(known, q) for name, q in QUANTILES.items()}
+    quantiles = {name: torch.nanquantile(known, q) for name, q in QUANTILES.items()}
+    return means | quantiles | {"delta/top_share": top_share(known)}
+
+
+def top_share(deltas: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """The share, in [0, 1], of the sum of `abs(deltas)` that the largest 1 % of them carry, one at least.
+
+    NaN is no delta. The share is 0 where all are 0, and NaN without any. No synchronisation with the device.
+    """
+    largest = deltas.abs().nan_to_num(nan=0.0, posinf=HUGE).sort(descending=True).values
+    count = (deltas.isnan().logical_not().sum() + 99) // 100
+    top = torch.where(torch.arange(len(largest), device=deltas.device) < count, largest, 0.0)
+    share = top.sum() / largest.sum().clamp(min=torch.finfo(largest.dtype).tiny)
+    return share.masked_fill(count == 0, math.nan)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -137,6 +137,7 @@ class LocalTeacher:
         rows: of one forward.
         offload: whether its blocks rest in host memory.
         gather: whether ZeRO-3 gathers its weights to generate, as `ds3_gather_for_generation`.
+        cast_lm_head_to_fp32: as for the student, or the two would round differently.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class LocalTeacher:
         rows: int,
         offload: bool = False,
         gather: bool = True,
+        cast_lm_head_to_fp32: bool = False,
     ) -> None:
         from trl.trainer.utils import add_fused_lm_head
 
@@ -157,7 +159,7 @@ class LocalTeacher:
         self.rows = rows
         self.gather = gather
         self.sharded = is_sharded(accelerator)
-        add_fused_lm_head(freeze(model), temperature=sampling["temperature"])
+        add_fused_lm_head(freeze(model), sampling["temperature"], cast_lm_head_to_fp32)
         self.offload = BlockOffload(model, accelerator.device) if offload else None
         self.model = prepare_frozen(model, accelerator, placed=offload)
 

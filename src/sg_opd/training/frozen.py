@@ -88,7 +88,8 @@ def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
         "suppress_tokens": padding_ids(model, shared),
     }
     limits = args.per_device_train_batch_size, args.teacher_offload, args.ds3_gather_for_generation
-    return LocalTeacher(model, run.forward, run.accelerator, sampling, *limits), shared
+    teacher = LocalTeacher(model, run.forward, run.accelerator, sampling, *limits, args.cast_lm_head_to_fp32)
+    return teacher, shared
 
 
 def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling: dict[str, Any]) -> ServerTeacher:
@@ -140,8 +141,9 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
 class InitialPolicy:
     """Lends the initial policy to be called like the student.
 
-    `captured` is what `capture` kept; `student` returns the trainer's model, which training may wrap anew; `loading` is
-    for `from_pretrained`, where the student's path is loaded again.
+    `captured` is what `capture` kept; `student` returns the trainer's model, which training may wrap anew;
+    `temperature` and `cast_lm_head_to_fp32` are as for the student; `loading` is for `from_pretrained`, where the
+    student's path is loaded again.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class InitialPolicy:
         student: Callable[[], Any],
         accelerator: Accelerator,
         temperature: float,
+        cast_lm_head_to_fp32: bool,
         **loading: Any,
     ) -> None:
         self.student = student
@@ -160,7 +163,7 @@ class InitialPolicy:
         if captured is None:
             loading.setdefault("dtype", student().dtype)
             captured = create_model_from_path(get_config_model_id(student().config), **loading)
-        add_fused_lm_head(freeze(captured), temperature=temperature)
+        add_fused_lm_head(freeze(captured), temperature, cast_lm_head_to_fp32)
         self.frozen = prepare_frozen(captured, accelerator)
 
     @contextmanager

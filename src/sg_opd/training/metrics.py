@@ -37,9 +37,12 @@ METRICS = {
     "gate/factor": "mean reward-scaling factor of the trained tokens",
     "gate/uniform_groups": "share of the prompts' groups whose judged student rollouts all have one verdict; not "
     "logged with one rollout a prompt",
-    "delta/p05": "5 % quantile of delta = log pi_T - log pi_S over trained tokens, in nats",
+    "delta/p01": "1 % quantile of delta = log pi_T - log pi_S over trained tokens, in nats",
+    "delta/p05": "5 % quantile of delta",
     "delta/p50": "median of delta",
     "delta/p95": "95 % quantile of delta",
+    "delta/p99": "99 % quantile of delta",
+    "delta/top_share": "share of the sum of abs(delta) over trained tokens that the 1 % with the largest carry",
     "delta/clipped": "share of trained tokens with a log-ratio beyond log_ratio_clip",
     "verdict/correct": "share of the student's rollouts that the verifier calls correct",
     "verdict/incorrect": "share of the student's rollouts that the verifier calls incorrect",

@@ -145,6 +145,11 @@ PANELS = {
     Panel("Log-ratio of teacher to student", "delta in nats"): (
         Line("delta/p50", "median, with 5 % to 95 %", BLUE, band=("delta/p05", "delta/p95")),
     ),
+    Panel("Tails of the log-ratio", "delta in nats"): (
+        Line("delta/p99", "99 %", BLUE),
+        Line("delta/p01", "1 %", VERMILION),
+    ),
+    Panel("Largest 1 % of log-ratios", "share of the sum of |delta|", "share"): (Line("delta/top_share"),),
     Panel("Teacher phase", "share", "share", zeros=False): (
         Line("teacher/slot_share", "slots, of all rollouts", PURPLE),
         Line("teacher/endorsed", "endorsed, of the slots", BLACK),

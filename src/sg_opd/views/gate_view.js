@@ -49,7 +49,20 @@ function rows(pairs) {
   return list;
 }
 
-function facts(rollout) {
+function largest({largest, tokens, cases, delta}, elements) {
+  const list = make("ol", "largest");
+  list.setAttribute("aria-label", "Largest deltas");
+  for (const i of largest) {
+    const text = tokens[i] === "" ? make("span", "mark", "⋯") : isolated(tokens[i].replace("↵\n", "↵"));
+    const button = make("button", "", make("span", `${CASES[cases[i]]} s3`, text), ` ${signed(delta[i])}`);
+    button.type = "button";
+    button.addEventListener("click", () => go(elements[i]));
+    list.append(make("li", "", button));
+  }
+  return list;
+}
+
+function facts(rollout, elements) {
   const aside = make("aside"), {summary, settings} = rollout;
   const heading = make("h2", rollout.verdict, MARKS[rollout.verdict]);
   const bar = make("div", "shares");
@@ -64,6 +77,8 @@ function facts(rollout) {
   }
   list.push(["mean factor", number(summary["gate/factor"], 2)]);
   list.push(["median delta", signed(summary["delta/p50"])]);
+  const {count, below} = rollout.faint;
+  if (count) list.push(["without a line", `${count} below ${below}`]);
   if (settings.rule === "sign") {
     list.push(["factors", `${settings.extrapolation} / ${settings.interpolation}`]);  // of consensus and conflict
   } else {
@@ -71,6 +86,7 @@ function facts(rollout) {
   }
   if (settings.signal === "group" && rollout.sign !== null) list.push(["sign in its group", sign(rollout.sign)]);
   aside.append(heading, bar, rows(list));
+  if (rollout.largest.length) aside.append(make("h3", "", "Largest delta"), largest(rollout, elements));
   if (rollout.prompt !== null) {
     const text = make("pre", "", rollout.prompt), details = make("details", "", make("summary", "", "Prompt"), text);
     text.dir = "auto";
@@ -94,10 +110,10 @@ function token(text, rollout, i) {
   return element;
 }
 
-function completion(rollout) {
-  const region = make("div", "tokens"), elements = [];
+function completion(rollout, elements) {
+  const region = make("div", "tokens");
   region.setAttribute("role", "group");
-  region.setAttribute("aria-label", "Completion: arrow keys go from token to token, with Shift from conflict to conflict");
+  region.setAttribute("aria-label", "Completion: arrow keys go from token to token, with Shift from marked conflict to marked conflict");
   let line = null;
   rollout.tokens.forEach((text, i) => {
     if (line === null) {
@@ -119,7 +135,10 @@ function show(index) {
   hide();
   places = new Map();
   const rollouts = JSON.parse(blocks[index].textContent);
-  main.replaceChildren(...rollouts.map((rollout) => make("article", "", facts(rollout), completion(rollout))));
+  main.replaceChildren(...rollouts.map((rollout) => {
+    const elements = [];  // of the tokens
+    return make("article", "", facts(rollout, elements), completion(rollout, elements));
+  }));
   select.selectedIndex = index;
   document.getElementById("earlier").disabled = index === 0;
   document.getElementById("later").disabled = index === blocks.length - 1;
@@ -192,7 +211,7 @@ function next({rollout, i, elements}, event) {
   const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
   if (!step) return undefined;
   let j = i + step;
-  while (event.shiftKey && j in elements && rollout.cases[j] !== "-") j += step;
+  while (event.shiftKey && j in elements && !(rollout.cases[j] === "-" && rollout.levels[j] > 0)) j += step;
   return elements[j];
 }
 

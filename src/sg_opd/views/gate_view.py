@@ -5,18 +5,18 @@ Text of a model or a dataset is shown, never run: the page sets it as text, and 
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
-import unicodedata
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from io import StringIO
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -27,9 +27,12 @@ from torch import Tensor
 from ..method.gate import GateDecision, GateSettings, decide, gate_metrics, gate_totals, verdict_sign
 from ..method.loss import SignGatedLoss
 from ..method.rules import CONFLICT, CONSENSUS, NEUTRAL
+from .texts import token_texts, visible
 
 SAMPLES_FILE = "gate_samples.jsonl"
 LEVELS = (0.1, 0.5, 1.0, 2.0)  # nats of abs(delta) from which a colour is one step stronger
+MARK_FROM = LEVELS[0]  # nats of abs(delta) from which a token is marked
+LARGEST = 3  # tokens that are listed by their abs(delta)
 VERDICTS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 CASES = {
     CONSENSUS: ("consensus", "the teacher moves the token the way the outcome wants"),
@@ -37,16 +40,6 @@ CASES = {
     NEUTRAL: ("neutral", "no side: the outcome has sign 0, or abs(delta) is within the dead zone"),
 }
 MARKS = {CONSENSUS: "+", CONFLICT: "-", NEUTRAL: "0", None: "."}  # of the cases, for the page's script
-# styles by strength; the backgrounds are light, as a terminal's own colours are not known
-TERMINAL = {
-    CONSENSUS: [f"#101418 on {tint} underline" for tint in ("#e8f1f8", "#cfe2f1", "#afd0e8", "#8abadd", "#65a5d2")],
-    CONFLICT: [f"bold italic #101418 on {tint}" for tint in ("#fcefe4", "#f9dcc4", "#f5c49c", "#f0aa70", "#ea9045")],
-    NEUTRAL: [""] * 5,
-    None: ["dim"] * 5,
-}
-ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's controls, formats, surrogates, separators of lines and paragraphs
-JOINERS = "\u200c\u200d"  # formats that shape emoji and Persian, and reorder nothing
-LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,6 +100,18 @@ class RolloutView:
         """Each token's strength, 0 to 4, by `LEVELS`."""
         return [sum(abs(delta) >= level for level in LEVELS) for delta in self.decision.delta[0].tolist()]
 
+    @cached_property
+    def largest(self) -> list[int]:
+        """The places of the trained tokens with the largest abs(delta) above 0, at most `LARGEST`, largest first."""
+        sizes = self.decision.delta[0].abs().tolist()
+        differing = (place for place, case in enumerate(self.cases) if case is not None and sizes[place] > 0)
+        return heapq.nlargest(LARGEST, differing, key=sizes.__getitem__)
+
+    def faint(self, mark_from: float = MARK_FROM) -> int:
+        """How many consensus and conflict tokens have an abs(delta) below `mark_from` nats."""
+        of_case = zip(self.cases, self.decision.delta[0].tolist(), strict=True)
+        return sum(case in (CONSENSUS, CONFLICT) and abs(delta) < mark_from for case, delta in of_case)
+
     def html(self) -> str:
         """A page of its own, which sends no request."""
         return render_page([self])
@@ -115,16 +120,25 @@ class RolloutView:
         """Write the page."""
         Path(path).write_text(self.html(), encoding="utf-8")
 
-    def print(self, **options: Any) -> None:
-        """Print it to the terminal, or as the options of `rich.console.Console` say."""
+    def print(self, mark_from: float = MARK_FROM, **options: Any) -> None:
+        """Print it to the terminal, or as the options of `rich.console.Console` say.
+
+        Args:
+            mark_from: nats of abs(delta), >= 0, from which a consensus or conflict token is marked; 0 marks all.
+
+        Raises:
+            ValueError: `mark_from` out of its range.
+        """
         from rich.console import Console
 
-        Console(**options).print(self)
+        from .terminal import TerminalView
 
-    def plain(self, width: int = 100) -> str:
-        """Text without colours, where conflict tokens stand in brackets."""
+        Console(**options).print(TerminalView(self, mark_from))
+
+    def plain(self, width: int = 100, mark_from: float = MARK_FROM) -> str:
+        """Text without colours, where marked conflict tokens stand in brackets; `mark_from` as for `print`."""
         file = StringIO()
-        self.print(file=file, color_system=None, width=width, force_jupyter=False)
+        self.print(mark_from, file=file, color_system=None, width=width, force_jupyter=False)
         return file.getvalue()
 
     def to_json(self) -> str:
@@ -153,22 +167,9 @@ class RolloutView:
         return f'<iframe sandbox="allow-scripts" title="Gate view" style="{style}" srcdoc="{page}"></iframe>'
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from rich.text import Text
+        from .terminal import TerminalView
 
-        def styled(text: str, case: int | None, level: int) -> tuple[str, str]:
-            if case == CONFLICT and console.color_system is None:
-                bare = text.rstrip("\n")
-                text = f"⟦{bare}⟧{text[len(bare) :]}"
-            return text, TERMINAL[case][level]
-
-        yield Text(self.headline(), style="bold")
-        if self.prompt is not None:
-            yield Text(visible(self.prompt, newline="\n"), style="dim")
-        yield Text()
-        yield Text.assemble(*map(styled, (visible(token) or "⋯" for token in self.tokens), self.cases, self.levels))
-        yield Text()
-        for case, (name, meaning) in CASES.items():
-            yield Text.assemble(f"{self.summary[f'gate/{name}']:6.1%} ", styled(name, case, 3), f"  {meaning}")
+        yield TerminalView(self)
 
     def headline(self) -> str:
         """Step, source, verdict, reference answer and the mean factor in one line."""
@@ -197,6 +198,8 @@ class RolloutView:
             "ids": self.token_ids,
             "cases": "".join(MARKS[case] for case in self.cases),
             "levels": "".join(map(str, self.levels)),
+            "largest": self.largest,
+            "faint": {"count": self.faint(), "below": MARK_FROM},
             **{name: _json(values, 4) for name, values in numbers.items()},
         }
 
@@ -320,31 +323,3 @@ def page_of_blocks(blocks: Iterable[str], title: str = "Gate view") -> str:
     parts = {kind: (files(__package__) / f"gate_view.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
     hashes = {f"{kind}_hash": b64encode(sha256(parts[kind].encode()).digest()).decode() for kind in ("css", "js")}
     return Template(parts["html"]).substitute(parts, blocks="\n".join(blocks), title=escape(visible(title)), **hashes)
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token: what it adds to the text before it, in time linear in the number of tokens.
-
-    A token that ends within a character has no text; the one that completes it has the character. `DecodeStream` of
-    tokenizers would lose bytes at the end that are no text, take quadratic time over many, and need a fast tokenizer.
-    """
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts: list[str] = []
-    known, start, read = "", 0, 0  # a token is decoded with the ones before it: some decoders drop a first space
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[start:end])
-        if text.endswith("\ufffd") and end < len(ids) and end - read < LONGEST_CHARACTER:
-            texts.append("")
-            continue
-        # bytes that are no text may be read anew, so what is known need not be the beginning of it
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, text, strict=False)))
-        texts.append(text[same:])
-        known, start, read = decode(ids[read:end]), read, end
-    return texts
-
-
-def visible(text: str, newline: str = "↵\n") -> str:
-    """`text` with a code point, such as ⟨U+202E⟩, for each character that acts on a terminal or on the text's order."""
-    named = (char for char in set(text).difference(JOINERS) if unicodedata.category(char) in ACTING)
-    names = {ord(char): f"⟨U+{ord(char):04X}⟩" for char in named} | {ord("\n"): newline, ord("\t"): "⇥\t"}
-    return text.translate(names)
