@@ -8,15 +8,16 @@ import ast
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parent / "src" / "sg_opd"
-WIDTH, BOX, PITCH, LINE = 1010, (236, 54), 254, 104  # of the picture, a room, from room to room and from row to row
-# where a room stands in its row, so that few arrows cross
+WIDTH, BOX, PITCH, LINE = 1070, (168, 78), 176, 128  # of the picture, a room, from room to room and from row to row
+LETTERS = 34  # in a line within a room
+# where a room stands in its row, so that few arrows cross and no two stand in one place
 COLUMNS = {
-    **{"trainer": 2.1, "views": 2.1, "training": 1.5, "config": 0.2, "evaluation": 2.7, "teachers": 1.75},
-    **{"presets": 0.0, "confidential": 0.0, "checkpoints": 0.1, "data": 1.05, "paths": 1.05, "method": 2.0},
-    "verifiers": 3.0,
+    **{"trainer": 3.4, "views": 3.9, "training": 3.0, "config": 1.0, "evaluation": 4.5, "teachers": 4.0, "data": 3.0},
+    **{"presets": 0.0, "confidential": 1.0, "checkpoints": 2.0, "paths": 3.0, "method": 4.0, "verifiers": 5.0},
 }
 
 
@@ -61,9 +62,10 @@ def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
     }
 
 
-def modules(room: str) -> str:
-    """What is in it, in a line."""
-    return " · ".join(sorted(path.stem for path in (SOURCE / room).glob("*.py") if path.name != "__init__.py"))
+def modules(room: str) -> list[str]:
+    """What is in it, in lines."""
+    names = sorted(path.stem for path in (SOURCE / room).glob("*.py") if path.name != "__init__.py")
+    return wrap("\N{NO-BREAK SPACE}· ".join(names), LETTERS)
 
 
 def picture() -> str:
@@ -84,8 +86,12 @@ def picture() -> str:
         box = f'x="{x - BOX[0] / 2:g}" y="{y - BOX[1] / 2:g}" width="{BOX[0]}" height="{BOX[1]}" rx="6"'
         parts.append(f'<rect {box} fill="#eef3f7" stroke="#33424e"/>')
         name = room if (SOURCE / room).is_dir() else f"{room}.py"
-        parts.append(f'<text x="{x:g}" y="{y - 3:g}" font-weight="600">{escape(name)}</text>')
-        parts.append(f'<text x="{x:g}" y="{y + 16:g}" font-size="11" fill="#5b6770">{modules(room)}</text>')
+        lines = modules(room)
+        top = y + 5 - 7 * len(lines)
+        parts.append(f'<text x="{x:g}" y="{top:g}" font-weight="600">{escape(name)}</text>')
+        for number, line in enumerate(lines):
+            at = f'x="{x:g}" y="{top + 17 + 14 * number:g}"'
+            parts.append(f'<text {at} font-size="11" fill="#5b6770">{line}</text>')
     bottom = max(y for _, y in middle.values()) + BOX[1] / 2 + 10
     tip = '<marker id="tip" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
     tip += '<path d="M0 0 8 4 0 8z" fill="#5b6770"/></marker>'
