@@ -125,6 +125,19 @@ def test_trl_forward_hook():
     assert set(MULTIMODAL_KEYS) == set(parameters[8:])
 
 
+def test_trl_kernel_hooks():
+    """What `method/divergence.py` takes from the kernels, so that a token's logit is rounded as in theirs."""
+    from trl.kernels import chunked_divergence, chunked_logprob
+
+    hooks = {
+        chunked_divergence._compute_dtype: ["hidden"],
+        chunked_divergence._project: ["tile", "hidden_chunk", "weight", "bias", "start", "end", "dtype"],
+        chunked_logprob._torch_transform: ["z", "logit_scale", "softcap", "inv_t", "HAS_SOFTCAP"],
+    }
+    for hook, parameters in hooks.items():
+        assert list(inspect.signature(hook).parameters) == parameters
+
+
 def test_the_trainer_takes_grpos_arguments():
     ours, theirs = (list(inspect.signature(c.__init__).parameters) for c in (SGOPDTrainer, GRPOTrainer))
     assert ours[:5] == ["self", "model", "teacher_model", "verifier", "args"]

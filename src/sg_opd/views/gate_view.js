@@ -53,7 +53,7 @@ function largest({largest, tokens, cases, delta}, elements) {
   const list = make("ol", "largest");
   list.setAttribute("aria-label", "Largest deltas");
   for (const i of largest) {
-    const text = tokens[i] === "" ? make("span", "mark", "⋯") : isolated(tokens[i].replace("↵\n", "↵"));
+    const text = tokens[i] === "" ? make("span", "mark", "⋯") : isolated(tokens[i].replaceAll("↵\n", "↵"));
     const button = make("button", "", make("span", `${CASES[cases[i]]} s3`, text), ` ${signed(delta[i])}`);
     button.type = "button";
     button.addEventListener("click", () => go(elements[i]));
