@@ -17,11 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sg_opd.paths import check_command_line, check_path
-
-if __name__ == "__main__" and sys.argv[1:2] != ["compare"]:  # before the imports below, which take seconds
-    check_command_line(sys.argv[1:], {"model_name_or_path": "model", "dataset_name": "dataset"})
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
@@ -38,6 +33,7 @@ from sg_opd.evaluation import (
     compare,
     evaluate,
 )
+from sg_opd.paths import check_path
 
 
 @dataclass

@@ -12,28 +12,22 @@ import os
 import sys
 from pathlib import Path
 
-from sg_opd.paths import check_command_line
-
-EMBEDDED = Path(__file__).resolve().parent / "configs" / "arithmetic.yaml"
-
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not {"--config", "--model_name_or_path", "--help", "-h"} & set(arguments):
-        os.chdir(EMBEDDED.parents[2])  # its paths begin at the repository's root
-        arguments = ["--config", str(EMBEDDED), *arguments]
-    paths = {"model_name_or_path": "model", "teacher_model_name_or_path": "model", "dataset_name": "dataset"}
-    # before the imports below, which take seconds, and from a cold disk a minute
-    check_command_line(arguments, paths, unless={"teacher_model_name_or_path": "teacher_server_url"})
-
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.data import load_data, prepare_dataset
+from sg_opd.paths import check_path
+
+EMBEDDED = Path(__file__).resolve().parent / "configs" / "arithmetic.yaml"
 
 
 def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfig) -> None:
     if not script_args.dataset_name or not model_args.model_name_or_path:
         raise SystemExit("Set `dataset_name` and `model_name_or_path`, in the recipe or on the command line.")
+    check_path("model_name_or_path", model_args.model_name_or_path)
+    if not args.teacher_server_url:  # else it is the id of the served model
+        check_path("teacher_model_name_or_path", args.teacher_model_name_or_path)
+    check_path("dataset_name", script_args.dataset_name, "dataset")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -64,5 +58,9 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
 
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not {"--config", "--model_name_or_path", "--help", "-h"} & set(arguments):
+        os.chdir(EMBEDDED.parents[2])  # its paths begin at the repository's root
+        arguments = ["--config", str(EMBEDDED), *arguments]
     parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments))

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import constants
 
 from sg_opd.data import load_data
-from sg_opd.paths import check_command_line, check_path
+from sg_opd.paths import check_path
 
 
 @pytest.fixture
@@ -63,35 +63,3 @@ def test_load_data_asks_no_hub_for_a_path(here):
     for missing in ("./nope", "Qwen/nope"):
         with pytest.raises(FileNotFoundError, match="`name_or_path`: there is no file or folder"):
             load_data(missing)
-
-
-def test_options_of_a_command_line_and_its_recipe(here):
-    """As TRL's parser reads them: what stands on the command line wins, and either spelling is an option."""
-    (here / "recipe.yaml").write_text("model_name_or_path: ./nope\nteacher_model_name_or_path: ./none\nseed: 1\n")
-    kinds = {"model_name_or_path": "model", "teacher_model_name_or_path": "model", "dataset_name": "dataset"}
-
-    def check(*arguments, **options):
-        check_command_line([*arguments, "--learning_rate", "1"], kinds, **options)
-
-    check()
-    check("--model_name_or_path", "org/name", "--dataset_name=./rows.jsonl")
-    for arguments in (["--dataset_name", "./nope"], ["--dataset-name", "./nope"], ["--dataset_name=./nope"]):
-        with pytest.raises(FileNotFoundError, match="`dataset_name`: there is no file or folder"):
-            check(*arguments)
-    with pytest.raises(FileNotFoundError, match="`model_name_or_path`"):
-        check("--config", "recipe.yaml")
-    with pytest.raises(FileNotFoundError, match="`teacher_model_name_or_path`"):
-        check("--config", "recipe.yaml", "--model_name_or_path", "org/name")
-    served = {"teacher_model_name_or_path": "teacher_server_url"}
-    given = [
-        "--config",
-        "recipe.yaml",
-        "--model_name_or_path",
-        "org/name",
-        "--teacher_server_url",
-        "http://a",
-        "http://b",
-    ]
-    check(*given, unless=served)
-    with pytest.raises(FileNotFoundError, match="`teacher_model_name_or_path`"):
-        check(*given[:4], unless=served)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 
-Kind = Literal["model", "dataset"]
-
-
-def check_path(name: str, value: Any, kind: Kind = "model") -> None:
+def check_path(name: str, value: Any, kind: Literal["model", "dataset"] = "model") -> None:
     """Refuse a local path that is not there, for which the hub would be asked instead.
 
     A path is a text that is absolute, begins with `.` or `~`, ends with a separator, has several, or lies in a folder
@@ -43,32 +37,6 @@ def check_path(name: str, value: Any, kind: Kind = "model") -> None:
             f"meant, have it in the hub's cache first: `hf download {value}{option}`."
         )
     raise FileNotFoundError(message + " `~` is for shells: write it out." * value.startswith("~"))
-
-
-def check_command_line(
-    arguments: Sequence[str], kinds: Mapping[str, Kind], unless: Mapping[str, str] | None = None
-) -> None:
-    """`check_path` of some options, before the imports that it takes to read all of them.
-
-    Args:
-        arguments: the command line, without the program. Its `--config` names a recipe, over which it wins, as with
-            TRL's parser.
-        kinds: by option, what it is the path of.
-        unless: by option, another one beside which it is no path.
-
-    Raises:
-        FileNotFoundError: a path is not there.
-    """
-    names = ("config", *kinds, *(unless or {}).values())
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, default=argparse.SUPPRESS)
-    given = vars(parser.parse_known_args(arguments)[0])
-    if Path(recipe := given.get("config", "")).is_file():
-        given = {**(yaml.safe_load(Path(recipe).read_text()) or {}), **given}
-    for name, kind in kinds.items():
-        if not given.get((unless or {}).get(name, "")):
-            check_path(name, given.get(name), kind)
 
 
 def in_cache(name: str, kind: str) -> bool:

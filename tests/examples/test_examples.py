@@ -1,7 +1,6 @@
 """What a newcomer runs: examples/train.py in real processes, the demo's pieces, the notebook, the embedded world."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -65,23 +64,8 @@ def test_train_py_fails_loudly(tmp_path):
         result = run("examples/train.py", "--config", "examples/configs/arithmetic.yaml", f"--{name}", "examples/nope")
         assert result.returncode != 0
         assert f"FileNotFoundError: `{name}`: there is no f" in result.stderr
-
-
-@pytest.mark.parametrize("program", ["train", "evaluate"])
-def test_a_wrong_path_is_named_before_anything_is_imported(program, tmp_path):
-    """Imports take seconds, and minutes from a slow disk; here TRL's would end the program."""
-    (tmp_path / "trl.py").write_text("raise SystemExit('trl was imported')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    for arguments, said in (
-        (
-            ["--model_name_or_path", "./nope", "--output_dir", "x"],
-            "FileNotFoundError: `model_name_or_path`: there is no",
-        ),
-        (["--model_name_or_path", "org/name", "--output_dir", "x"], "trl was imported"),
-    ):
-        command = [sys.executable, f"examples/{program}.py", *arguments]
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert said in run.stderr
+        assert "Loading" not in result.stderr  # weights have a progress bar, and a dataset too
+        assert "Generating" not in result.stderr
 
 
 def evaluate(model, folder, *options):
