@@ -281,7 +281,7 @@ def test_hostile_answers_return_within_the_limit_and_are_never_correct(answer):
     verifier([r"\boxed{x}"], ["x+y"])  # a worker is up, so that its start is not counted
     start = time.monotonic()
     assert verifier([rf"\boxed{{{answer}}}"], ["7x^2"]) in ([0.0], [None])
-    assert time.monotonic() - start < 1.0 + 10.0  # the rest is for a busy machine
+    assert time.monotonic() - start < 1.0 + 1.0
     assert verifier([r"\boxed{2x}"], ["x+x"]) == [1.0]  # works on, in a new worker where the old one was killed
     verifier.close()
 
@@ -373,7 +373,7 @@ def test_unparseable_reference_answers(verifier):
 def test_last_box_is_linear_in_the_text():
     start = time.monotonic()
     assert last_box(r"\boxed{" * 200_000) is None
-    assert time.monotonic() - start < 10.0
+    assert time.monotonic() - start < 2.0
 
 
 def test_extraction_looks_at_a_bounded_tail():

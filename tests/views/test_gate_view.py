@@ -621,4 +621,4 @@ def test_browser_bears_ten_thousand_tokens(open_page):
     page.locator(".tokens .t").nth(9_001).hover()
     assert "student\n−1.900" in tip(page)
     assert "token 9002" in tip(page)
-    assert max(page.evaluate("window.tasks"), default=0) < 10_000  # ms
+    assert max(page.evaluate("window.tasks"), default=0) < 2_000  # ms
