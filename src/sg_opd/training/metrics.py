@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -316,15 +315,3 @@ class GateLogging(ResumableTrainer):
         own = send_to_device({name: saved[name] for name in ("meter", "row_advantages")}, self.accelerator.device)
         self._meter.totals, self._meter.deltas = own["meter"]["totals"], own["meter"]["deltas"]
         self._row_advantages = own["row_advantages"]
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Same as GRPOTrainer, with the settings of the method."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            from huggingface_hub import ModelCard
-
-            path = Path(str(self.args.output_dir)) / "README.md"
-            card = ModelCard.load(path)
-            section = self.args.card_section(self.teacher.name)
-            card.text = card.text.replace("### Framework versions", section + "### Framework versions")
-            card.save(path)

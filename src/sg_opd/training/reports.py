@@ -50,15 +50,19 @@ class RunReports(GateLogging):
             self._cut_told = True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Same as GateLogging, without the "None" of a student, or a model, that is on no hub."""
+        """Same as GRPOTrainer, with the settings of the method, and no "None" for what is on no hub."""
         folder = Path(str(self.args.output_dir)).resolve()
         if not args and not kwargs.get("model_name"):
             kwargs["model_name"] = folder.name
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            card = folder / "README.md"
-            text = named(card.read_text("utf-8"), get_config_model_id(self.model.config), folder.name)
-            card.write_text(text, encoding="utf-8")
+            from huggingface_hub import ModelCard
+
+            card = ModelCard.load(folder / "README.md")
+            section = self.args.card_section(self.teacher.name)
+            text = card.text.replace("### Framework versions", section + "### Framework versions")
+            card.text = named(text, get_config_model_id(self.model.config), folder.name)
+            card.save(folder / "README.md")
 
 
 def named(card: str, student: str, model: str) -> str:
