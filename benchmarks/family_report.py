@@ -16,8 +16,8 @@ from arms import FAMILY
 from conflicts import PLACES, SIZES
 from design import Cell
 from family import BOTH, FACTOR, FIRST, LONG, OTHER, RATE, RETRY, SIGNAL, Family, Part, parts
-from pages import filled, table
-from report import differences, figures_of, habitual, only, signs, with_span
+from pages import filled, table, with_span
+from report import differences, figures_of, habitual, only, signs
 
 from sg_opd.evaluation.results import EvaluationResult, provenance, read_json, write_json
 

@@ -13,7 +13,7 @@ from cost_report import TITLES, targets_table, with_quartiles
 from gpu import RESULTS, ROOT, judge, remarks_of
 from gpu_cost import HELD, SIZES, VARIANTS, expected
 from gpu_targets import Cases, without
-from pages import filled, table
+from pages import filled, table, with_span
 
 PAGE = ROOT / "docs" / "gpu.md"
 NAMES = {**TITLES, "sampled, initial": "SG-OPD, sampled, initial reference"}
@@ -140,10 +140,7 @@ def real_table(folder: Path) -> str:
     for who, tests in content("real", folder)["before"].items():
         for test, found in tests.items():
             figures = found["figures"]
-            cells = [
-                f"{figures[f]['mean']:.1f} [{figures[f]['low']:.1f}, {figures[f]['high']:.1f}]"
-                for f in ("avg@8", "pass@8")
-            ]
+            cells = [with_span(figures[f]) for f in ("avg@8", "pass@8")]
             rows.append([who, {"test": "the same", "unseen": "never trained on"}[test], *cells])
     return table(["model", "templates", "avg@8, %", "pass@8, %"], rows, left=2)
 

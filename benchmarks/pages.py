@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def filled(page: str, known: dict[str, str], whole: bool = True) -> str:
@@ -26,3 +26,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
     """A Markdown table; the first `left` columns are set to the left, the others are numbers."""
     rule = ["---"] * left + ["---:"] * (len(heads) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
+
+
+def with_span(interval: Mapping[str, float], sign: str = "") -> str:
+    """A mean with the interval around it; `sign` is "+" for differences."""
+    return f"{interval['mean']:{sign}.1f} [{interval['low']:{sign}.1f}, {interval['high']:{sign}.1f}]"

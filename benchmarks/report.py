@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from design import LINE, PLANE, WHOLE
-from pages import filled
+from pages import filled, with_span
 
 from sg_opd.evaluation.comparison import compare, values_by_id
 from sg_opd.evaluation.figures import Interval, mean_interval
@@ -317,10 +317,6 @@ def budget_table(content: dict[str, Any], world: str) -> str:
         cells = [entry["title"], *spent, *("" if value is None else f"{value:.3g}" for value in seen)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def with_span(interval: dict[str, float], sign: str = "") -> str:
-    return f"{interval['mean']:{sign}.1f} [{interval['low']:{sign}.1f}, {interval['high']:{sign}.1f}]"
 
 
 def tables(content: dict[str, Any]) -> dict[str, str]:

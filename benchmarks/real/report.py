@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from pages import filled, table
+from pages import filled, table, with_span
 
-from sg_opd.evaluation.figures import Interval, mean_interval, pass_at_k
+from sg_opd.evaluation.figures import mean_interval, pass_at_k
 from sg_opd.evaluation.results import read_json
 
 PAGE = ROOT / "docs" / "real.md"
@@ -56,10 +56,6 @@ def by_question(counts: Sequence[Correct], figure: str) -> list[list[float]]:
     return [[100 * value(run[id]) for id in counts[0]] for run in counts]
 
 
-def with_interval(found: Interval, sign: str = "") -> str:
-    return f"{found.mean:{sign}.1f} [{found.low:{sign}.1f}, {found.high:{sign}.1f}]"
-
-
 def arms_of(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Runs by the title of their arm, in the order of their seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -77,7 +73,7 @@ def figures_table(content: dict[str, Any]) -> str:
         opd = {run["seed"]: run["after"][questions]["correct"] for run in arms.get("OPD", [])}
         for title, results in [*ends, *((title, [run["after"] for run in runs]) for title, runs in arms.items())]:
             counts = [result[questions]["correct"] for result in results]
-            cells = [with_interval(mean_interval(by_question(counts, figure))) for figure in ("avg", "pass")]
+            cells = [with_span(mean_interval(by_question(counts, figure))._asdict()) for figure in ("avg", "pass")]
             rows.append([words, title, str(len(counts)), *cells, minus(opd, arms.get(title, []), questions)])
     heads = ["test set", "model", "runs", f"avg@{SAMPLES} %", f"pass@{TRIES} %", f"avg@{SAMPLES} minus OPD"]
     return table(heads, rows, left=2)
@@ -89,9 +85,8 @@ def minus(opd: dict[int, Correct], runs: Sequence[dict[str, Any]], questions: st
     if not pairs or runs[0]["title"] == "OPD":
         return ""
     before, after = (by_question(side, "avg") for side in zip(*pairs, strict=True))
-    return with_interval(
-        mean_interval([[b - a for a, b in zip(*run, strict=True)] for run in zip(before, after, strict=True)]), "+"
-    )
+    apart = [[b - a for a, b in zip(*run, strict=True)] for run in zip(before, after, strict=True)]
+    return with_span(mean_interval(apart)._asdict(), "+")
 
 
 def logged_table(content: dict[str, Any]) -> str:
