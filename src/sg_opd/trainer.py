@@ -24,9 +24,9 @@ from .method.divergence import full_per_token, head_of, last_hidden_state, seque
 from .method.gate import GateDecision
 from .method.loss import SignGatedLoss, policy_gradient, sequence_old_logps
 from .method.teacher_phase import TeacherPhaseSampler
-from .teachers.local import LocalTeacher, loading_defaults, padding_ids
+from .teachers.local import loading_defaults, padding_ids
 from .teachers.probe import first_prompt
-from .teachers.protocol import Teacher, TeacherError, ask
+from .teachers.protocol import Teacher
 from .teachers.sampling import only_stated
 from .teachers.server import ServerTeacher
 from .training import checks
@@ -36,6 +36,7 @@ from .training.frozen import InitialPolicy, Run, build_teacher, capture
 from .training.metrics import rollout_totals, verdict_metrics
 from .training.reports import RunReports
 from .training.rollouts import MULTIMODAL_KEYS, Generated, Proposer, Rollouts, state_sampling, teacher_slots
+from .training.scoring import Scoring
 from .verifiers.verdicts import MathVerifier
 from .views.gate_samples import GateSamples
 
@@ -141,11 +142,14 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
         padding = padding_ids(student, self.shared_vocabulary) or []
         state_sampling(args, student, padding, self.vllm_generation if self.use_vllm else self)
+        self.initial_policy: InitialPolicy | None = None
         if args.reference_policy == "initial":
             loading = loading_defaults(args) | (args.model_init_kwargs or {})
             loading |= {} if quantization is None else {"quantization_config": quantization}
             of_run = self.accelerator, self.temperature, args.cast_lm_head_to_fp32
             self.initial_policy = InitialPolicy(captured, lambda: self.model, *of_run, **loading)
+        frozen = self.teacher, self.initial_policy, self
+        self.scoring = Scoring(args, *frozen, self.last_good_step.agreed, self.finite.skips)
         checks.check_set_up(args, student, self.teacher, self._is_vlm, self._dist.fsdp_version)
         if own is not None and isinstance(self.verifier, MathVerifier):
             check_box(own, getattr(self.processing_class, "chat_template", None))
@@ -218,20 +222,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         own |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
         output |= self._rollouts.tensors(device) | own
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
-        if self.args.estimator == "full":
-            if self.args.teacher_offload:  # for all micro-batches at once, or each would bring every block
-                output["teacher_states"] = self.teacher.states(output)
-            return output
-        with self.last_good_step.agreed(TeacherError):
-            if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
-                logps = self.teacher.score_batch(output)
-            else:
-                logps = ask(self.teacher, output, self.args.log_ratio_clip, self.finite.skips)
-            output["teacher_per_token_logps"] = logps
-        if self.args.reference_policy == "initial":  # not GRPOTrainer's reference: that one it reloads from the path
-            with self.initial_policy.lend() as model:
-                output["initial_per_token_logps"] = self.completion_logps(model, output)
-        return output
+        return output | self.scoring.of_generation(output)
 
     @torch.no_grad()
     def completion_logps(self, model: nn.Module, batch: dict[str, Any], rows: int | None = None) -> Tensor:
@@ -292,18 +283,13 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
 
         def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
             own = last_hidden_state(student, *tokens)
-            heads = head_of(student), head_of(self.teacher.unwrapped)  # no arguments: DeepSpeed copies those
+            heads = head_of(student), self.scoring.teacher_head()  # no arguments: DeepSpeed copies those
             of_batch = inputs["completion_ids"], mask & ~by_likelihood, self.temperature
             return full_per_token(own, heads[0], teacher, heads[1], *of_batch, decide, reference, *taught)
 
         with self.accelerator.autocast():
-            reference = None
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                teacher = inputs["teacher_states"] if self.args.teacher_offload else self.teacher.states(inputs)
-                if self.args.reference_policy == "initial":
-                    with self.initial_policy.lend() as policy:
-                        states = self.run_within(policy, last_hidden_state, *tokens)
-                        reference = states, head_of(self.accelerator.unwrap_model(policy))
+                teacher, reference = self.scoring.teacher_states(inputs), self.scoring.reference(inputs)
             losses, entropy = self.run_within(model, per_token)
         self._measure(inputs, GateDecision(**inputs["decision"]), losses, entropy)
         return losses.sum() / self._divisor(inputs)

@@ -1,0 +1,64 @@
+"""What a run asks its frozen models about a batch: its teacher and, where it is the reference, the initial policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SGOPDConfig
+from ..method.divergence import Head, head_of, last_hidden_state, sequence
+from ..teachers.local import Forward, LocalTeacher
+from ..teachers.protocol import TeacherError, ask
+from .frozen import InitialPolicy
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Puts batches of rollouts to a run's frozen models, in the form that its estimator needs."""
+
+    args: SGOPDConfig
+    teacher: Any  #: a `Teacher`; with estimator="full" a `LocalTeacher`
+    initial: InitialPolicy | None  #: with reference_policy="initial"
+    forward: Forward  #: runs frozen models
+    #: its context raises a teacher's error on every rank
+    agreed: Callable[[type[TeacherError]], AbstractContextManager]
+    skips: bool  #: whether the step of a value that is no number is skipped
+
+    def of_generation(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What is asked once about a generation, to be split into micro-batches with it: each (B, T) or (B, T, H)."""
+        if self.args.estimator == "full":
+            # offloaded, for all micro-batches at once, or each would bring every block
+            return {"teacher_states": self.teacher.states(batch)} if self.args.teacher_offload else {}
+        with self.agreed(TeacherError):
+            if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
+                logps = self.teacher.score_batch(batch)
+            else:
+                logps = ask(self.teacher, batch, self.args.log_ratio_clip, self.skips)
+        scores = {"teacher_per_token_logps": logps}
+        if self.initial is not None:  # not GRPOTrainer's reference: that one it reloads from the path
+            with self.initial.lend() as model:
+                scores["initial_per_token_logps"] = self.forward.completion_logps(model, batch)
+        return scores
+
+    def teacher_states(self, batch: dict[str, Any]) -> Tensor:
+        """The teacher's last hidden states of a micro-batch, (B, T, H), for the full estimator."""
+        return batch["teacher_states"] if self.args.teacher_offload else self.teacher.states(batch)
+
+    def teacher_head(self) -> Head:
+        """The teacher's head as it is now: to be asked for within the forward that uses it."""
+        return head_of(self.teacher.unwrapped)
+
+    @torch.no_grad()
+    def reference(self, batch: dict[str, Any]) -> tuple[Tensor, Head] | None:
+        """The same of the initial policy, states and head; `None` where the reference is the current one."""
+        if self.initial is None:
+            return None
+        with self.initial.lend() as policy:
+            tokens = *sequence(batch), batch["completion_ids"].size(1)
+            states = self.forward.run_within(policy, last_hidden_state, *tokens)
+            return states, head_of(self.initial.accelerator.unwrap_model(policy))
