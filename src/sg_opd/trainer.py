@@ -175,10 +175,13 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:
-            self._mix(prompts, *output[:2], *output[3:5])
+            generated = Generated(prompts, *output[:2], *output[3:5])
+            self._mix(generated)
+            if not output[5]:  # a `rollout_func` has more columns for the verifier
+                self._rollouts.grade_ahead(generated)
         return output
 
-    def _mix(self, *generated: Any) -> None:
+    def _mix(self, generated: Generated) -> None:
         phase, accelerator, args = self.teacher_phase, self.accelerator, self.args
         # an optimizer step may take several generations, one after another
         earlier = self._step % args.gradient_accumulation_steps // args.steps_per_generation
@@ -187,7 +190,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         if anywhere:
             reads = self.processing_class, self._tokenizer, frozenset(self.eos_token_ids), self.shared_vocabulary
             proposer = Proposer(self.teacher, self.last_good_step.agreed, *reads, args.max_completion_length)
-            self._rollouts.mix(phase, slots, proposer, Generated(*generated))
+            self._rollouts.mix(phase, slots, proposer, generated)
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         """Same as GRPOTrainer, with verdicts for rewards; abstentions and teacher rows are NaN."""

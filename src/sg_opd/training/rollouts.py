@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
 from ..verifiers.thinking import opened, openings
-from ..verifiers.verdicts import as_completion, checked_verdicts, columns_of
+from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of, in_thread
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -34,6 +35,13 @@ MULTIMODAL_KEYS = (
 )
 # settings that vLLM samples by, and that GRPOTrainer does not send it
 VLLM_ONLY = {name: value for name, value in SERVED.items() if name not in WHOLE_DISTRIBUTION}
+
+
+def _discard(name: str, value: Any) -> None:
+    """Takes what a verifier logs of proposals, which are no rows of the batch."""
+
+
+UNLOGGED = {"log_extra": _discard, "log_metric": _discard}
 VERDICT_WORDS = {1.0: "correct", 0.0: "incorrect", None: "abstained"}
 
 
@@ -112,6 +120,7 @@ class Rollouts:
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
     by_row: dict[str, Tensor] = field(default_factory=dict)  #: what `tensors` made
+    ahead: Future[list[float | None]] | None = None  #: verdicts on the rows that the teacher did not take
 
     def __post_init__(self) -> None:
         self.openings = [""] * len(self.rows)
@@ -143,7 +152,7 @@ class Rollouts:
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             ids = [p.token_ids for p in proposals]
             judged = [opened(self.openings[row], p.completion) for row, p in zip(rows, proposals, strict=True)]
-            return self._judge(rows, prompts, judged, ids, log_extra=_discard, log_metric=_discard)
+            return self._judge(rows, prompts, judged, ids, **UNLOGGED)
 
         self.taken = phase.fill([*by_row], collected, endorse)
         unfilled = [row for row in by_row if row not in self.taken]
@@ -155,8 +164,26 @@ class Rollouts:
             if generated.logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of GRPOTrainer's modes
                 generated.logprobs[row] = [math.nan] * len(proposal.token_ids)
 
+    def grade_ahead(self, generated: Generated) -> None:
+        """Begin to grade beside what is computed until `reward` asks for the verdicts.
+
+        `MathVerifier` alone, whose work is done by processes: another verifier stays in the main thread, where it can
+        be interrupted and may log.
+        """
+        if type(self.verifier) is MathVerifier:
+            rows = self._own_rows()
+            texts = [opened(self.openings[row], generated.completions[row]) for row in rows]
+            ids = [generated.completion_ids[row] for row in rows]
+            self.ahead = in_thread(lambda: self._judge(rows, generated.prompts, texts, ids, **UNLOGGED))
+
+    def _own_rows(self) -> list[int]:
+        """The rows that the teacher did not take: its own are endorsed, and not graded again."""
+        return [row for row in range(len(self.rows)) if row not in self.taken]
+
     def _judge(self, rows: Sequence[int], prompts: list, completions: list, ids: list, **extras: Callable) -> list:
         """The verdicts on completions of some rows; the verifier gets those rows' columns and TRL's extras."""
+        if not rows:
+            return []
         columns = {**columns_of([self.rows[row] for row in rows]), "trainer_state": self.state, **extras}
         prompts = [prompts[row] for row in rows]
         return checked_verdicts(self.verifier, prompts, completions, completion_ids=ids, **columns)
@@ -164,21 +191,21 @@ class Rollouts:
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
         """The reward function of GRPOTrainer: keeps the verdicts, and returns a number for each row."""
         every = range(len(prompts))
-        by_row: dict[int, float | None] = dict.fromkeys(self.taken, 1.0)  # endorsed ones are not graded again
-        rows = [row for row in every if row not in self.taken]
+        by_row: dict[int, float | None] = dict.fromkeys(self.taken, 1.0)
+        rows = self._own_rows()
         completions = [opened(self.openings[row], completion) for row, completion in enumerate(completions)]
 
         def log_extra(column: str, values: list) -> None:
             logged = dict(zip(rows, values, strict=True))
             columns["log_extra"](column, [logged.get(row) for row in every])
 
-        if not self.taken:
+        if self.ahead is not None:
+            graded = self.ahead.result()
+        elif not self.taken:
             graded = checked_verdicts(self.verifier, prompts, completions, completion_ids=completion_ids, **columns)
-        elif rows:
+        else:
             own, ids = [completions[row] for row in rows], [completion_ids[row] for row in rows]
             graded = self._judge(rows, prompts, own, ids, log_extra=log_extra, log_metric=columns["log_metric"])
-        else:
-            graded = []
         by_row |= dict(zip(rows, graded, strict=True))
         if self.ends is not None:
             by_row |= {row: None for row in rows if completion_ids[row][-1] not in self.ends}
@@ -243,7 +270,3 @@ def state_sampling(args: SGOPDConfig, student: Any, never: list[int], generator:
     elif never:
         kept = [*(generator.generation_config.suppress_tokens or []), *never]
         generator.generation_config.suppress_tokens = generator.generation_kwargs["suppress_tokens"] = kept
-
-
-def _discard(name: str, value: Any) -> None:
-    """Takes what a verifier logs of proposals, which are no rows of the batch."""

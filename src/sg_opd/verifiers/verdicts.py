@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from .answers import MAX_ANSWER, MAX_REFERENCE, extract_answer, reference_answer
 from .grader import Grader, Task
@@ -27,6 +27,8 @@ from .mathematics.comparing import UndecidedError, compare, same
 from .mathematics.reading import read, read_answer
 
 read_reference = functools.lru_cache(maxsize=16_384)(read)
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)  # of every rank: each has its own calls
 
@@ -234,16 +236,21 @@ def _is_verdict(value: Any) -> bool:
 
 def _awaited(answer: Awaitable) -> Any:
     """The result of a coroutine, in a thread: a notebook's own event loop is running in this one."""
-    future: Future = Future()
+    return in_thread(lambda: asyncio.run(asyncio.wait_for(answer, None))).result()
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """What `function` will come to, in a thread that holds up nobody's end."""
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            future.set_result(asyncio.run(asyncio.wait_for(answer, None)))
-        except BaseException as error:  # the caller's thread raises it
+            future.set_result(function())
+        except BaseException as error:  # the thread that asks for the result raises it
             future.set_exception(error)
 
-    threading.Thread(target=work, name="verifier", daemon=True).start()  # a daemon holds up nobody's end
-    return future.result()
+    threading.Thread(target=work, name="verifier", daemon=True).start()
+    return future
 
 
 @contextmanager
