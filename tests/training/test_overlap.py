@@ -12,40 +12,39 @@ OLD_LOGPS = {"num_iterations": 2, "gradient_accumulation_steps": 1, "temperature
 
 
 class Meanwhile(SGOPDTrainer):
-    """Notes that the old log-probabilities were computed."""
+    """Computes its first log-probabilities, the old ones, once grading has begun; notes whether it had in time."""
 
     def __init__(self, *args, **kwargs):
-        self.computed = threading.Event()
+        self.grading, self.met = threading.Event(), []
         super().__init__(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.computed.set()
-        return outputs
+        self.met = self.met or [self.grading.wait(SECONDS)]
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
 
 @pytest.fixture
 def trainer_of(make_model, tokenizer, dataset, tmp_path):
-    def make(verifier, **settings):
+    def make(verifier, kind=Meanwhile, **settings):
         args = make_config(tmp_path, **{**OLD_LOGPS, **settings})
-        return Meanwhile(make_model(1), make_model(2), verifier, args, dataset, processing_class=tokenizer)
+        return kind(make_model(1), make_model(2), verifier, args, dataset, processing_class=tokenizer)
 
     return make
 
 
 def test_grading_runs_beside_the_old_log_probs(trainer_of, monkeypatch):
-    """A grading that ends only once the old log-probs are there would wait for ever if it came before them."""
-    verifier, met, graded = MathVerifier(), [], MathVerifier._compared
+    """Old log-probs that wait for the grading to begin would wait in vain if it came after them."""
+    verifier, graded = MathVerifier(), MathVerifier._compared
 
     def compared(self, pairs):
-        met.append(trainer.computed.wait(SECONDS))
+        trainer.grading.set()
         return graded(self, pairs)
 
     monkeypatch.setattr(MathVerifier, "_compared", compared)
     trainer = trainer_of(verifier)
     trainer.train()
     verifier.close()
-    assert met == [True]
+    assert trainer.met == [True]
 
 
 def test_a_verifier_of_a_users_own_is_called_in_the_main_thread_with_what_it_may_log(trainer_of):
@@ -57,7 +56,7 @@ def test_a_verifier_of_a_users_own_is_called_in_the_main_thread_with_what_it_may
             log_extra("length", [len(completion) for completion in completions])
             return super().__call__(completions, solution)
 
-    trainer = trainer_of(Logging(), log_completions=True)
+    trainer = trainer_of(Logging(), SGOPDTrainer, log_completions=True)
     trainer.train()
     trainer.verifier.close()
     assert set(called) == {threading.main_thread()}
@@ -70,5 +69,5 @@ def test_an_error_of_the_grading_ends_the_run_with_its_own_words(trainer_of, mon
 
     monkeypatch.setattr(MathVerifier, "_compared", compared)
     with pytest.raises(RuntimeError, match="did not start") as raised:
-        trainer_of(MathVerifier()).train()
+        trainer_of(MathVerifier(), SGOPDTrainer).train()
     assert "It came from the verifier MathVerifier" in raised.value.__notes__[0]
