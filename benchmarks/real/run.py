@@ -52,12 +52,14 @@ class Plan:
         lessons: of the teacher and of the student.
         rows: of one forward of a lesson.
         most: steps of an arm, at the most.
+        templates: whose problems are taught.
     """
 
     size: Size
     lessons: tuple[Lesson, Lesson]
     rows: int = ROWS
     most: int = 60
+    templates: tuple[int, ...] = world.TEMPLATES
 
 
 GPU = Plan(
@@ -66,7 +68,8 @@ GPU = Plan(
 )
 CPU = Plan(
     Size(rollouts=16, batch=16, questions=40, at_once=128),
-    (Lesson("teacher", 60.0, 60, 36, 8, 32, seed=1), Lesson("student", 22.0, 40, 18, 4, 32, seed=2)),
+    (Lesson("teacher", 70.0, 60, 36, 8, 64, seed=1), Lesson("student", 25.0, 40, 12, 4, 64, seed=2)),
+    templates=world.SHORT,
 )
 TINY = Plan(
     Size(rollouts=16, batch=8, questions=2, at_once=16, length=8),
@@ -109,8 +112,8 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
 
 
-def made_world(data: Path, tiny: bool) -> tuple[world.World, Path]:
-    """The problems and the base model below `data`, the latter made where it is not there yet."""
+def made_world(data: Path, tiny: bool, templates: tuple[int, ...]) -> tuple[world.World, Path]:
+    """The problems of some templates and the base model below `data`, the latter made where it is not there yet."""
     if tiny:
         world.write_stand_in(data / "problems")
         problems = world.World(data / "problems")
@@ -118,7 +121,7 @@ def made_world(data: Path, tiny: bool) -> tuple[world.World, Path]:
         return problems, model.make_tiny(data / "base", texts)
     prepare.use_site(data)
     file = next(data.rglob("test.jsonl"), data / "problems" / "test.jsonl")
-    problems = world.World(file.parent)
+    problems = world.World(file.parent, templates)
     return problems, model.make_base(data)
 
 
@@ -151,8 +154,8 @@ def run(args: argparse.Namespace, data: Path) -> None:
     output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
     arms = [arm for arm in ARMS if arm.settings["preset"] in args.arms]
     record.add("plan", {**asdict(plan), "lora": LORA, "generations": GENERATIONS, "sft_learning_rate": LEARNING_RATE})
-    problems, base = made_world(data, args.tiny)
-    record.add("world", {"templates": world.TEMPLATES, "unseen": world.UNSEEN, "largest_number": world.LARGEST})
+    problems, base = made_world(data, args.tiny, plan.templates)
+    record.add("world", {"templates": plan.templates, "unseen": world.UNSEEN, "largest_number": world.LARGEST})
     for lesson in plan.lessons:
         folder = output / lesson.name
         if args.reuse and (folder / "model.safetensors").is_file():

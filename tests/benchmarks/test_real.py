@@ -201,3 +201,14 @@ def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
 
 
 LESSON = {"trials": [[1, 20.0], [2, 60.0]], "kept": [2, 60.0], "seconds": 90.0}
+
+
+def test_a_world_of_some_templates_leaves_out_the_others_and_keeps_the_unseen(tmp_path):
+    ids = ["4-0", "43-1", "45-2", "6-3", "4-10"]
+    for split in world.SPLITS:
+        rows = [{"id": id, "question": id, "answer": "1", "worked": "1"} for id in ids]
+        world.write(tmp_path / f"{split}.jsonl", rows)
+    some = world.World(tmp_path, templates=(4, 43))
+    assert [row["id"] for row in some.prompts("test")] == ["4-0", "43-1", "6-3", "4-10"]
+    assert len(some.lessons()) == 4
+    assert len(world.World(tmp_path).lessons()) == 5
