@@ -4,8 +4,6 @@ import pytest
 import torch
 from trainers import MIXED, Recorder, make_config
 
-from sg_opd.training.metrics import tell_cut
-
 
 def all_correct(prompts, completions, **kwargs):
     return [1.0] * len(completions)
@@ -61,19 +59,12 @@ def test_evaluation_judges_them_all(trained):
 @pytest.mark.parametrize(("length", "warned"), [(1, 1), (6, 0)])
 def test_a_first_generation_that_is_mostly_cut_is_warned_of_once(trained, caplog, length, warned):
     trained("judge", max_steps=2, max_completion_length=length)
-    assert caplog.text.count("of the first rollouts were cut at max_completion_length=1") == warned
+    assert caplog.text.count("% of the first rollouts were cut at max_completion_length=1") == warned
+    for remedy in ("Raise it", "chat_template_kwargs={'enable_thinking': False}", "truncated_verdict='abstain'"):
+        assert not warned or remedy in caplog.text
 
 
 def test_a_verifier_is_not_blamed_for_rollouts_that_were_cut(trained, caplog):
     trained("abstain", max_completion_length=1)
     assert "They are neutral (truncated_verdict='abstain')" in caplog.text
     assert "abstained on every rollout" not in caplog.text
-
-
-def test_the_warning_has_the_remedies(caplog, tmp_path):
-    tell_cut(0.5, make_config(tmp_path))
-    assert not caplog.text
-    tell_cut(0.51, make_config(tmp_path, max_completion_length=512))
-    assert "51 % of the first rollouts were cut at max_completion_length=512" in caplog.text
-    for remedy in ("Raise it", "chat_template_kwargs={'enable_thinking': False}", "truncated_verdict='abstain'"):
-        assert remedy in caplog.text

@@ -51,14 +51,6 @@ METRICS = {
     "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
     "loss/teacher": "the same in the teacher's rollouts",
 }
-ABSTAINED = (
-    "The verifier %s abstained on every rollout since the last log (now at step %d), so the gate takes no side. Look "
-    "at the verifier's answers (`log_completions=True`) and at the columns it reads."
-)
-CUT = {
-    "judge": "truncated_verdict='abstain' makes cut rollouts neutral.",
-    "abstain": "They are neutral (truncated_verdict='abstain').",
-}
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
@@ -178,17 +170,6 @@ class GateMeter:
         return metrics
 
 
-def tell_cut(share: float, args: SGOPDConfig) -> None:
-    """Warn where more than half of the first rollouts were cut; `share` is over all ranks."""
-    if share > 0.5:
-        logger.warning(
-            "%.0f %% of the first rollouts were cut at max_completion_length=%d, before they had an answer. Raise it. "
-            "If the model thinks first, as Qwen3 does unless told otherwise, chat_template_kwargs={'enable_thinking': "
-            "False} keeps it from that. %s",
-            *(100 * share, args.max_completion_length, CUT[str(args.truncated_verdict)]),
-        )
-
-
 class GateLogging(ResumableTrainer):
     """Mixed into a ResumableTrainer: logs the metrics above and, in the completions table, the gate's advantages."""
 
@@ -211,11 +192,9 @@ class GateLogging(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._eval_set = ""  # the key of the set that is evaluated, in a dict of several
-        self._abstention_told = False
         self._meter = GateMeter()
         #: the mean advantage of each row of this rank's last generation, NaN until it is trained
         self._row_advantages: Tensor | None = None
-        self._first_rollouts = True
         super().__init__(*args, **kwargs)
         self._empty_logs, self._eval_logs = copy.deepcopy(self._logs), copy.deepcopy(self._logs)
 
@@ -238,9 +217,6 @@ class GateLogging(ResumableTrainer):
         with self._table_of_mode():
             output = super()._generate_and_score_completions(inputs)
             self._show_advantages([math.nan] * len(self._logs["advantages"]))
-        if self.model.training and self._first_rollouts:
-            self._first_rollouts = False
-            tell_cut(self._metrics["train"]["completions/clipped_ratio"][-1], self.args)
         return output
 
     def evaluate(
@@ -262,14 +238,8 @@ class GateLogging(ResumableTrainer):
 
     def _gather_metrics(self) -> None:
         """Reduce over ranks what the next log will show; every rank enters it."""
-        found = self._meter.compute(self.accelerator)
-        for name, value in found.items():
+        for name, value in self._meter.compute(self.accelerator).items():
             self._metrics["train"][name].append(value)
-        ratios = self._metrics["train"].get("completions/clipped_ratio", [])  # none when training ends after a log
-        cut = self.args.truncated_verdict == "abstain" and ratios[-1:] == [1.0]
-        if found.get("verdict/abstained") == 1.0 and not self._abstention_told and not cut:
-            self._abstention_told = True
-            logger.warning(ABSTAINED, self.reward_func_names[0], self.state.global_step)
         if self.log_completions and self._row_advantages is not None:
             self._show_advantages(gather(self._row_advantages).tolist())
 

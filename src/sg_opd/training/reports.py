@@ -1,4 +1,4 @@
-"""What a run says of itself beside its metrics: that its rollouts are cut, and its model card."""
+"""What a run says of itself beside its metrics: that its rollouts are cut or not judged, and its model card."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from .metrics import GateLogging
 
 logger = get_logger(__name__)  # of the main process only
 
+FIRST_CUT = (
+    "%.0f %% of the first rollouts were cut at max_completion_length=%d, before they had an answer. Raise it. If the "
+    "model thinks first, as Qwen3 does unless told otherwise, chat_template_kwargs={'enable_thinking': False} keeps it "
+    "from that. %s"
+)
+NEUTRAL = {
+    "judge": "truncated_verdict='abstain' makes cut rollouts neutral.",
+    "abstain": "They are neutral (truncated_verdict='abstain').",
+}
 CUT = (
     "%.0f %% of the rollouts since the last log (now at step %d) were cut at max_completion_length=%d, before they had "
     "an answer. Raise it where the task needs more. Where answers have grown, a lower learning rate, `log_ratio_clip` "
@@ -22,6 +31,10 @@ UNTRAINED = (
     "Every rollout since the last log (now at step %d) was cut at max_completion_length=%d, and "
     "`mask_truncated_completions=True` leaves those out: nothing was trained. Raise `max_completion_length`."
 )
+ABSTAINED = (
+    "The verifier %s abstained on every rollout since the last log (now at step %d), so the gate takes no side. Look "
+    "at the verifier's answers (`log_completions=True`) and at the columns it reads."
+)
 NO_HUB = "[None](https://huggingface.co/None)", 'model="None"'  # as TRL's template has it for what is on no hub
 
 
@@ -29,18 +42,35 @@ class RunReports(GateLogging):
     """Mixed into a ResumableTrainer, with `GateLogging`: warnings while it runs, once each, and the model card."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._cut_told: bool | None = None  # None: before the first log
-        self._untrained_told = False
+        self._cut_told: bool | None = None  # None: before the first rollouts
+        self._untrained_told = self._abstention_told = False
         super().__init__(*args, **kwargs)
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Same as GateLogging; warns where most of the first rollouts were cut."""
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self._cut_told is None:
+            share = self._metrics["train"]["completions/clipped_ratio"][-1]
+            self._cut_told = share > 0.5
+            if self._cut_told:
+                neutral = NEUTRAL[str(self.args.truncated_verdict)]
+                logger.warning(FIRST_CUT, 100 * share, self.args.max_completion_length, neutral)
+        return output
+
     def _gather_metrics(self) -> None:
-        """Same as GateLogging; warns where most rollouts since the last log were cut, or none of them is trained on."""
+        """Same as GateLogging; warns where most rollouts since the last log were cut, or none was judged or trained."""
         super()._gather_metrics()
-        if not (shares := self._metrics["train"].get("completions/clipped_ratio")):
-            return
-        if self._cut_told is None:
-            self._cut_told = shares[0] > 0.5  # of the first rollouts, by GateLogging
-        step, limit, share = self.state.global_step, self.args.max_completion_length, mean(shares)
+        shares, step = self._metrics["train"].get("completions/clipped_ratio"), self.state.global_step
+        if shares:  # none when training ends after a log
+            self._tell_cut(mean(shares), step)
+        cut = self.args.truncated_verdict == "abstain" and shares and shares[-1] == 1.0
+        abstained = self._metrics["train"].get("verdict/abstained", [])[-1:] == [1.0]
+        if abstained and not self._abstention_told and not cut:
+            self._abstention_told = True
+            logger.warning(ABSTAINED, self.reward_func_names[0], step)
+
+    def _tell_cut(self, share: float, step: int) -> None:
+        limit = self.args.max_completion_length
         if self.args.mask_truncated_completions and share == 1.0:
             if not self._untrained_told:
                 logger.warning(UNTRAINED, step, limit)
