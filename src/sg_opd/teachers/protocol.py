@@ -150,8 +150,8 @@ def _check_masses(teacher: Teacher, answer: Buckets) -> None:
     masses = torch.logsumexp(answer.logps[:, :-1], dim=1)
     if (masses > MASS_TOLERANCE).any():
         raise TeacherError(
-            f"{teacher.name} gives ids of one position {masses.exp().nan_to_num(0.0).max():g} of probability in all: "
-            "what `score_top` returns are no log-probabilities of one distribution"
+            f"{teacher.name} gives the ids of one position a probability of {masses.exp().nan_to_num(0.0).max():g} in "
+            "all: what `score_top` returns are no log-probabilities of one distribution"
         )
 
 
