@@ -102,7 +102,8 @@ def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling:
     scores = None if sharded else partial(sequence_logps, run.forward, run.student)
     with run.agreed(TeacherError):
         teacher.connect()
-        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores)
+        top_k = args.teacher_top_k if args.estimator == "top_k" else 0
+        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores, top_k)
     if run.accelerator.num_processes > 1:
         check_patience(endpoints.longest, args.ddp_timeout)
     return teacher
