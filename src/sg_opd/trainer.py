@@ -181,6 +181,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             self._mix(generated)
             if not output[5]:  # a `rollout_func` has more columns for the verifier
                 self._rollouts.grade_ahead(generated)
+            self.scoring.begin(generated.prompt_ids, generated.completion_ids)
         return output
 
     def _mix(self, generated: Generated) -> None:
