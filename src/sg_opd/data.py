@@ -13,6 +13,7 @@ from .paths import check_path
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
+TEACHER_PROMPT = "teacher_prompt"  # a column that the teacher reads in place of `prompt`: text, messages, or None
 # (question, reference answer): the first pair of columns that a dataset has; GSM8K, MATH, AIME, DeepMath, Open-R1 ...
 FORMS = (
     ("prompt", "reward_model"),  # DAPO
@@ -66,7 +67,8 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
     r"""A dataset with the columns `prompt` (one user message) and `solution` (the reference answer, as text).
 
     Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer` what follows
-    `####`), and `prompt` with `solution`, which stays as it is. Of the others only `teacher_completions` is kept.
+    `####`), and `prompt` with `solution`, which stays as it is. Of the others only `teacher_completions` and
+    `teacher_prompt` are kept.
 
     Args:
         dataset: a `Dataset`, an `IterableDataset`, or a dict of them by split.
@@ -94,7 +96,7 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
     question, answer = pair
     return dataset.map(
         lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
-        remove_columns=[name for name in columns if name not in ("prompt", "solution", COLLECTED)],
+        remove_columns=[name for name in columns if name not in ("prompt", "solution", COLLECTED, TEACHER_PROMPT)],
     )
 
 

@@ -19,12 +19,12 @@ from .checkpoints.folders import loading
 from .checkpoints.resume import ResumableTrainer
 from .checkpoints.stops import FiniteGuard
 from .config import SGOPDConfig, own_fields
-from .data import plain_messages
+from .data import TEACHER_PROMPT, plain_messages
 from .method.divergence import full_per_token, head_of, last_hidden_state, sequence
 from .method.gate import GateDecision
 from .method.loss import SignGatedLoss, policy_gradient, sequence_old_logps
 from .method.teacher_phase import TeacherPhaseSampler
-from .teachers.local import loading_defaults, padding_ids
+from .teachers.local import padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher
 from .teachers.sampling import only_stated
@@ -32,8 +32,9 @@ from .teachers.server import ServerTeacher
 from .training import checks
 from .training.datasets import check_box, check_datasets
 from .training.environments import probed, verifier_of
-from .training.frozen import InitialPolicy, Run, build_teacher, capture
+from .training.frozen import InitialPolicy, Run, build_teacher, capture, is_initial
 from .training.metrics import rollout_totals, verdict_metrics
+from .training.prompts import check_bos, check_prompts, has_own_prompts, rows_of_teacher, teacher_prompt_tensors
 from .training.reports import RunReports
 from .training.rollouts import MULTIMODAL_KEYS, Generated, Proposer, Rollouts, state_sampling, teacher_slots
 from .training.scoring import Scoring
@@ -56,7 +57,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
 
     Args:
         model: the student; a path, a hub id, a `PreTrainedModel` or a `PeftModel`.
-        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teachers.Teacher`. Default:
+        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, any `sg_opd.teachers.Teacher`, or "initial":
+            the student before training, which then reads the column `teacher_prompt`. Default:
             `args.teacher_model_name_or_path`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
             asks for another. With `args.teacher_server_url` it is the id of the served model, and optional.
         verifier: judges completions in TRL's reward-function form, returning 1 (correct), 0 (incorrect) or `None`
@@ -110,10 +112,12 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         verifier = verifier_of(verifier, environments, train_dataset, lambda: self.async_loop)
         turns = next((name for name in ("environment_factory", "tools") if kwargs.get(name)), None)
         check_datasets(train_dataset, eval_dataset, checks.unparseable_by(verifier), args, turns)
+        checks.check_own_prompts(teacher_model, train_dataset, args, turns)
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
-        captured = capture(model, args) if args.reference_policy == "initial" and peft_config is None else None
+        self._keeps_initial = args.reference_policy == "initial" or is_initial(teacher_model, args)
+        captured = capture(model, args) if self._keeps_initial and peft_config is None else None
         self.verifier = verifier
         self.sign_gated_loss = SignGatedLoss(args.gate_settings())
         self._gate_inputs: dict[str, Any] | None = None
@@ -137,26 +141,27 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Set up the teacher and, where it is the reference, the initial policy; check both beside the student."""
         args, student = self.args, self.accelerator.unwrap_model(self.model)
         own = self.train_dataset if self.environment_factories is None else None  # without environments: its prompts
-        prompt = partial(first_prompt, own, self._tokenizer, self._tokenize_prompts)
+        self.initial_policy: InitialPolicy | None = None
+        if self._keeps_initial:
+            of_student = args, self.accelerator, captured, lambda: self.model, quantization
+            self.initial_policy = InitialPolicy.of_run(*of_student)
+        prompt = partial(first_prompt, rows_of_teacher(own), self._tokenizer, self._tokenize_prompts)
         run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
-        self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
+        own_prompts = has_own_prompts(own)
+        built = build_teacher(teacher, args, Run(*run, self.initial_policy, own_prompts))
+        self.teacher, self.shared_vocabulary = built
         padding = padding_ids(student, self.shared_vocabulary) or []
         state_sampling(args, student, padding, self.vllm_generation if self.use_vllm else self)
-        self.initial_policy: InitialPolicy | None = None
-        if args.reference_policy == "initial":
-            loading = loading_defaults(args) | (args.model_init_kwargs or {})
-            loading |= {} if quantization is None else {"quantization_config": quantization}
-            of_run = self.accelerator, self.temperature, args.cast_lm_head_to_fp32
-            self.initial_policy = InitialPolicy(captured, lambda: self.model, *of_run, **loading)
-        frozen = self.teacher, self.initial_policy, self
-        self.scoring = Scoring(args, *frozen, self.last_good_step.agreed, self.finite.skips)
-        checks.check_set_up(args, student, self.teacher, self._is_vlm, self._dist.fsdp_version)
+        reference = self.initial_policy if args.reference_policy == "initial" else None
+        self.scoring = Scoring(args, self.teacher, reference, self, self.last_good_step.agreed, self.finite.skips)
+        checks.check_set_up(args, student, self.teacher, self._is_vlm, self._dist.fsdp_version, own_prompts)
         if own is not None and isinstance(self.verifier, MathVerifier):
             check_box(own, getattr(self.processing_class, "chat_template", None))
         if own is not None and not self._is_vlm:
-            checks.check_bos(own, self._tokenizer)
+            for column in ("prompt", TEACHER_PROMPT):
+                check_bos(own, self._tokenizer, column)
             of_models = checks.context_of(student), self.teacher.context, isinstance(self.teacher, ServerTeacher)
-            checks.check_prompts(own, self._tokenize_prompts, args.max_completion_length, *of_models)
+            check_prompts(own, self._tokenize_prompts, args.max_completion_length, *of_models)
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:
@@ -171,7 +176,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         with only_stated(self.accelerator.unwrap_model(self.model)):
             output = super()._generate(prompts)
-        self._rollouts.read_prompts(self._tokenizer, output[0])
+        self._rollouts.read_prompts(self._tokenizer, output[0], self._tokenize_prompts)
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:
@@ -221,6 +226,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         device, own = self.accelerator.device, {"group_advantages": output["advantages"]}
         own |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
         output |= self._rollouts.tensors(device) | own
+        own |= teacher_prompt_tensors(self._rollouts.teacher_prompt_ids, self._tokenizer.pad_token_id, device)
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         return output | self.scoring.of_generation(output)
 

@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..method.divergence import last_hidden_state, sequence
+from ..method.divergence import Head, head_of, last_hidden_state, sequence
 from .protocol import TEACHER_MEMBERS, padded
 from .sampling import sample_completions
 
@@ -174,6 +174,10 @@ class LocalTeacher:
     @property
     def name(self) -> str:
         return getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
+
+    def head(self) -> Head:
+        """The head as it is now: to be asked for within the forward that uses it."""
+        return head_of(self.unwrapped)
 
     def score_batch(self, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of a batch's completion tokens, (B, T), on the trainer's device; never whole logits."""

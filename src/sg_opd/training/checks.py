@@ -8,21 +8,22 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import AutoConfig, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, IntervalStrategy, PreTrainedModel
 
 from ..config import SGOPDConfig
+from ..data import TEACHER_PROMPT
 from ..method.divergence import check_linear, head_of
 from ..paths import check_path
 from ..teachers.local import LocalTeacher
 from ..teachers.protocol import Teacher
 from ..verifiers.verdicts import MathVerifier
-from .datasets import Unparseable, rows_to_check
+from .datasets import SUPPLIES_PROMPTS, Unparseable
+from .frozen import is_initial
 from .models import tell_narrow
+from .prompts import has_own_prompts
 
 logger = get_logger(__name__)  # of the main process only
 
-TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
 HUB_ARGUMENTS = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
 
@@ -67,6 +68,8 @@ def check_arguments(
         raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
     if args.teacher_offload:
         check_offload(teacher, args)
+    if is_initial(teacher, args):
+        check_initial(args)
     if args.estimator == "full":
         check_router_loss(model, args)
     if verifier is not None and not callable(verifier):
@@ -87,6 +90,36 @@ def check_arguments(
             "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
             "use top_p=1, top_k=0, min_p=None for an exact correction."
         )
+
+
+def check_initial(args: SGOPDConfig) -> None:
+    """Refuse settings of a teacher that is another model than the student, where it is the student before training."""
+    for name in ("teacher_offload", "teacher_model_revision", "teacher_model_init_kwargs"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` is for a teacher that is loaded, but `teacher_model='initial'` is the student before "
+                "training. Drop it, or give the student's path a second time (a folder of that name is './initial')."
+            )
+    if args.sync_ref_model:
+        raise ValueError("`sync_ref_model=True` moves the reference; teacher_model='initial' keeps it fixed.")
+
+
+def check_own_prompts(teacher: Any, train: Any, args: SGOPDConfig, turns: str | None) -> None:
+    """Refuse a run whose teacher reads prompts of its own where it cannot, or must and has none."""
+    own = has_own_prompts(train)
+    if is_initial(teacher, args) and not own:
+        raise ValueError(
+            "`teacher_model='initial'` is the student before training: what it reads must differ, or every delta is "
+            f"zero and nothing is learnt. Give `train_dataset` a column '{TEACHER_PROMPT}' (the worked solution, a "
+            "hint, a system prompt). A teacher in a folder of that name is './initial'."
+        )
+    if own and turns == SUPPLIES_PROMPTS:
+        raise ValueError(
+            f"`{turns}` and the column '{TEACHER_PROMPT}' do not go together: environments add to `prompt` what the "
+            "teacher would not read. Drop one of them."
+        )
+    if own and args.remove_unused_columns:
+        raise ValueError(f"`remove_unused_columns=True` would drop the column '{TEACHER_PROMPT}'; leave it at False.")
 
 
 def check_offload(teacher: Any, args: SGOPDConfig) -> None:
@@ -134,23 +167,6 @@ def context_of(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_bos(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse text prompts that begin with the tokenizer's BOS, before which tokenising puts another."""
-    token = tokenizer.bos_token
-    rows = rows_to_check(len(dataset)) if hasattr(dataset, "__len__") else range(1)  # of a stream the first
-    prompts = [dataset[row]["prompt"] for row in rows] if len(rows) > 1 else [next(iter(dataset))["prompt"]]
-    for row, prompt in zip(rows, prompts, strict=True):
-        if not (token and isinstance(prompt, str) and prompt.startswith(token)):
-            continue
-        if tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-            raise ValueError(
-                f"`prompt` in `train_dataset`, row {row} begins with {token!r}, and the tokenizer puts another before "
-                "it: the models would see two. Pass messages instead of text, or take it off: "
-                f"dataset.map(lambda row: {{'prompt': row['prompt'].removeprefix({token!r})}})."
-            )
-        return  # the tokenizer puts none
-
-
 def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
     """Refuse token ids of a `rollout_func` that student and teacher do not share; by the name of the sequences."""
     for name, rows in sequences.items():
@@ -162,56 +178,19 @@ def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
                 )
 
 
-def check_prompts(
-    dataset: Any, tokenize: Callable[[list], tuple], completion: int, own: int | None, other: int | None, served: bool
-) -> None:
-    """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
-
-    `tokenize` is the trainer's own, `completion` is `max_completion_length`, `own` and `other` are the student's and
-    the teacher's context in tokens. A teacher that is `served` needs room for one token more, and would refuse a longer
-    sequence in the middle of a run: every row that may be one is looked at.
-    """
-    context, server = min((size for size in (own, other) if size), default=None), other if served else None
-    if not (context and isinstance(dataset, Dataset)):
-        return
-    rows = {*rows_to_check(len(dataset))}
-    if server:  # a text has at most as many tokens as bytes
-        short = server - completion - TEMPLATE_TOKENS
-        prompts = enumerate(dataset.select_columns("prompt")["prompt"])
-        rows |= {row for row, prompt in prompts if len(str(prompt).encode()) > short}
-    checked = sorted(rows)
-    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in checked])[0]]
-    too_long = [row for row, length in zip(checked, lengths, strict=True) if length >= context]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts in `train_dataset` fill the models' context of {context} tokens, first row "
-            f"{too_long[0]}. Filter the dataset by prompt length."
-        )
-    needed = max(lengths) + completion
-    if server and needed + 1 > server:
-        raise ValueError(
-            f"The longest prompt in `train_dataset` ({max(lengths)} tokens), `max_completion_length` ({completion}) "
-            f"and one more token pass the {server} of the teacher's server: start it with --max-model-len "
-            f"{needed + 1}, shorten `max_completion_length`, or filter the dataset."
-        )
-    if needed > context:
-        logger.warning(
-            "The longest prompt in `train_dataset` (%d tokens) and `max_completion_length` (%d) pass the models' "
-            "context of %d.",
-            *(max(lengths), completion, context),
-        )
-
-
 def check_set_up(
     args: SGOPDConfig,
     student: PreTrainedModel,
     teacher: Teacher,
     multimodal: bool,
     fsdp_version: int | None,
+    own_prompts: bool = False,
 ) -> None:
     """Refuse a teacher that cannot do what the student and the estimator need; warn of a student in 16 bits."""
     if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
+    if multimodal and own_prompts:
+        raise ValueError(f"A multimodal student has images in its `prompt`: drop the column '{TEACHER_PROMPT}'.")
     tell_narrow(student, args)
     if args.estimator != "full":
         return

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 
 from ..config import SGOPDConfig
-from ..data import COLLECTED, format_of, text_of
+from ..data import COLLECTED, TEACHER_PROMPT, format_of, text_of
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -94,7 +94,7 @@ def check_dataset(
             f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
         )
-    columns = [column for column in ("prompt", *needed, COLLECTED) if column in first]
+    columns = [column for column in ("prompt", *needed, COLLECTED, TEACHER_PROMPT) if column in first]
     check_rows(name, narrowed(dataset, columns) if sized else [first], unparseable is not None, turns)
     if teacher_phase and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
@@ -103,12 +103,14 @@ def check_dataset(
 
 
 def check_rows(name: str, dataset: Any, with_solution: bool, turns: str | None = None) -> None:
-    """Refuse a row by what stands in its `prompt`, its `solution` or its `teacher_completions`."""
+    """Refuse a row by what stands in its `prompt`, its `solution` or another column that is read."""
     for row in rows_to_check(len(dataset)):
         values = dataset[row]
         solution, collected = values.get("solution"), values.get(COLLECTED)
         if "prompt" in values:
             check_prompt(f"`prompt` in `{name}`, row {row}", values["prompt"], turns)
+        if values.get(TEACHER_PROMPT) is not None:
+            check_prompt(f"`{TEACHER_PROMPT}` in `{name}`, row {row}", values[TEACHER_PROMPT], turns)
         if with_solution and not isinstance(solution, str | int | float | None):
             raise ValueError(
                 f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(solution)[:80]!r}. "

@@ -13,18 +13,20 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from ..config import SGOPDConfig
+from ..method.divergence import Head
 from ..teachers.http import Endpoints
 from ..teachers.local import (
     Forward,
     LocalTeacher,
     freeze,
+    is_sharded,
     load_teacher,
     loading_defaults,
     padding_ids,
@@ -39,6 +41,7 @@ from ..teachers.server import ServerTeacher
 from .models import check_models, tell_dtypes
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
+INITIAL = "initial"  # as `teacher_model`: the student before training; a folder of that name is "./initial"
 
 
 logger = get_logger(__name__)  # of the main process only
@@ -56,12 +59,19 @@ class Run:
     prompt_ids: Callable[[], list[int]]  #: returns a prompt to try a server with
     #: its context raises a teacher's error on every rank
     agreed: Callable[[type[TeacherError]], AbstractContextManager]
+    initial: InitialPolicy | None = None  #: the student before training, where it is a teacher or the reference
+    own_prompts: bool = False  #: whether the teacher reads other prompts, so that the student's weights can teach
+
+
+def is_initial(teacher: Any, args: SGOPDConfig) -> bool:
+    """Whether a `teacher_model` is the student before training."""
+    return isinstance(teacher, str) and teacher == INITIAL and args.teacher_server_url is None
 
 
 def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     """The teacher ready to be asked, and how many ids it shares with the student.
 
-    `given` is a path, a hub id, a model, a `Teacher`, or the id of the model that a server serves.
+    `given` is a path, a hub id, a model, a `Teacher`, "initial", or the id of the model that a server serves.
 
     Raises:
         ValueError, TypeError, OSError: a teacher that cannot be had or does not fit the student.
@@ -73,23 +83,30 @@ def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     if args.teacher_server_url:
         sampling = {**run_sampling(args, SERVED), "max_tokens": args.max_completion_length}
         return connect(args.teacher_server_url, given, args, run, sampling), known
+    if run.initial is not None and is_initial(given, args):
+        initial = InitialTeacher(run.initial, run.forward, local_sampling(args, run), args)
+        return initial, run.student.config.get_text_config().vocab_size
     settings = args.teacher_model_revision, args.teacher_model_init_kwargs
     model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
-    check_models(run.student, model, run.tokenizer, args)
+    check_models(run.student, model, run.tokenizer, args, run.own_prompts)
     if isinstance(given, str):
         tell_dtypes(run.student, model, args)
     if args.teacher_phase_steps:
         tell_unused(logger, "teacher", model.generation_config.to_dict(), stated(args), OF_RUN)
     shared = shared_vocabulary(run.student, model)
-    sampling = run_sampling(args) | {
-        "max_new_tokens": args.max_completion_length,
-        "eos_token_id": run.eos_token_ids,
-        "pad_token_id": run.tokenizer.pad_token_id,
-        "suppress_tokens": padding_ids(model, shared),
-    }
+    sampling = {**local_sampling(args, run), "suppress_tokens": padding_ids(model, shared)}
     limits = args.per_device_train_batch_size, args.teacher_offload, args.ds3_gather_for_generation
     teacher = LocalTeacher(model, run.forward, run.accelerator, sampling, *limits, args.cast_lm_head_to_fp32)
     return teacher, shared
+
+
+def local_sampling(args: SGOPDConfig, run: Run) -> dict[str, Any]:
+    """How a teacher in this process samples its proposals."""
+    return run_sampling(args) | {
+        "max_new_tokens": args.max_completion_length,
+        "eos_token_id": run.eos_token_ids,
+        "pad_token_id": run.tokenizer.pad_token_id,
+    }
 
 
 def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling: dict[str, Any]) -> ServerTeacher:
@@ -99,7 +116,7 @@ def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling:
     teacher = ServerTeacher(endpoints, served, sampling, frozenset(run.eos_token_ids))
     # a sharded student cannot score before training begins
     sharded = is_deepspeed_zero3_enabled() or run.accelerator.distributed_type == "FSDP"
-    scores = None if sharded else partial(sequence_logps, run.forward, run.student)
+    scores = None if sharded or run.own_prompts else partial(sequence_logps, run.forward, run.student)
     with run.agreed(TeacherError):
         teacher.connect()
         check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores)
@@ -130,8 +147,9 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
         if get_config_model_id(model.config):
             return None
         raise ValueError(
-            "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an instance "
-            "without one. Pass the path as `model`, or set reference_policy='current' (preset 'sg-opd-lite')."
+            "The initial policy (`reference_policy='initial'`, `teacher_model='initial'`) under ZeRO-3 is the student "
+            "loaded again from its path, but `model` is an instance without one. Pass the path as `model`, or set "
+            "reference_policy='current' (preset 'sg-opd-lite')."
         )
     reference = copy.deepcopy(model)
     reference.__dict__.pop("forward", None)  # the copy of a patched forward would still run the original
@@ -166,6 +184,26 @@ class InitialPolicy:
         add_fused_lm_head(freeze(captured), temperature, cast_lm_head_to_fp32)
         self.frozen = prepare_frozen(captured, accelerator)
 
+    @classmethod
+    def of_run(
+        cls,
+        args: SGOPDConfig,
+        accelerator: Accelerator,
+        captured: PreTrainedModel | None,
+        student: Callable[[], Any],
+        quantization: Any = None,
+    ) -> InitialPolicy:
+        """That of a run with these settings; `quantization` is what the student was loaded with."""
+        given: Any = args.model_init_kwargs or {}
+        loading = loading_defaults(args) | given
+        loading |= {} if quantization is None else {"quantization_config": quantization}
+        return cls(captured, student, accelerator, args.temperature, args.cast_lm_head_to_fp32, **loading)
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model that is lent, without its wrapper."""
+        return self.accelerator.unwrap_model(self.student() if self.frozen is None else self.frozen)
+
     @contextmanager
     def lend(self) -> Iterator[nn.Module]:
         """A frozen model; with PEFT the student itself, its adapter switched off or set back to the copy."""
@@ -181,3 +219,42 @@ class InitialPolicy:
                 yield model
         finally:
             student.train(training)
+
+
+class InitialTeacher(LocalTeacher):
+    """The student before training as teacher: what the run's `InitialPolicy` lends, which is not held twice."""
+
+    offload = None
+
+    def __init__(self, initial: InitialPolicy, forward: Forward, sampling: dict[str, Any], args: SGOPDConfig) -> None:
+        self.initial = initial
+        self.generation_config = GenerationConfig(do_sample=True, disable_compile=True, **sampling)
+        self.forward = forward
+        self.accelerator = initial.accelerator
+        self.rows = args.per_device_train_batch_size
+        self.gather = args.ds3_gather_for_generation
+        self.sharded = is_sharded(self.accelerator)
+
+    @property
+    def unwrapped(self) -> PreTrainedModel:
+        return self.initial.unwrapped
+
+    @property
+    def name(self) -> str:
+        return "the student before training"
+
+    def head(self) -> Head:
+        with self.initial.lend():  # with a trained head of its own the adapter must be off
+            return super().head()
+
+    def score_batch(self, batch: dict[str, Any]) -> Tensor:
+        with self.initial.lend() as self.model:
+            return super().score_batch(batch)
+
+    def states(self, batch: dict[str, Any]) -> Tensor:
+        with self.initial.lend() as self.model:
+            return super().states(batch)
+
+    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
+        with self.initial.lend() as self.model:
+            return super().propose(prompt_ids, candidates)

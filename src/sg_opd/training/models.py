@@ -17,9 +17,16 @@ logger = get_logger(__name__)  # of the main process only
 
 
 def check_models(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SGOPDConfig
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SGOPDConfig,
+    own_prompts: bool = False,
 ) -> None:
-    """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
+    """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all.
+
+    A teacher with prompts of its own need not differ.
+    """
     check_causal("student", without_adapter(student))
     check_causal("teacher", teacher)
     if args.teacher_offload:
@@ -39,7 +46,7 @@ def check_models(
             "student's ending as unlikely. Align `generation_config.eos_token_id`.",
             *(sorted(end) for end in ends),
         )
-    if same_weights(student, teacher):
+    if not own_prompts and same_weights(student, teacher):
         logger.warning(
             "Teacher and student are the same model, by path or by weights: every delta is zero and nothing is learnt."
         )

@@ -24,6 +24,7 @@ from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
 from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import as_completion, checked_verdicts, columns_of
+from .prompts import Tokenize, teacher_prompt_ids
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -112,13 +113,17 @@ class Rollouts:
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
     by_row: dict[str, Tensor] = field(default_factory=dict)  #: what `tensors` made
+    teacher_prompt_ids: list[list[int]] | None = None  #: what the teacher reads of each row; `None`: the prompts
 
     def __post_init__(self) -> None:
         self.openings = [""] * len(self.rows)
 
-    def read_prompts(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]]) -> None:
-        """Take in what the prompts, as they were tokenised, say of their completions; before any is judged."""
+    def read_prompts(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], tokenize: Tokenize
+    ) -> None:
+        """Take in the prompts, as they were tokenised, and the teacher's own; before any completion is judged."""
         self.openings = openings(tokenizer, prompt_ids)
+        self.teacher_prompt_ids = teacher_prompt_ids(self.rows, prompt_ids, tokenize)
 
     def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
@@ -126,6 +131,7 @@ class Rollouts:
         Completions of the column `teacher_completions` come first, then what the teacher proposes.
         """
         prompts, by_row, teacher = generated.prompts, {slot.row: slot for slot in slots}, proposer.teacher
+        asked = self.teacher_prompt_ids or generated.prompt_ids
         self.slots = set(by_row)
 
         def read(rows: Sequence[int], completions: Iterable[list[list[int]]]) -> list[list[Proposal]]:
@@ -138,7 +144,7 @@ class Rollouts:
             return read(rows, [[proposer.ids(text) for text in some] for some in texts])
 
         def proposed(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
-            return read(rows, teacher.propose([generated.prompt_ids[row] for row in rows], candidates))
+            return read(rows, teacher.propose([asked[row] for row in rows], candidates))
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             ids = [p.token_ids for p in proposals]
@@ -147,7 +153,7 @@ class Rollouts:
 
         self.taken = phase.fill([*by_row], collected, endorse)
         unfilled = [row for row in by_row if row not in self.taken]
-        if asks(teacher, len(unfilled), generated.prompt_ids):
+        if asks(teacher, len(unfilled), asked):
             with proposer.agreed(TeacherError):
                 self.taken |= phase.fill(unfilled, proposed, endorse)
         for row, proposal in self.taken.items():

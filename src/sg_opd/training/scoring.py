@@ -15,6 +15,7 @@ from ..method.divergence import Head, head_of, last_hidden_state, sequence
 from ..teachers.local import Forward, LocalTeacher
 from ..teachers.protocol import TeacherError, ask
 from .frozen import InitialPolicy
+from .prompts import as_teacher_reads
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,15 @@ class Scoring:
 
     def of_generation(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What is asked once about a generation, to be split into micro-batches with it: each (B, T) or (B, T, H)."""
+        read = as_teacher_reads(batch)
         if self.args.estimator == "full":
             # offloaded, for all micro-batches at once, or each would bring every block
-            return {"teacher_states": self.teacher.states(batch)} if self.args.teacher_offload else {}
+            return {"teacher_states": self.teacher.states(read)} if self.args.teacher_offload else {}
         with self.agreed(TeacherError):
             if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
-                logps = self.teacher.score_batch(batch)
+                logps = self.teacher.score_batch(read)
             else:
-                logps = ask(self.teacher, batch, self.args.log_ratio_clip, self.skips)
+                logps = ask(self.teacher, read, self.args.log_ratio_clip, self.skips)
         scores = {"teacher_per_token_logps": logps}
         if self.initial is not None:  # not GRPOTrainer's reference: that one it reloads from the path
             with self.initial.lend() as model:
@@ -47,11 +49,11 @@ class Scoring:
 
     def teacher_states(self, batch: dict[str, Any]) -> Tensor:
         """The teacher's last hidden states of a micro-batch, (B, T, H), for the full estimator."""
-        return batch["teacher_states"] if self.args.teacher_offload else self.teacher.states(batch)
+        return batch["teacher_states"] if self.args.teacher_offload else self.teacher.states(as_teacher_reads(batch))
 
     def teacher_head(self) -> Head:
         """The teacher's head as it is now: to be asked for within the forward that uses it."""
-        return head_of(self.teacher.unwrapped)
+        return self.teacher.head()
 
     @torch.no_grad()
     def reference(self, batch: dict[str, Any]) -> tuple[Tensor, Head] | None:
@@ -61,4 +63,4 @@ class Scoring:
         with self.initial.lend() as policy:
             tokens = *sequence(batch), batch["completion_ids"].size(1)
             states = self.forward.run_within(policy, last_hidden_state, *tokens)
-            return states, head_of(self.initial.accelerator.unwrap_model(policy))
+            return states, head_of(self.initial.unwrapped)
