@@ -225,8 +225,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             return output
         device, own = self.accelerator.device, {"group_advantages": output["advantages"]}
         own |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
-        output |= self._rollouts.tensors(device) | own
         own |= teacher_prompt_tensors(self._rollouts.teacher_prompt_ids, self._tokenizer.pad_token_id, device)
+        output |= self._rollouts.tensors(device) | own
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         return output | self.scoring.of_generation(output)
 

@@ -183,6 +183,9 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     args = configuration(folder, world, scenario.get("settings", {}))
     data = load_dataset("json", data_files=JOB["data"], split="train")
+    if scenario.get("hinted"):  # the teacher reads more than the student
+        hint = {"role": "user", "content": "3*4=12 5+7=12"}
+        data = data.map(lambda row: {"teacher_prompt": [hint, *row["prompt"]]})
     lora = scenario.get("lora")
     trainer = Witness(
         scenario["student"],
