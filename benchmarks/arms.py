@@ -157,7 +157,7 @@ class EntryGateTrainer(SGOPDTrainer):
     `-sum_v stopgrad(pi_S(v) lambda(s delta(v)) delta(v)) log pi_S(v)`, on whole logits: for small vocabularies only.
     """
 
-    def _full_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def _divergence_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         mask, ids = self._loss_mask(inputs), inputs["completion_ids"]
 
         def logps(model: Any) -> torch.Tensor:
@@ -171,7 +171,7 @@ class EntryGateTrainer(SGOPDTrainer):
         decision = self._decide(inputs, student=taken[0], teacher=taken[1])
         per_token = entry_gated(student, teacher, inputs["verifier_labels"], *self._factors())
         entropy = -(student.detach().exp() * student.detach()).sum(-1)
-        self._meter.update(decision, per_token, mask, inputs["from_teacher"], mask, entropy)
+        self._meter.update(decision, per_token, mask, inputs["from_teacher"], mask, {"entropy": entropy})
         return torch.where(mask, per_token, 0.0).sum() / self._divisor(inputs)
 
     def _factors(self) -> tuple[float, float]:

@@ -8,8 +8,9 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 from sg_opd import SGOPDConfig
-from sg_opd.config import UNUSED_BY_FULL, own_fields
-from sg_opd.presets import PRESETS
+from sg_opd.config import own_fields
+from sg_opd.method.gate import DIVERGENCES
+from sg_opd.presets import PRESETS, UNUSED_BY_DIVERGENCES
 
 
 def make(**kwargs):
@@ -117,6 +118,13 @@ BAD = [
     ({"gate_dead_zone": -0.1}, "gate_dead_zone"),
     ({"log_ratio_clip": 0.0}, "log_ratio_clip"),
     ({"log_ratio_clip": 2.0, "estimator": "full"}, "log_ratio_clip"),
+    ({"log_ratio_clip": 2.0, "estimator": "top_k"}, "log_ratio_clip"),
+    ({"preset": "opd-grpo", "estimator": "top_k"}, "advantage_weight"),
+    ({"preset": "power-opd", "estimator": "top_k"}, "log_ratio_form"),
+    ({"use_vllm": True, "estimator": "top_k"}, "vllm_importance_sampling_correction.*'top_k'"),
+    ({"estimator": "top_k", "teacher_top_k": 0}, "`teacher_top_k` must be a whole number >= 1"),
+    ({"teacher_top_k": 16}, "`teacher_top_k=16` has no effect with estimator='sampled'.*or set estimator"),
+    ({"estimator": "full", "teacher_server_url": "http://host:8000", "temperature": 1.0}, "'top_k' or 'sampled'"),
     ({"estimator": "topk"}, "estimator"),
     ({"reference_policy": "base"}, "reference_policy"),
     ({"teacher_phase_steps": 1.5}, "teacher_phase_steps"),
@@ -158,16 +166,17 @@ OTHER_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", UNUSED_BY_FULL)
-def test_the_full_estimator_refuses_what_it_cannot_honour(name):
+@pytest.mark.parametrize("estimator", DIVERGENCES)
+@pytest.mark.parametrize("name", UNUSED_BY_DIVERGENCES)
+def test_a_divergence_refuses_what_it_cannot_honour(name, estimator):
     make(preset="opd", **{name: OTHER_VALUES[name]})
-    with pytest.raises(ValueError, match=f"`{name}="):
-        make(preset="opd", estimator="full", **{name: OTHER_VALUES[name]})
+    with pytest.raises(ValueError, match=f"`{name}=.*estimator='{estimator}'"):
+        make(preset="opd", estimator=estimator, **{name: OTHER_VALUES[name]})
 
 
 def test_idle_values_are_the_parents_defaults():
     args = make()
-    assert {name: getattr(args, name) for name in UNUSED_BY_FULL} == UNUSED_BY_FULL
+    assert {name: getattr(args, name) for name in UNUSED_BY_DIVERGENCES} == UNUSED_BY_DIVERGENCES
 
 
 def test_one_generation_is_allowed_and_plain_afterwards():

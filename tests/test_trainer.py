@@ -29,7 +29,7 @@ from sg_opd.training.rollouts import Rollouts
 
 @pytest.mark.parametrize("rollout_loss", ["gated", "nll"])
 @pytest.mark.parametrize("reference_policy", ["current", "initial"])
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 def test_update_equals_the_loss_on_plain_logits(
     estimator, reference_policy, rollout_loss, make_model, tokenizer, dataset, tmp_path
 ):
@@ -44,6 +44,7 @@ def test_update_equals_the_loss_on_plain_logits(
         gate_extrapolation=1.8,
         gate_interpolation=0.6,
         gate_dead_zone=0.1,
+        **({"teacher_top_k": 5} if estimator == "top_k" else {}),
         **MIXED,
     )
     with torch.no_grad():  # a reference that differs from the student, or the initial policy would show nothing
@@ -56,7 +57,8 @@ def test_update_equals_the_loss_on_plain_logits(
     from_teacher = torch.cat([batch["from_teacher"] for batch in trainer.batches])
     assert 0 < from_teacher.sum() < len(from_teacher)
     divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
-    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.6, estimator=estimator, dead_zone=0.1, temperature=0.8)
+    settings = {"estimator": estimator, "dead_zone": 0.1, "temperature": 0.8, "top_k": 5}
+    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.6, **settings)
     reference = initial if reference_policy == "initial" else None
     losses = [
         expected_loss(copy_of_student, copy_of_teacher, reference, batch, loss_fn, divisor, rollout_loss == "nll")

@@ -10,9 +10,9 @@ from transformers.hf_argparser import HfArg
 from trl import GRPOConfig
 
 from .confidential import Confidential
-from .method.gate import GateSettings
+from .method.gate import GateSettings, is_divergence
 from .method.teacher_phase import SCHEDULES, TeacherPhaseSampler
-from .presets import PRESETS, SOURCES, check_idle
+from .presets import PRESETS, SOURCES, check_idle, check_unused
 from .teachers.http import check_url
 from .teachers.sampling import WHOLE_DISTRIBUTION
 
@@ -42,18 +42,7 @@ GATE_FIELDS = {
     "advantage_weight": "advantage_weight",
     "log_ratio_form": "log_ratio_form",
     "log_ratio_power": "log_ratio_power",
-}
-# what the full divergence replaces, with the value at which GRPO's setting does nothing
-UNUSED_BY_FULL = {
-    "loss_type": "dapo",
-    "beta": 0.0,
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-    "top_entropy_quantile": 1.0,
-    "importance_sampling_level": "token",
-    "off_policy_mask_threshold": None,
-    "delta": None,
-    "cast_lm_head_to_fp32": False,
+    "top_k": "teacher_top_k",
 }
 
 
@@ -126,7 +115,13 @@ class SGOPDConfig(Confidential, GRPOConfig):
     estimator: str = HfArg(
         default="sampled",
         help="'sampled': policy gradient on the sampled token. 'full': divergence of the whole distribution at each "
-        "position, computed in chunks.",
+        "position, computed in chunks. 'top_k': of the teacher's teacher_top_k likeliest ids and the sampled one, with "
+        "one bucket for the rest; for teachers on servers too.",
+    )
+    teacher_top_k: int = HfArg(
+        default=64,
+        help="Likeliest ids of the teacher at each position of estimator='top_k', >= 1; a server's --max-logprobs must "
+        "allow as many. (`top_k` is of generation.)",
     )
     reference_policy: str | None = HfArg(
         default=None,
@@ -272,7 +267,7 @@ class SGOPDConfig(Confidential, GRPOConfig):
         if self.estimator == "full":
             raise ValueError(
                 "estimator='full' needs the teacher's whole distributions, which no server returns: use "
-                "estimator='sampled' with `teacher_server_url`, or a teacher in this process."
+                "estimator='top_k' or 'sampled' with `teacher_server_url`, or a teacher in this process."
             )
         if self.teacher_offload:
             raise ValueError(
@@ -290,17 +285,8 @@ class SGOPDConfig(Confidential, GRPOConfig):
                 "teacher and has no loss. Use metric_for_best_model='eval_reward' with greater_is_better=True "
                 "(load_best_model_at_end=True chooses 'loss' unless told otherwise)."
             )
-        if self.estimator == "full":
-            for name, idle in UNUSED_BY_FULL.items():
-                if getattr(self, name) != idle:
-                    raise ValueError(
-                        f"`{name}={getattr(self, name)!r}` has no meaning with estimator='full'; leave it at {idle!r}."
-                    )
-            if self.use_vllm and self.vllm_importance_sampling_correction:
-                raise ValueError(
-                    "`vllm_importance_sampling_correction=True` corrects a ratio that estimator='full' does not have; "
-                    "set it to False."
-                )
+        if is_divergence(self.estimator):
+            check_unused(self)
         for name, whole in WHOLE_DISTRIBUTION.items():
             if getattr(self, name) is None and name != "min_p":  # else transformers' own default, a top_k of 50
                 setattr(self, name, whole)

@@ -72,6 +72,19 @@ IDLE = {
     "log_ratio_power": (0.5, "log_ratio_form", ("log",)),
     "teacher_phase_hold": (0.5, "teacher_phase_schedule", ("constant", "linear", "cosine")),
     "teacher_rollout_weight": (1.0, "teacher_rollout_loss", ("gated",)),
+    "teacher_top_k": (64, "estimator", ("sampled", "full")),
+}
+# what a divergence replaces of GRPO's settings, with the value at which each does nothing
+UNUSED_BY_DIVERGENCES = {
+    "loss_type": "dapo",
+    "beta": 0.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "importance_sampling_level": "token",
+    "off_policy_mask_threshold": None,
+    "delta": None,
+    "cast_lm_head_to_fp32": False,
 }
 
 
@@ -79,7 +92,23 @@ def check_idle(args: Any) -> None:
     """Refuse a setting that another one keeps from having any effect, by name."""
     for field, (idle, by, values) in IDLE.items():
         if getattr(args, by) in values and getattr(args, field) != idle:
+            of_preset = f" (preset {args.preset!r} has {PRESETS[args.preset][by]!r})" if by in OPD else ""
             raise ValueError(
                 f"`{field}={getattr(args, field)!r}` has no effect with {by}={getattr(args, by)!r}: leave it at "
-                f"{idle!r}, or set {by} (preset {args.preset!r} has {PRESETS[args.preset][by]!r})."
+                f"{idle!r}, or set {by}{of_preset}."
             )
+
+
+def check_unused(args: Any) -> None:
+    """Refuse settings of GRPO's policy gradient by name, where a divergence is trained."""
+    for name, idle in UNUSED_BY_DIVERGENCES.items():
+        if getattr(args, name) != idle:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no meaning with estimator={args.estimator!r}; leave it at "
+                f"{idle!r}."
+            )
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ValueError(
+            f"`vllm_importance_sampling_correction=True` corrects a ratio that estimator={args.estimator!r} does not "
+            "have; set it to False."
+        )

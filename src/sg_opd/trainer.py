@@ -21,9 +21,10 @@ from .checkpoints.stops import FiniteGuard
 from .config import SGOPDConfig, own_fields
 from .data import TEACHER_PROMPT, plain_messages
 from .method.divergence import full_per_token, head_of, last_hidden_state, sequence
-from .method.gate import GateDecision
+from .method.gate import GateDecision, is_divergence
 from .method.loss import SignGatedLoss, policy_gradient, sequence_old_logps
 from .method.teacher_phase import TeacherPhaseSampler
+from .method.top_k import top_k_per_token
 from .teachers.local import padding_ids
 from .teachers.probe import first_prompt
 from .teachers.protocol import Teacher
@@ -141,10 +142,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Set up the teacher and, where it is the reference, the initial policy; check both beside the student."""
         args, student = self.args, self.accelerator.unwrap_model(self.model)
         own = self.train_dataset if self.environment_factories is None else None  # without environments: its prompts
-        self.initial_policy: InitialPolicy | None = None
-        if self._keeps_initial:
-            of_student = args, self.accelerator, captured, lambda: self.model, quantization
-            self.initial_policy = InitialPolicy.of_run(*of_student)
+        of_student = args, self.accelerator, captured, lambda: self.model, quantization
+        self.initial_policy = InitialPolicy.of_run(*of_student) if self._keeps_initial else None
         prompt = partial(first_prompt, rows_of_teacher(own), self._tokenizer, self._tokenize_prompts)
         run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
         own_prompts = has_own_prompts(own)
@@ -153,8 +152,10 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         padding = padding_ids(student, self.shared_vocabulary) or []
         state_sampling(args, student, padding, self.vllm_generation if self.use_vllm else self)
         reference = self.initial_policy if args.reference_policy == "initial" else None
-        self.scoring = Scoring(args, self.teacher, reference, self, self.last_good_step.agreed, self.finite.skips)
-        checks.check_set_up(args, student, self.teacher, self._is_vlm, self._dist.fsdp_version, own_prompts)
+        frozen = self.teacher, self.shared_vocabulary, reference, self
+        self.scoring = Scoring(args, *frozen, self.last_good_step.agreed, self.finite.skips)
+        of_run = self._is_vlm, self._dist.fsdp_version, self.shared_vocabulary, own_prompts
+        checks.check_set_up(args, student, self.teacher, *of_run)
         if own is not None and isinstance(self.verifier, MathVerifier):
             check_box(own, getattr(self.processing_class, "chat_template", None))
         if own is not None and not self._is_vlm:
@@ -244,9 +245,9 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         return logps
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Same as GRPOTrainer with the gate's advantages; with estimator="full" the divergence instead."""
-        if self.args.estimator == "full":
-            return self._full_loss(model, inputs)
+        """Same as GRPOTrainer with the gate's advantages; with estimator="full" or "top_k" a divergence instead."""
+        if is_divergence(self.args.estimator):
+            return self._divergence_loss(model, inputs)
         self._gate_inputs = inputs
         try:
             loss = super()._compute_loss(model, inputs)
@@ -277,27 +278,34 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             per_token = torch.where(by_likelihood, nll.detach(), per_token)
         self._measure(inputs, decision, per_token)
 
-    def _full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The full estimator: backbone, heads and divergence of the student within its wrapper's forward."""
+    def _divergence_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The full and the top-k estimator: the student's backbone, head and divergence in its wrapper's forward."""
         mask, by_likelihood = self._loss_mask(inputs), self._by_likelihood(inputs)
+        gated = mask & ~by_likelihood
         by_nll = mask & by_likelihood if self.args.teacher_rollout_loss == "nll" else None
         taught = by_nll, self.args.teacher_rollout_weight
-        tokens = *sequence(inputs), mask.size(1)
+        top = self.scoring.top_targets(inputs) if self.args.estimator == "top_k" else None
 
         def decide(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
             return self._decide(inputs, student=student_logps, teacher=teacher_logps).factor
 
-        def per_token(student: PreTrainedModel) -> tuple[Tensor, Tensor]:
-            own = last_hidden_state(student, *tokens)
-            heads = head_of(student), self.scoring.teacher_head()  # no arguments: DeepSpeed copies those
-            of_batch = inputs["completion_ids"], mask & ~by_likelihood, self.temperature
-            return full_per_token(own, heads[0], teacher, heads[1], *of_batch, decide, reference, *taught)
+        def per_token(student: PreTrainedModel) -> tuple[Tensor, ...]:
+            # no arguments: DeepSpeed copies heads among those
+            own = last_hidden_state(student, *sequence(inputs), mask.size(1)), head_of(student)
+            given = inputs["completion_ids"], gated, self.temperature, decide, reference, *taught
+            if top is not None:
+                return top_k_per_token(*own, top, *given)
+            return full_per_token(*own, teacher, self.scoring.teacher_head(), *given)
 
         with self.accelerator.autocast():
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                teacher, reference = self.scoring.teacher_states(inputs), self.scoring.reference(inputs)
-            losses, entropy = self.run_within(model, per_token)
-        self._measure(inputs, GateDecision(**inputs["decision"]), losses, entropy)
+                teacher = None if top is not None else self.scoring.teacher_states(inputs)
+                reference = self.scoring.reference(inputs)
+            losses, *measured = self.run_within(model, per_token)
+        measures = dict(zip(("entropy", "rest/student"), measured, strict=False))
+        if top is not None:
+            measures["rest/teacher"] = top.logps[..., -1].exp().masked_fill(~gated, 0.0)
+        self._measure(inputs, GateDecision(**inputs["decision"]), losses, measures)
         return losses.sum() / self._divisor(inputs)
 
     def run_within(self, model: nn.Module, method: Callable, *args: Any) -> Any:

@@ -153,6 +153,7 @@ class StandIn:
         self.calls = 0  # of its scoring
         self.noise = 0.0  # added to every second scoring of a token
         self.rounding: torch.dtype | None = None
+        self.max_logprobs = 20  # as vLLM's own default
         self.end: int | None = None  # what it ends a sample with, instead of going on
         self.lock = threading.Lock()
 
@@ -164,6 +165,9 @@ class StandIn:
             return 200, json.dumps({"data": listed}).encode()
         if body["model"] not in self.name.split():
             return 404, b'{"error": {"message": "The model does not exist."}}'
+        if (asked := body.get("prompt_logprobs", 0)) > self.max_logprobs:
+            said = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs}"
+            return 400, json.dumps({"error": {"message": said}}).encode()
         with self.lock:
             make = self.scored if "prompt_logprobs" in body else self.sampled
             return 200, json.dumps({"choices": make(body)}).encode()

@@ -5,6 +5,7 @@ Against a stand-in on a real socket that answers from a model in this process; a
 
 import asyncio
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -20,10 +21,10 @@ from trainers import coin_verifier, make_config
 
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.teachers import http as endpoints_module
-from sg_opd.teachers import probe
+from sg_opd.teachers import probe, server
 from sg_opd.teachers.http import Endpoints, TeacherServerError
 from sg_opd.teachers.probe import logit_spacing, rounded_up
-from sg_opd.teachers.protocol import Teacher, TeacherError
+from sg_opd.teachers.protocol import Teacher, TeacherError, TopKTeacher
 from sg_opd.teachers.server import ServerTeacher
 from sg_opd.training import datasets
 
@@ -70,6 +71,56 @@ def test_requests_are_chunked_bounded_and_in_order(proxy, make_model, monkeypatc
     assert all(headers["Authorization"] == "Bearer secret" for headers in proxy.headers)
     torch.testing.assert_close(scored[29], expected_logps(make_model(2), [3, 4], completions[29]), rtol=0, atol=2e-5)
     assert teacher.score([[3]], [[]])[0].shape == (0,)
+
+
+def test_likeliest_ids_are_the_models(proxy, make_model, monkeypatch):
+    """With the sampled token's score, whether it is among them or not; requests are of some 10 kB of answer each."""
+    monkeypatch.setattr(server, "ANSWER_BYTES", 10_000)
+    teacher, model = teacher_at(proxy.url), make_model(2)
+    assert isinstance(teacher, TopKTeacher)
+    proxy.posts.clear()
+    prompts, completions = [*PROMPTS * 6, [3]], [*COMPLETIONS * 6, []]
+    scored = teacher.score_top(prompts, completions, 6)
+    assert [post["prompt_logprobs"] for post in proxy.posts] == [6] * len(proxy.posts)
+    sizes = [sum(map(len, post["prompt"])) * 7 * server.ENTRY_BYTES for post in proxy.posts]
+    assert len(sizes) > 4
+    assert all(5_000 < size <= 10_000 for size in sizes[:-1])
+    assert [part.shape for part in scored[-1]] == [(0,), (0, 6), (0, 6)]
+    inside = set()
+    for got, prompt, ids in zip(scored, prompts, completions, strict=True):
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for row, said, token in zip(logps, zip(*got, strict=True), ids, strict=False):
+            assert said[0].item() == pytest.approx(row[token].item(), abs=2e-5)
+            assert {*said[1].tolist()} == {*row.topk(6).indices.tolist()}
+            torch.testing.assert_close(said[2], row[said[1]], rtol=0, atol=2e-5)
+            inside.add(token in said[1])
+    assert inside == {True, False}
+
+
+def test_a_sequence_with_a_large_answer_is_a_request_of_its_own():
+    """21,000 bytes a token with 209 likeliest ids, of 8 MiB: the second sequence goes with the third."""
+    assert [len(chunk) for chunk in server.chunked([[3] * 500, [3] * 100, [3] * 100], 209)] == [1, 2]
+    assert [len(chunk) for chunk in server.chunked([[3] * 5000] * 17, 0)] == [8, 8, 1]
+
+
+def entry(**of):
+    return {f"{token.removeprefix('id')}": {"logprob": logp} for token, logp in of.items()}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"id4": -1.0, "id5": -2.0, "id6": -3.0, "id7": -3.0}, "3 likeliest ids instead of 2"),
+        ({"id4": -1.0}, "0 likeliest ids instead of 2"),
+        ({"id4": -1.0, "id5": math.nan}, "not a finite number"),
+    ],
+    ids=["many", "few", "nan"],
+)
+def test_a_malformed_answer_with_likeliest_ids(entries, said):
+    body = {"choices": [{"index": 0, "prompt_logprobs": [None, entry(**entries)]}]}
+    with pytest.raises(ValueError, match=said):
+        server._read_tops(2, [[3, 4]], body)
 
 
 def test_several_urls_share_the_load_and_stand_in_for_each_other(proxy, make_model, tokenizer):
@@ -302,6 +353,31 @@ def test_a_run_equals_one_with_the_teacher_in_process(build, make_model, tokeniz
     for got, want in zip(served.model.parameters(), local.model.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert "Teacher: `served`\n" in served.args.card_section(served.teacher.name)
+
+
+def test_a_run_with_likeliest_ids_equals_one_with_the_teacher_in_process(
+    build, make_model, tokenizer, dataset, tmp_path, proxy
+):
+    settings = {"temperature": 1.0, "max_steps": 2, "estimator": "top_k", "teacher_top_k": 6}
+    served = build(**settings)
+    served.train()
+    assert {post["prompt_logprobs"] for post in proxy.posts if "prompt_logprobs" in post} == {0, 5, 6}
+    args = make_config(tmp_path, **settings)
+    local = SGOPDTrainer(make_model(1), make_model(2), coin_verifier, args, dataset, processing_class=tokenizer)
+    local.train()
+    for got, want in zip(served.model.parameters(), local.model.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    shares = [run.state.log_history[0]["rest/teacher"] for run in (served, local)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
+
+
+def test_a_server_that_gives_too_few_likeliest_ids(build, proxy):
+    """vLLM's own words, with what to do; the other checks ask for five."""
+    proxy.upstream.max_logprobs = 5
+    message = r"logprobs of 6, which is greater than max allowed: 5.*`teacher_top_k=6` needs a server that was started "
+    with pytest.raises(TeacherError, match=message + "with --max-logprobs 6 or more"):
+        build(estimator="top_k", teacher_top_k=6)
+    build(estimator="top_k", teacher_top_k=5)
 
 
 def test_proposals_of_a_server_take_their_slots(build):

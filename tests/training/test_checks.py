@@ -178,9 +178,9 @@ def test_full_estimator_under_fsdp(build):
     """Version 2 is fine, version 1 is refused; neither can be switched on without several processes."""
     trainer = build(config={"estimator": "full"})
     models = trainer.args, trainer.model, trainer.teacher
-    check_set_up(*models, multimodal=False, fsdp_version=2)
+    check_set_up(*models, multimodal=False, fsdp_version=2, vocabulary=8)
     with pytest.raises(ValueError, match=r"FSDP version 1.*fsdp_version: 2.*'sampled'"):
-        check_set_up(*models, multimodal=False, fsdp_version=1)
+        check_set_up(*models, multimodal=False, fsdp_version=1, vocabulary=8)
 
 
 def test_a_teacher_that_is_no_causal_model(build, tokenizer):

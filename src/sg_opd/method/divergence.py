@@ -98,7 +98,7 @@ def chunked_nll(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -> 
     from trl.kernels import ChunkedLogProbFunction
     from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
 
-    with _gathered(head.weight, head.bias):
+    with gathered(head.weight, head.bias):
         logps, *_ = ChunkedLogProbFunction.apply(
             hidden, head.weight, head.bias, ids, temperature, VOCAB_CHUNK_SIZE, head.softcap, head.scale, ()
         )
@@ -125,7 +125,7 @@ def tilted_target(
     check_linear(teacher, reference)
     shared = min(vocabulary(teacher), vocabulary(reference))
     hidden, columns = [], []
-    with torch.no_grad(), _gathered(teacher.weight, teacher.bias, reference.weight, reference.bias):
+    with torch.no_grad(), gathered(teacher.weight, teacher.bias, reference.weight, reference.bias):
         for states, head, weight in (
             (teacher_hidden, teacher, factor * teacher.scale),
             (reference_hidden, reference, (1 - factor) * reference.scale),
@@ -173,10 +173,16 @@ def full_per_token(
         divergence = chunked_divergence(states, student, *tilted, tokens, temperature).divergence
     per_token = spread(divergence, gated)
     if taught is not None:
-        at = places(taught)
-        nll = chunked_nll(taken(student_states, at), student, taken(ids, at), temperature)
-        per_token = per_token + spread(taught_weight * nll, taught)
+        per_token = per_token + taught_per_token(student_states, student, ids, taught, taught_weight, temperature)
     return per_token, spread(current.entropy, gated)
+
+
+def taught_per_token(
+    states: Tensor, head: Head, ids: Tensor, taught: Tensor, weight: float, temperature: float
+) -> Tensor:
+    """`weight` times the negative log-likelihood of the tokens `taught`, (B, T), zero elsewhere; states (B, T, H)."""
+    at = places(taught)
+    return spread(weight * chunked_nll(taken(states, at), head, taken(ids, at), temperature), taught)
 
 
 def places(mask: Tensor) -> Tensor:
@@ -194,6 +200,12 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
+def put(values: Tensor, mask: Tensor) -> Tensor:
+    """As `spread`, of `values` (N, ...): (B, T, ...), without gradient."""
+    whole = values.new_zeros(mask.numel(), *values.shape[1:])
+    return whole.index_copy_(0, places(mask), values).view(*mask.shape, *values.shape[1:])
+
+
 def unsharded(head: Head) -> Head:
     """The head with plain tensors in place of FSDP2's DTensors; every rank must call it equally often.
 
@@ -203,8 +215,8 @@ def unsharded(head: Head) -> Head:
         return head
     if head.weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "estimator='full' under FSDP needs the student's head in the group of the whole model or of its last "
-            "norm, as accelerate makes them; take the head out of `fsdp_config['transformer_layer_cls_to_wrap']`."
+            "estimator='full' or 'top_k' under FSDP needs the student's head in the group of the whole model or of its "
+            "last norm, as accelerate makes them; take the head out of `fsdp_config['transformer_layer_cls_to_wrap']`."
         )
     bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
     return head._replace(weight=head.weight.full_tensor(), bias=bias)
@@ -225,7 +237,7 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Any, rows: int) -> Tensor:
-        with _gathered(parameter):
+        with gathered(parameter):
             ctx.shape = parameter.shape
             return parameter[:rows].clone()
 
@@ -256,7 +268,7 @@ def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -
 
     dtype, blocks = _compute_dtype(hidden), max(1, math.ceil(len(ids) / BLOCK))
     logits = []
-    with _gathered(head.weight, head.bias):
+    with gathered(head.weight, head.bias):
         for states, of in zip(hidden.to(dtype).tensor_split(blocks), ids.tensor_split(blocks), strict=True):
             square = torch.empty(len(of), len(of), dtype=torch.float32, device=hidden.device)
             bias = None if head.bias is None else head.bias[of]
@@ -266,7 +278,7 @@ def _token_logits(hidden: Tensor, head: Head, ids: Tensor, temperature: float) -
     return _torch_transform(torch.cat(logits), head.scale, softcap, 1 / temperature, head.softcap is not None)
 
 
-def _gathered(*parameters: Any) -> Any:
+def gathered(*parameters: Any) -> Any:
     """A context in which parameters that ZeRO-3 shards are whole; `None` among them is passed over."""
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 

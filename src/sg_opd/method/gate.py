@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .rules import CONFLICT, CONSENSUS, GATE_RULES, NEUTRAL
 
-ESTIMATORS = ("sampled", "full")
+DIVERGENCES = ("full", "top_k")  # of whole distributions, or of what is known of them; no policy gradients
+ESTIMATORS = ("sampled", *DIVERGENCES)
 REFERENCES = ("current", "initial")
 SIGNALS = ("verdict", "group")
 LOG_RATIO_FORMS = ("log", "power")
@@ -39,7 +40,8 @@ class GateSettings:
     extrapolation: float = 1.8  #: Factor where teacher and outcome agree, finite and >= 0 [R]; rule "sign".
     interpolation: float = 1.0  #: Factor where they disagree, finite and >= 0 [R]; > 0 with the initial reference.
     estimator: str = "sampled"
-    """"sampled": policy gradient on the sampled token. "full": divergence of the whole distribution."""
+    """"sampled": policy gradient on the sampled token. "full": divergence of the whole distribution. "top_k": of the
+    teacher's `top_k` likeliest ids and one bucket for the rest."""
     dead_zone: float = 0.0  #: `abs(delta)` up to this many nats is neutral, >= 0 [O].
     log_ratio_clip: float | None = None
     """c > 0 clips each log-ratio of the sampled estimator to [-c, c] nats; `None` clips nothing."""
@@ -55,6 +57,7 @@ class GateSettings:
     log_ratio_form: str = "log"
     """"log": differences of log-probabilities. "power": of probabilities to the power `log_ratio_power` (PowerOPD)."""
     log_ratio_power: float = 0.5  #: PowerOPD's exponent, > 0 and at most 1 [O].
+    top_k: int = 64  #: The teacher's likeliest ids of a position in the estimator "top_k", >= 1 [O].
     names: InitVar[Mapping[str, str] | None] = None
     """What errors call the fields, where the caller has other names for them."""
 
@@ -84,16 +87,18 @@ class GateSettings:
             raise ValueError(f"{named('log_ratio_power')} must be in (0, 1], got {power!r}.")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"{named('temperature')} must be finite and > 0, got {temperature!r}.")
+        if not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise ValueError(f"{named('top_k')} must be a whole number >= 1, got {self.top_k!r}.")
 
     def _check_pairs(self, named: Callable[[str], str]) -> None:
         """Refuse settings that do not go together."""
-        if self.estimator == "full":
+        if is_divergence(self.estimator):
             of_token = {"log_ratio_clip": None, "advantage_weight": 0.0, "log_ratio_form": "log"}
             for field, idle in of_token.items():
                 if getattr(self, field) != idle:
                     raise ValueError(
                         f"{named(field)}={getattr(self, field)!r} belongs to estimator='sampled': it shapes the "
-                        "advantage of a token, and the full divergence takes factors of positions only. Leave it at "
+                        "advantage of a token, and a divergence takes factors of positions only. Leave it at "
                         f"{idle!r}, or choose estimator='sampled'."
                     )
         if self.log_ratio_form == "power" and self.log_ratio_clip is not None:
@@ -119,6 +124,11 @@ class GateSettings:
                     f"{named(field)} must be > 0 with the initial reference: 0 would pull {what} tokens to the "
                     "reference, not drop them. Use the current reference to drop them."
                 )
+
+
+def is_divergence(estimator: str) -> bool:
+    """Whether an estimator trains a divergence of distributions, and not the log-probability of the sampled token."""
+    return estimator in DIVERGENCES
 
 
 class GateDecision(NamedTuple):

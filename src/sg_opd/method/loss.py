@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor, nn
 
+from .buckets import bucketed_logps, floored, likeliest_ids
 from .gate import GateDecision, GateSettings, at_least_float32, decide, gate_metrics, gate_totals, verdict_sign
 
 
@@ -74,6 +75,22 @@ def gated_divergence(
         weight = torch.ones_like(weight)
     student, target = student.masked_fill(gone, 0.0), target.masked_fill(gone, 0.0)
     return weight * torch.where(gone, 0.0, student.exp() * (student - target)).sum(-1)
+
+
+def bucketed_divergence(
+    student: Float[Tensor, "B T K"],
+    target: Float[Tensor, "B T K"],
+    factor: Float[Tensor, "B T"],
+    reference: Float[Tensor, "B T K"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """The top-k estimator for each position: `gated_divergence` of distributions over K and the rest [O].
+
+    All are log-probabilities as in `sg_opd.method.buckets`, of one K; to the rest of target and reference `REST_FLOOR`
+    is added. Joining ids makes no divergence larger: it is a lower bound of the full one, which rises
+    with K. Gradient to `student` only.
+    """
+    reference = None if reference is None else floored(reference, student)
+    return gated_divergence(student, floored(target, student), factor, reference)
 
 
 class SignGatedLoss(nn.Module):
@@ -147,8 +164,8 @@ class SignGatedLoss(nn.Module):
 
         Args:
             student_logits: (B, T, V), position t predicts `completion_ids[:, t]`; the only input to get a gradient.
-            teacher_logits: (B, T, W); ids below min(V, W) are shared. The sampled estimator normalises each model over
-                its own head, the full one over the shared ids.
+            teacher_logits: (B, T, W); ids below min(V, W) are shared. The sampled and the top-k estimator normalise
+                each model over its own head, the full one over the shared ids.
             completion_ids: (B, T), each trained id below min(V, W).
             verifier_labels: (B,), 1.0 correct, 0.0 incorrect, NaN abstained.
             completion_mask: (B, T), nonzero where a token is trained.
@@ -161,10 +178,11 @@ class SignGatedLoss(nn.Module):
         self._check_inputs(verifier_labels, completion_ids, completion_mask, student_logits, teacher_logits)
         if reference_logits is not None:
             replace(self.settings, reference="initial")  # raises where the settings need the current one
-        full = self.settings.estimator == "full"
+        estimator = self.settings.estimator
         mask = completion_mask != 0
         ids = completion_ids * mask  # padding may hold any id
-        cut = min(student_logits.shape[-1], teacher_logits.shape[-1]) if full else None
+        shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        cut = shared if estimator == "full" else None
         student, teacher = self._scaled(student_logits, mask, cut), self._scaled(teacher_logits, mask, cut)
         reference = None if reference_logits is None else self._scaled(reference_logits, mask, cut)
         student_logps = _token_logps(student, ids)
@@ -177,8 +195,13 @@ class SignGatedLoss(nn.Module):
             signs,
             group_advantages,
         )
-        if full:
+        if estimator == "full":
             per_token = gated_divergence(student, teacher, decision.factor, reference)
+        elif estimator == "top_k":
+            kept = likeliest_ids(teacher.detach()[..., :shared], ids, self.settings.top_k)
+            own, target = bucketed_logps(student, kept), bucketed_logps(teacher, kept)
+            initial = None if reference is None else bucketed_logps(reference, kept)
+            per_token = bucketed_divergence(own, target, decision.factor, initial)
         else:
             per_token = policy_gradient(student_logps, decision.advantage)
         divisor = torch.as_tensor(mask.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
@@ -190,9 +213,8 @@ class SignGatedLoss(nn.Module):
         logits = torch.where(mask.unsqueeze(-1), logits[..., :cut], 0.0)
         return at_least_float32(logits) / self.settings.temperature
 
-    @staticmethod
     def _check_inputs(
-        labels: Tensor, ids: Tensor, mask: Tensor, student_logits: Tensor, teacher_logits: Tensor
+        self, labels: Tensor, ids: Tensor, mask: Tensor, student_logits: Tensor, teacher_logits: Tensor
     ) -> None:
         shape = tuple(student_logits.shape[:2])
         for name, value in (("teacher_logits", teacher_logits), ("completion_ids", ids), ("completion_mask", mask)):
@@ -209,6 +231,8 @@ class SignGatedLoss(nn.Module):
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
         if ((ids >= shared) & (mask != 0)).any():
             raise ValueError(f"`completion_ids` holds a trained id that is not below {shared}, the shared vocabulary.")
+        if self.settings.estimator == "top_k" and self.settings.top_k > shared:
+            raise ValueError(f"`top_k` is {self.settings.top_k}, but the shared vocabulary has {shared} ids.")
 
 
 def _token_logps(logits: Tensor, ids: Tensor) -> Tensor:

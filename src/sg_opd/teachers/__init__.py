@@ -7,7 +7,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "protocol": ["Teacher", "TeacherError"],
+        "protocol": ["Teacher", "TeacherError", "TopKTeacher", "TopScores"],
         "local": ["LocalTeacher"],
         "http": ["Endpoints", "TeacherServerError"],
         "server": ["ServerTeacher"],

@@ -12,7 +12,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..method.divergence import Head, head_of, last_hidden_state, sequence
+from ..method.buckets import Buckets
+from ..method.divergence import Head, head_of, last_hidden_state, places, put, sequence, taken, unsharded
+from ..method.top_k import likeliest
 from .protocol import TEACHER_MEMBERS, padded
 from .sampling import sample_completions
 
@@ -157,6 +159,7 @@ class LocalTeacher:
         self.forward = forward
         self.accelerator = accelerator
         self.rows = rows
+        self.temperature = sampling["temperature"]
         self.gather = gather
         self.sharded = is_sharded(accelerator)
         add_fused_lm_head(freeze(model), sampling["temperature"], cast_lm_head_to_fp32)
@@ -193,6 +196,26 @@ class LocalTeacher:
                 for chunk in zip(*(part.split(rows) for part in sequence(batch)), strict=True)
             ]
         return torch.cat(states)
+
+    @torch.no_grad()
+    def top_batch(self, batch: dict[str, Any], k: int, vocabulary: int) -> Buckets:
+        """The distributions over its `k` likeliest ids below `vocabulary`, the sampled one and the rest, (B, T, ...).
+
+        Zero where masked. Neither whole logits nor states are kept: of a few rows at a time, in chunks of ids.
+        """
+        rows, temperature = self._rows_at_once(batch), self.temperature
+
+        def top(model: PreTrainedModel, tokens: Tensor, kept: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            states, at = last_hidden_state(model, tokens, kept, ids.size(1)), places(mask)
+            sampled = taken(ids, at)
+            answer = likeliest(taken(states, at), unsharded(head_of(model)), sampled, k, vocabulary, temperature)
+            return tuple(put(part, mask) for part in answer)
+
+        parts = *sequence(batch), batch["completion_ids"], batch["completion_mask"].bool()
+        with self.accelerator.autocast():
+            chunks = zip(*(part.split(rows) for part in parts), strict=True)
+            answers = [self.forward.run_within(self.model, top, *chunk) for chunk in chunks]
+        return Buckets(*map(torch.cat, zip(*answers, strict=True)))
 
     def _rows_at_once(self, batch: dict[str, Any]) -> int:
         """`rows`, or more where each forward has to bring the blocks."""

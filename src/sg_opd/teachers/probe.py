@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .http import TeacherServerError
 from .server import ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
@@ -55,14 +56,16 @@ def check_server(
     eos_token_ids: Sequence[int],
     dead_zone: float,
     student_logps: Callable[[list[int]], Tensor] | None,
+    top_k: int = 0,
 ) -> None:
     """Compare a connected teacher with the student on a probe: vocabulary, repeatability, precision, EOS, sameness.
 
     The prompt is one of the training's, `tokenizer` and EOS ids are the student's. `student_logps` takes ids to the
-    student's log-probabilities of all but the first; `None` skips that comparison.
+    student's log-probabilities of all but the first; `None` skips that comparison. `top_k` likeliest ids are what
+    training will ask for.
 
     Raises:
-        TeacherServerError: no usable answer.
+        TeacherServerError: no usable answer, or fewer likeliest ids than `top_k`.
         ValueError: a server whose token ids mean something else.
     """
     part = min(PROBE_TOKENS, (teacher.context or 4 * PROBE_TOKENS) // 4)  # prompt, vocabulary twice, what is sampled
@@ -73,6 +76,8 @@ def check_server(
     ids = [*prompt_ids, *spread]
     expected = student_logps(ids) if student_logps else None
     for url in teacher.endpoints.urls:
+        if top_k:
+            check_top_k(teacher, url, ids[:2], top_k)
         logps, spacing = _check_scores(teacher, url, tokenizer, ids)
         noise = max(spacing, _check_samples(teacher, url, prompt_ids, min(part, PROBE_SAMPLED), eos_token_ids))
         if noise > max(dead_zone, LOGP_TOLERANCE):
@@ -83,6 +88,19 @@ def check_server(
             )
         if expected is not None and (expected - logps).abs().max() <= LOGP_TOLERANCE + 2 * noise:
             logger.warning("%s scores as the student does: every delta is zero and nothing is learnt.", url)
+
+
+def check_top_k(teacher: ServerTeacher, url: str, ids: list[int], k: int) -> None:
+    """Ask for the `k` likeliest ids, of which a server gives as many as it was started for."""
+    try:
+        teacher.score_at(url, ids, others=k)
+    except TeacherServerError as error:
+        if "logprobs" not in str(error):
+            raise
+        raise TeacherServerError(
+            f"{error}. `teacher_top_k={k}` needs a server that was started with --max-logprobs {k} or more (vLLM's "
+            "default is 20); restart it so, or set a smaller teacher_top_k"
+        ) from None
 
 
 def _check_scores(

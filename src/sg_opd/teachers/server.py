@@ -1,25 +1,31 @@
 """A teacher behind one or several stock `vllm serve` endpoints: token ids in, log-probabilities and token ids out.
 
 Nothing of vLLM is needed here. Prompt log-probabilities of such a server are at temperature 1, of the token that was
-sampled: what the sampled estimator needs, and not enough for the full one.
+sampled and of as many of the likeliest as `--max-logprobs` allows: what the sampled and the top-k estimator need, and
+not enough for the full one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .http import Endpoints, TeacherServerError
+from .protocol import TopScores
 from .sampling import SERVED
 
 COMPLETIONS = "/v1/completions"
-SEQUENCES_PER_REQUEST = 8  # long answers: some 100 bytes a token
+SEQUENCES_PER_REQUEST = 8
+ANSWER_BYTES = 8 * 2**20  # of one answer, about: larger ones hold up the other questions of both sides
+ENTRY_BYTES = 100  # of one log-probability with its token, in JSON
 ROUNDING = 1e-3  # nats above 0 that a log-probability of a server may have
+
+T = TypeVar("T")
 
 
 class Scores(NamedTuple):
@@ -30,7 +36,7 @@ class Scores(NamedTuple):
 
 
 class ServerTeacher:
-    """A teacher that stock OpenAI-compatible `vllm serve` endpoints hold; implements `sg_opd.teachers.Teacher`.
+    """A teacher that stock OpenAI-compatible `vllm serve` endpoints hold; implements `TopKTeacher`.
 
     Args:
         endpoints: where it is asked; their time-out above the server's warm-up.
@@ -69,6 +75,29 @@ class ServerTeacher:
         Raises:
             TeacherServerError: no usable answer after all retries.
         """
+        scores = self._ask(prompt_ids, completion_ids, 0, _read_scores)
+        return [next(scores).logps[-len(ids) :] if ids else torch.empty(0) for ids in completion_ids]
+
+    def score_top(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], k: int
+    ) -> list[TopScores]:
+        """As `TopKTeacher.score_top`, at temperature 1 and on the CPU; all or nothing, as `score`.
+
+        Raises:
+            TeacherServerError: no usable answer after all retries.
+        """
+        tops = self._ask(prompt_ids, completion_ids, k, partial(_read_tops, k))
+        nothing = TopScores(torch.empty(0), torch.empty(0, k, dtype=torch.long), torch.empty(0, k))
+        return [TopScores(*(of[-len(ids) :] for of in next(tops))) if ids else nothing for ids in completion_ids]
+
+    def _ask(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        others: int,
+        read: Callable[[list[list[int]], Any], list[T]],
+    ) -> Iterator[T]:
+        """What `read` makes of each sequence with a completion that is not empty, asked with `others` likeliest ids."""
         longest = max(len(prompt) + len(ids) + 1 for prompt, ids in zip(prompt_ids, completion_ids, strict=True))
         if self.context and longest > self.context:
             raise TeacherServerError(
@@ -76,10 +105,9 @@ class ServerTeacher:
                 "the teacher's server has: start it with a larger --max-model-len, or filter the dataset by length"
             )
         sequences = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True) if ids]
-        chunks = [sequences[i : i + SEQUENCES_PER_REQUEST] for i in range(0, len(sequences), SEQUENCES_PER_REQUEST)]
-        requests = [(self._scoring(chunk), partial(_read_scores, chunk)) for chunk in chunks]
-        scores = chain.from_iterable(self.endpoints.ask_all(COMPLETIONS, requests))
-        return [next(scores).logps[-len(ids) :] if ids else torch.empty(0) for ids in completion_ids]
+        chunks = chunked(sequences, others)
+        requests = [({**self._scoring(chunk), "prompt_logprobs": others}, partial(read, chunk)) for chunk in chunks]
+        return chain.from_iterable(self.endpoints.ask_all(COMPLETIONS, requests))
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
         """As `Teacher.propose`; a server ends a completion at the first EOS by itself.
@@ -122,6 +150,23 @@ class ServerTeacher:
     def _sampling(self, prompt_ids: Sequence[int]) -> dict[str, Any]:
         ends = {"stop_token_ids": sorted(self.eos), "return_token_ids": True}
         return {"model": self.model, "prompt": list(prompt_ids), **SERVED, **self.sampling, **ends}
+
+
+def chunked(sequences: Sequence[list[int]], others: int) -> list[list[list[int]]]:
+    """Token ids in requests: each one's answer, with `others` likeliest ids a token, is of `ANSWER_BYTES` at most.
+
+    A sequence whose answer is larger has a request of its own.
+    """
+    chunks: list[list[list[int]]] = []
+    size = 0
+    for ids in sequences:
+        expected = len(ids) * (others + 1) * ENTRY_BYTES
+        if not chunks or len(chunks[-1]) == SEQUENCES_PER_REQUEST or size + expected > ANSWER_BYTES:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(ids)
+        size += expected
+    return chunks
 
 
 def served_model(endpoints: Endpoints, model: str | None, setting: str) -> tuple[str, int | None]:
@@ -178,10 +223,31 @@ def _read_scores(sequences: list[list[int]], body: Any) -> list[Scores]:
         logps = torch.tensor(
             [float(entry[str(token)]["logprob"]) for token, entry in zip(ids[1:], entries, strict=True)]
         )
-        if not (logps.isfinite() & (logps <= ROUNDING)).all():
-            raise ValueError("a log-prob that is not a finite number <= 0")
+        _check_finite(logps)
         scores.append(Scores(logps, entries))
     return scores
+
+
+def _read_tops(k: int, sequences: list[list[int]], body: Any) -> list[TopScores]:
+    """What an answer holds of each sequence with the `k` likeliest ids; it has one more where the token is none."""
+    tops = []
+    for ids, (logps, entries) in zip(sequences, _read_scores(sequences, body), strict=True):
+        top_ids, top_logps = [], []
+        for token, entry in zip(ids[1:], entries, strict=True):
+            likeliest = entry if len(entry) == k else {i: said for i, said in entry.items() if i != str(token)}
+            if len(likeliest) != k:
+                raise ValueError(f"{len(likeliest)} likeliest ids instead of {k}")
+            top_ids.append([*map(int, likeliest)])
+            top_logps.append([float(said["logprob"]) for said in likeliest.values()])
+        top = torch.tensor(top_logps)
+        _check_finite(top)
+        tops.append(TopScores(logps, torch.tensor(top_ids), top))
+    return tops
+
+
+def _check_finite(logps: Tensor) -> None:
+    if not (logps.isfinite() & (logps <= ROUNDING)).all():
+        raise ValueError("a log-prob that is not a finite number <= 0")
 
 
 def _read_samples(count: int, longest: int, body: Any) -> list[list[int]]:

@@ -13,9 +13,10 @@ from transformers import AutoConfig, IntervalStrategy, PreTrainedModel
 from ..config import SGOPDConfig
 from ..data import TEACHER_PROMPT
 from ..method.divergence import check_linear, head_of
+from ..method.gate import is_divergence
 from ..paths import check_path
 from ..teachers.local import LocalTeacher
-from ..teachers.protocol import Teacher
+from ..teachers.protocol import Teacher, TopKTeacher
 from ..verifiers.verdicts import MathVerifier
 from .datasets import SUPPLIES_PROMPTS, Unparseable
 from .frozen import is_initial
@@ -70,7 +71,7 @@ def check_arguments(
         check_offload(teacher, args)
     if is_initial(teacher, args):
         check_initial(args)
-    if args.estimator == "full":
+    if is_divergence(args.estimator):
         check_router_loss(model, args)
     if verifier is not None and not callable(verifier):
         raise TypeError(f"`verifier` must be callable in TRL's reward-function form, got {type(verifier).__name__}.")
@@ -139,7 +140,7 @@ def check_offload(teacher: Any, args: SGOPDConfig) -> None:
 
 
 def check_router_loss(model: Any, args: SGOPDConfig) -> None:
-    """Refuse the full estimator with a mixture of experts whose router loss counts; a student by name by its config."""
+    """Refuse a divergence with a mixture of experts whose router loss counts; a student by name by its config."""
     coefficient = args.router_aux_loss_coef
     if coefficient == 0.0:
         return
@@ -157,8 +158,8 @@ def check_router_loss(model: Any, args: SGOPDConfig) -> None:
     coefficient = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
     if hasattr(text, "output_router_logits") and coefficient:
         raise ValueError(
-            f"estimator='full' has no router loss, but `model` is a mixture of experts with one (coefficient "
-            f"{coefficient}): set `router_aux_loss_coef=0.0`, or use estimator='sampled'."
+            f"estimator={args.estimator!r} has no router loss, but `model` is a mixture of experts with one "
+            f"(coefficient {coefficient}): set `router_aux_loss_coef=0.0`, or use estimator='sampled'."
         )
 
 
@@ -184,27 +185,43 @@ def check_set_up(
     teacher: Teacher,
     multimodal: bool,
     fsdp_version: int | None,
+    vocabulary: int,
     own_prompts: bool = False,
 ) -> None:
-    """Refuse a teacher that cannot do what the student and the estimator need; warn of a student in 16 bits."""
+    """Refuse a teacher that cannot do what the student and the estimator need; warn of a student in 16 bits.
+
+    `vocabulary` is the number of ids that student and teacher share.
+    """
     if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
     if multimodal and own_prompts:
         raise ValueError(f"A multimodal student has images in its `prompt`: drop the column '{TEACHER_PROMPT}'.")
     tell_narrow(student, args)
-    if args.estimator != "full":
+    if not is_divergence(args.estimator):
         return
+    named = f"estimator={args.estimator!r}"
     if not isinstance(teacher, LocalTeacher):
-        raise ValueError(
-            f"estimator='full' needs a model in this process as teacher, not a {type(teacher).__name__}; use "
-            "estimator='sampled'."
-        )
+        kind = type(teacher).__name__
+        if args.estimator == "full":
+            raise ValueError(
+                f"{named} needs a model in this process as teacher, not a {kind}; use estimator='top_k' or 'sampled'."
+            )
+        if not isinstance(teacher, TopKTeacher):
+            raise ValueError(
+                f"{named} asks the teacher for its likeliest ids, but a {kind} has no `score_top` "
+                "(`sg_opd.teachers.TopKTeacher`): add it, or use estimator='sampled'."
+            )
     if multimodal:
-        raise ValueError("estimator='full' is for text models; use estimator='sampled' with this processor.")
+        raise ValueError(f"{named} is for text models; use estimator='sampled' with this processor.")
     if fsdp_version == 1:
         raise ValueError(
-            "estimator='full' does not run under FSDP version 1, which shows no sharded head outside its forward: "
+            f"{named} does not run under FSDP version 1, which shows no sharded head outside its forward: "
             "set `fsdp_version: 2`, or use estimator='sampled'."
         )
-    if args.reference_policy == "initial":
+    if args.estimator == "top_k" and args.teacher_top_k > vocabulary:
+        raise ValueError(
+            f"`teacher_top_k` is {args.teacher_top_k}, but student and teacher share {vocabulary} ids only: set it to "
+            f"{vocabulary} or less, or use estimator='full'."
+        )
+    if isinstance(teacher, LocalTeacher) and args.estimator == "full" and args.reference_policy == "initial":
         check_linear(head_of(student), head_of(teacher.unwrapped))

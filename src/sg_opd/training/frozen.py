@@ -20,6 +20,7 @@ from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from ..config import SGOPDConfig
+from ..method.buckets import Buckets
 from ..method.divergence import Head
 from ..teachers.http import Endpoints
 from ..teachers.local import (
@@ -119,7 +120,8 @@ def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling:
     scores = None if sharded or run.own_prompts else partial(sequence_logps, run.forward, run.student)
     with run.agreed(TeacherError):
         teacher.connect()
-        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores)
+        top_k = args.teacher_top_k if args.estimator == "top_k" else 0
+        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores, top_k)
     if run.accelerator.num_processes > 1:
         check_patience(endpoints.longest, args.ddp_timeout)
     return teacher
@@ -231,7 +233,7 @@ class InitialTeacher(LocalTeacher):
         self.generation_config = GenerationConfig(do_sample=True, disable_compile=True, **sampling)
         self.forward = forward
         self.accelerator = initial.accelerator
-        self.rows = args.per_device_train_batch_size
+        self.rows, self.temperature = args.per_device_train_batch_size, sampling["temperature"]
         self.gather = args.ds3_gather_for_generation
         self.sharded = is_sharded(self.accelerator)
 
@@ -254,6 +256,10 @@ class InitialTeacher(LocalTeacher):
     def states(self, batch: dict[str, Any]) -> Tensor:
         with self.initial.lend() as self.model:
             return super().states(batch)
+
+    def top_batch(self, batch: dict[str, Any], k: int, vocabulary: int) -> Buckets:
+        with self.initial.lend() as self.model:
+            return super().top_batch(batch, k, vocabulary)
 
     def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
         with self.initial.lend() as self.model:

@@ -48,6 +48,9 @@ METRICS = {
     "verdict/abstained": "share of the student's rollouts on which the verifier abstains, or truncated_verdict does",
     "teacher/slot_share": "share of all rollouts that are teacher slots in this step",
     "teacher/endorsed": "share of the teacher slots that an endorsed teacher rollout took",
+    "rest/teacher": "mean probability, at trained tokens, that the teacher gives to the rest: all ids but its "
+    "teacher_top_k likeliest and the sampled one; estimator 'top_k'",
+    "rest/student": "the same of the student: what the estimator sees as one bucket, however it is spread there",
     "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
     "loss/teacher": "the same in the teacher's rollouts",
 }
@@ -72,6 +75,7 @@ DIVISORS = {
     "loss/student": "student_tokens",
     "loss/teacher": "teacher_tokens",
     "entropy": "trained_tokens",
+    **dict.fromkeys(("rest/teacher", "rest/student"), "tokens"),
 }
 
 
@@ -131,12 +135,13 @@ class GateMeter:
         mask: Tensor,
         from_teacher: Tensor,
         gated: Tensor,
-        entropy: Tensor | None = None,
+        measures: dict[str, Tensor] | None = None,
     ) -> None:
         """Take in one micro-batch; no synchronisation with the device.
 
         All are (B, T), `mask` the trained tokens and `gated` those whose loss is the gate's; but `from_teacher`, the
-        teacher's rows, is (B,). `entropy` is given where GRPOTrainer does not log it.
+        teacher's rows, is (B,). `measures` are further means by name, such as the entropy, which GRPOTrainer does not
+        log where it has none; zero at trained tokens that are not gated.
         """
         mask, loss = mask.bool(), per_token_loss.detach()
         totals = gate_totals(decision, gated)
@@ -144,8 +149,7 @@ class GateMeter:
             of_rows = mask & rows.unsqueeze(1)
             totals[f"loss/{name}"] = torch.where(of_rows, loss, 0.0).sum()
             totals[f"{name}_tokens"] = of_rows.sum()
-        if entropy is not None:
-            totals["entropy"] = torch.where(mask, entropy, 0.0).sum()
+        totals |= {name: torch.where(mask, value, 0.0).sum() for name, value in (measures or {}).items()}
         self.add(totals)
         self.deltas.append(sampled(decision.delta.masked_fill(~gated, math.nan).flatten(), SAMPLE_PER_BATCH).float())
 
@@ -291,12 +295,16 @@ class GateLogging(ResumableTrainer):
         return [buffered[(self._step - back) % len(buffered)] for back in range(count, 0, -1)]
 
     def _measure(
-        self, inputs: dict[str, Any], decision: GateDecision, per_token: Tensor, entropy: Tensor | None = None
+        self,
+        inputs: dict[str, Any],
+        decision: GateDecision,
+        per_token: Tensor,
+        measures: dict[str, Tensor] | None = None,
     ) -> None:
         """Take the metrics of a micro-batch, unless its step will be skipped."""
         mask = self._loss_mask(inputs) & (not self.finite.found)
         gated = mask & ~self._by_likelihood(inputs)
-        self._meter.update(decision, per_token, mask, inputs["from_teacher"], gated, entropy)
+        self._meter.update(decision, per_token, mask, inputs["from_teacher"], gated, measures)
 
     @staticmethod
     def _loss_mask(inputs: dict[str, Any]) -> Tensor:

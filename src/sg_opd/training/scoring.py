@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import SGOPDConfig
+from ..method.buckets import Buckets
 from ..method.divergence import Head, head_of, last_hidden_state, sequence
 from ..teachers.local import Forward, LocalTeacher
-from ..teachers.protocol import TeacherError, ask
+from ..teachers.protocol import TeacherError, ask, ask_top
 from .frozen import InitialPolicy
 from .prompts import as_teacher_reads
+
+
+class TopTargets(NamedTuple):
+    """`Buckets` by the names that they have in a batch."""
+
+    teacher_top_ids: Tensor
+    teacher_top_logps: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Scoring:
     """Puts batches of rollouts to a run's frozen models, in the form that its estimator needs."""
 
     args: SGOPDConfig
-    teacher: Any  #: a `Teacher`; with estimator="full" a `LocalTeacher`
+    teacher: Any  #: a `Teacher`; with estimator="full" a `LocalTeacher`, with "top_k" that or a `TopKTeacher`
+    vocabulary: int  #: the ids that student and teacher share
     initial: InitialPolicy | None  #: with reference_policy="initial"
     forward: Forward  #: runs frozen models
     #: its context raises a teacher's error on every rank
@@ -31,11 +40,14 @@ class Scoring:
     skips: bool  #: whether the step of a value that is no number is skipped
 
     def of_generation(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What is asked once about a generation, to be split into micro-batches with it: each (B, T) or (B, T, H)."""
+        """What is asked once about a generation, to be split into micro-batches with it: each (B, T, ...)."""
         read = as_teacher_reads(batch)
         if self.args.estimator == "full":
             # offloaded, for all micro-batches at once, or each would bring every block
             return {"teacher_states": self.teacher.states(read)} if self.args.teacher_offload else {}
+        if self.args.estimator == "top_k":
+            with self.agreed(TeacherError):
+                return self._top(read)._asdict()
         with self.agreed(TeacherError):
             if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
                 logps = self.teacher.score_batch(read)
@@ -46,6 +58,17 @@ class Scoring:
             with self.initial.lend() as model:
                 scores["initial_per_token_logps"] = self.forward.completion_logps(model, batch)
         return scores
+
+    def _top(self, batch: dict[str, Any]) -> TopTargets:
+        """The teacher's distributions over its likeliest ids, from any kind of teacher."""
+        asked = batch, self.args.teacher_top_k, self.vocabulary
+        if isinstance(self.teacher, LocalTeacher):
+            return TopTargets(*self.teacher.top_batch(*asked))
+        return TopTargets(*ask_top(self.teacher, *asked, self.skips))
+
+    def top_targets(self, batch: dict[str, Any]) -> Buckets:
+        """What `of_generation` keeps for the top-k estimator, of a micro-batch."""
+        return Buckets(*(batch[name] for name in TopTargets._fields))
 
     def teacher_states(self, batch: dict[str, Any]) -> Tensor:
         """The teacher's last hidden states of a micro-batch, (B, T, H), for the full estimator."""

@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.gate import GateDecision, GateSettings, decide, gate_metrics, gate_totals, verdict_sign
+from ..method.gate import (
+    GateDecision,
+    GateSettings,
+    decide,
+    gate_metrics,
+    gate_totals,
+    is_divergence,
+    verdict_sign,
+)
 from ..method.loss import SignGatedLoss
 from ..method.rules import CONFLICT, CONSENSUS, NEUTRAL
 from .texts import token_texts, visible
@@ -58,7 +66,7 @@ class RolloutView:
     student_logps: tuple[float, ...]  #: log pi_S in nats, before the first update on the rollout; all logps are float32
     teacher_logps: tuple[float, ...]  #: log pi_T in nats
     reference_logps: tuple[float, ...] | None  #: log pi_R in nats; `None` is the current policy
-    #: Which tokens are trained on; `None` is all. With the full estimator a run keeps 0 as the others' logps.
+    #: Which tokens are trained on; `None` is all. With a divergence a run keeps 0 as the others' logps.
     trained: tuple[bool, ...] | None
     verdict: float | None  #: 1.0 correct, 0.0 incorrect, `None` abstained
     settings: GateSettings  #: of the gate that decided
@@ -184,7 +192,7 @@ class RolloutView:
         """What the page's script shows, as JSON values."""
         numbers = {name: getattr(self.decision, name)[0].tolist() for name in ("delta", "factor", "advantage")}
         numbers |= {whose: getattr(self, f"{whose}_logps") for whose in ("student", "teacher", "reference")}
-        if self.settings.estimator == "full":  # which scales the position's divergence by the factor alone
+        if is_divergence(self.settings.estimator):  # which scales the position's divergence by the factor alone
             del numbers["advantage"]
         return {
             "verdict": VERDICTS[self.verdict],
