@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -17,11 +17,11 @@ from ..method.gate import is_divergence
 from ..paths import check_path
 from ..teachers.local import LocalTeacher
 from ..teachers.protocol import Teacher, TopKTeacher
+from ..teachers.several import Source, Teachers, named, sources_of
 from ..verifiers.verdicts import MathVerifier
-from .datasets import SUPPLIES_PROMPTS, Unparseable
-from .frozen import is_initial
+from .datasets import SUPPLIES_PROMPTS, Unparseable, check_routes
 from .models import tell_narrow
-from .prompts import has_own_prompts
+from .prompts import RowsOfTeachers, has_own_prompts
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -53,24 +53,10 @@ def check_arguments(
             raise ValueError(f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.")
     if not isinstance(args, SGOPDConfig):
         raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
-    if teacher is None and args.teacher_server_url is None:
-        raise ValueError(
-            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in `args`."
-        )
-    if args.teacher_server_url is not None and not isinstance(teacher, str | None):
-        raise ValueError(
-            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {type(teacher).__name__}; pass "
-            "the id of the served model, or nothing."
-        )
     check_path("model", model)
-    if args.teacher_server_url is None:
-        check_path("teacher_model", teacher)
-    if teacher is model and not isinstance(model, str):
-        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
-    if args.teacher_offload:
-        check_offload(teacher, args)
-    if is_initial(teacher, args):
-        check_initial(args)
+    for source in sources_of(teacher, args):
+        with named(source.name):
+            check_source(source, model, args)
     if is_divergence(args.estimator):
         check_router_loss(model, args)
     if verifier is not None and not callable(verifier):
@@ -93,10 +79,35 @@ def check_arguments(
         )
 
 
-def check_initial(args: SGOPDConfig) -> None:
+def check_source(source: Source, model: Any, args: SGOPDConfig) -> None:
+    """Refuse a teacher that cannot be had, or not with the settings that are for teachers of another kind."""
+    if source.model is None and source.server_url is None:
+        raise ValueError(
+            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path`, `teacher_server_url` or "
+            "`teacher_models` in `args`."
+        )
+    if source.server_url is not None:
+        if not isinstance(source.model, str | None):
+            raise ValueError(
+                "`teacher_server_url` has the teacher already, but `teacher_model` is a "
+                f"{type(source.model).__name__}; pass the id of the served model, or nothing."
+            )
+        return
+    check_path("teacher_model", source.model)
+    if source.model is model and not isinstance(model, str):
+        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
+    if source.is_initial:
+        check_initial(source, args)
+    elif args.teacher_offload:
+        check_offload(source.model, args)
+
+
+def check_initial(source: Source, args: SGOPDConfig) -> None:
     """Refuse settings of a teacher that is another model than the student, where it is the student before training."""
-    for name in ("teacher_offload", "teacher_model_revision", "teacher_model_init_kwargs"):
-        if getattr(args, name):
+    given = {"teacher_model_revision": source.revision, "teacher_model_init_kwargs": source.init_kwargs}
+    given |= {"teacher_offload": args.teacher_offload and source.name is None}
+    for name, value in given.items():
+        if value:
             raise ValueError(
                 f"`{name}` is for a teacher that is loaded, but `teacher_model='initial'` is the student before "
                 "training. Drop it, or give the student's path a second time (a folder of that name is './initial')."
@@ -105,22 +116,30 @@ def check_initial(args: SGOPDConfig) -> None:
         raise ValueError("`sync_ref_model=True` moves the reference; teacher_model='initial' keeps it fixed.")
 
 
-def check_own_prompts(teacher: Any, train: Any, args: SGOPDConfig, turns: str | None) -> None:
-    """Refuse a run whose teacher reads prompts of its own where it cannot, or must and has none."""
-    own = has_own_prompts(train)
-    if is_initial(teacher, args) and not own:
-        raise ValueError(
-            "`teacher_model='initial'` is the student before training: what it reads must differ, or every delta is "
-            f"zero and nothing is learnt. Give `train_dataset` a column '{TEACHER_PROMPT}' (the worked solution, a "
-            "hint, a system prompt). A teacher in a folder of that name is './initial'."
-        )
-    if own and turns == SUPPLIES_PROMPTS:
-        raise ValueError(
-            f"`{turns}` and the column '{TEACHER_PROMPT}' do not go together: environments add to `prompt` what the "
-            "teacher would not read. Drop one of them."
-        )
-    if own and args.remove_unused_columns:
-        raise ValueError(f"`remove_unused_columns=True` would drop the column '{TEACHER_PROMPT}'; leave it at False.")
+def check_rows_of_teachers(sources: Sequence[Source], train: Any, args: SGOPDConfig, turns: str | None) -> None:
+    """Refuse a dataset that does not say whose its rows are, or whose teacher reads what it cannot, or must not."""
+    names = [source.name for source in sources if source.name is not None]
+    columns = [args.teacher_column] if names else []
+    if names:
+        check_routes(train, names, args.teacher_column)
+    rows = RowsOfTeachers(train, args.teacher_column, lambda prompts: ())
+    if has_own_prompts(train):
+        columns.append(TEACHER_PROMPT)
+        if turns == SUPPLIES_PROMPTS:
+            raise ValueError(
+                f"`{turns}` and the column '{TEACHER_PROMPT}' do not go together: environments add to `prompt` what "
+                "the teacher would not read. Drop one of them."
+            )
+    for source in sources:
+        if source.is_initial and not has_own_prompts(rows.of(source.name)):
+            with named(source.name):
+                raise ValueError(
+                    "`teacher_model='initial'` is the student before training: what it reads must differ, or every "
+                    f"delta is zero and nothing is learnt. Give `train_dataset` a column '{TEACHER_PROMPT}' (the "
+                    "worked solution, a hint, a system prompt). A teacher in a folder of that name is './initial'."
+                )
+    for column in columns if args.remove_unused_columns else []:
+        raise ValueError(f"`remove_unused_columns=True` would drop the column {column!r}; leave it at False.")
 
 
 def check_offload(teacher: Any, args: SGOPDConfig) -> None:
@@ -179,6 +198,14 @@ def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
                 )
 
 
+def check_teachers(args: SGOPDConfig, student: PreTrainedModel, teachers: Teachers, *of_run: Any) -> None:
+    """As `check_set_up`, of each teacher; warn of a student in 16 bits."""
+    tell_narrow(student, args)
+    for name, teacher in teachers.by_name.items():
+        with named(name):
+            check_set_up(args, student, teacher, *of_run)
+
+
 def check_set_up(
     args: SGOPDConfig,
     student: PreTrainedModel,
@@ -188,15 +215,17 @@ def check_set_up(
     vocabulary: int,
     own_prompts: bool = False,
 ) -> None:
-    """Refuse a teacher that cannot do what the student and the estimator need; warn of a student in 16 bits.
+    """Refuse a teacher that cannot do what the student and the estimator need.
 
     `vocabulary` is the number of ids that student and teacher share.
     """
     if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
     if multimodal and own_prompts:
-        raise ValueError(f"A multimodal student has images in its `prompt`: drop the column '{TEACHER_PROMPT}'.")
-    tell_narrow(student, args)
+        raise ValueError(
+            f"A multimodal student has one teacher, which reads its prompts: no column '{TEACHER_PROMPT}', and no "
+            "`teacher_models`."
+        )
     if not is_divergence(args.estimator):
         return
     named = f"estimator={args.estimator!r}"

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from ..config import SGOPDConfig
 from ..data import COLLECTED, TEACHER_PROMPT, format_of, text_of
+from ..teachers.several import check_names
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -52,6 +53,21 @@ def check_datasets(
         check_held_out(train, held_out)
     check_batch(train, args.generation_batch_size, args.num_generations)
     check_best_metric(held_out, args.metric_for_best_model)
+
+
+def check_routes(train: Any, names: list[str], column: str) -> None:
+    """Refuse a dataset whose rows do not say which of several teachers is theirs; of a streaming one the first row."""
+    first = None if train is None else next(iter(train), None)
+    if first is None or column not in first:
+        raise ValueError(
+            f"`train_dataset` lacks the column {column!r} (`teacher_column`), which names each row's teacher, one of "
+            f"{', '.join(map(repr, names))}."
+        )
+    rows = narrowed(train, [column]) if hasattr(train, "__len__") else [first]
+    given = [row.get(column) for row in rows]
+    check_names(given, names, column)
+    if len(given) > 1 and (idle := [name for name in names if name not in given]):
+        logger.warning("No row of `train_dataset` is of the teacher %s.", ", ".join(map(repr, idle)))
 
 
 def check_best_metric(held_out: Any, metric: str | None) -> None:

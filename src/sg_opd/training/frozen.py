@@ -35,14 +35,15 @@ from ..teachers.local import (
     sequence_logps,
     shared_vocabulary,
 )
-from ..teachers.probe import check_patience, check_server
+from ..teachers.probe import check_patience, check_server, first_prompt
 from ..teachers.protocol import Teacher, TeacherError
 from ..teachers.sampling import OF_RUN, SERVED, run_sampling, stated, tell_unused
 from ..teachers.server import ServerTeacher
+from ..teachers.several import Source, Teachers, named
 from .models import check_models, tell_dtypes
+from .prompts import RowsOfTeachers, has_own_prompts
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
-INITIAL = "initial"  # as `teacher_model`: the student before training; a folder of that name is "./initial"
 
 
 logger = get_logger(__name__)  # of the main process only
@@ -57,43 +58,50 @@ class Run:
     eos_token_ids: Sequence[int]  #: that end the student's completions
     accelerator: Accelerator
     forward: Forward  #: runs frozen models
-    prompt_ids: Callable[[], list[int]]  #: returns a prompt to try a server with
+    rows: RowsOfTeachers  #: of the training set
     #: its context raises a teacher's error on every rank
     agreed: Callable[[type[TeacherError]], AbstractContextManager]
     initial: InitialPolicy | None = None  #: the student before training, where it is a teacher or the reference
-    own_prompts: bool = False  #: whether the teacher reads other prompts, so that the student's weights can teach
 
 
-def is_initial(teacher: Any, args: SGOPDConfig) -> bool:
-    """Whether a `teacher_model` is the student before training."""
-    return isinstance(teacher, str) and teacher == INITIAL and args.teacher_server_url is None
+def build_teachers(sources: Sequence[Source], args: SGOPDConfig, run: Run) -> tuple[Teachers, int]:
+    """The teachers of a run, ready to be asked, and how many ids all of them share with the student.
+
+    Raises:
+        ValueError, TypeError, OSError, TeacherServerError: as `build_teacher`, beginning with the teacher's name.
+    """
+    built, shared = {}, []
+    for source in sources:
+        with named(source.name):
+            built[source.name], vocabulary = build_teacher(source, args, run)
+        shared.append(vocabulary)
+    return Teachers(built, args.teacher_column), min(shared)
 
 
-def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
+def build_teacher(source: Source, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     """The teacher ready to be asked, and how many ids it shares with the student.
-
-    `given` is a path, a hub id, a model, a `Teacher`, "initial", or the id of the model that a server serves.
 
     Raises:
         ValueError, TypeError, OSError: a teacher that cannot be had or does not fit the student.
         TeacherServerError: no usable answer of a server.
     """
     known = max(run.tokenizer.get_vocab().values()) + 1
-    if isinstance(given, Teacher):
-        return given, known
-    if args.teacher_server_url:
+    if isinstance(source.model, Teacher):
+        return source.model, known
+    own_prompts = has_own_prompts(run.rows.of(source.name))
+    if source.server_url:
         sampling = {**run_sampling(args, SERVED), "max_tokens": args.max_completion_length}
-        return connect(args.teacher_server_url, given, args, run, sampling), known
-    if run.initial is not None and is_initial(given, args):
+        return connect(source, args, run, sampling, own_prompts), known
+    if run.initial is not None and source.is_initial:
         initial = InitialTeacher(run.initial, run.forward, local_sampling(args, run), args)
         return initial, run.student.config.get_text_config().vocab_size
-    settings = args.teacher_model_revision, args.teacher_model_init_kwargs
-    model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
-    check_models(run.student, model, run.tokenizer, args, run.own_prompts)
-    if isinstance(given, str):
-        tell_dtypes(run.student, model, args)
+    settings = source.revision, source.init_kwargs
+    model = load_teacher(source.model, *settings, **loading_defaults(args, on_host=args.teacher_offload))
+    check_models(run.student, model, run.tokenizer, args, source, own_prompts)
+    if isinstance(source.model, str):
+        tell_dtypes(run.student, model, args, source)
     if args.teacher_phase_steps:
-        tell_unused(logger, "teacher", model.generation_config.to_dict(), stated(args), OF_RUN)
+        tell_unused(logger, source.role, model.generation_config.to_dict(), stated(args), OF_RUN)
     shared = shared_vocabulary(run.student, model)
     sampling = {**local_sampling(args, run), "suppress_tokens": padding_ids(model, shared)}
     limits = args.per_device_train_batch_size, args.teacher_offload, args.ds3_gather_for_generation
@@ -110,18 +118,19 @@ def local_sampling(args: SGOPDConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling: dict[str, Any]) -> ServerTeacher:
+def connect(source: Source, args: SGOPDConfig, run: Run, sampling: dict[str, Any], own_prompts: bool) -> ServerTeacher:
     """The teacher behind servers, which have scored a prompt as they should."""
     limits = args.teacher_server_timeout, args.teacher_server_concurrency, args.teacher_server_retries
-    endpoints = Endpoints(urls, *limits, offset=run.accelerator.process_index)
-    teacher = ServerTeacher(endpoints, served, sampling, frozenset(run.eos_token_ids))
+    endpoints = Endpoints(source.server_url or (), *limits, offset=run.accelerator.process_index)
+    teacher = ServerTeacher(endpoints, source.model, sampling, frozenset(run.eos_token_ids))
     # a sharded student cannot score before training begins
     sharded = is_deepspeed_zero3_enabled() or run.accelerator.distributed_type == "FSDP"
-    scores = None if sharded or run.own_prompts else partial(sequence_logps, run.forward, run.student)
+    scores = None if sharded or own_prompts else partial(sequence_logps, run.forward, run.student)
+    prompt = first_prompt(run.rows.read(source.name), run.tokenizer, run.rows.tokenize)
     with run.agreed(TeacherError):
         teacher.connect()
         top_k = args.teacher_top_k if args.estimator == "top_k" else 0
-        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores, top_k)
+        check_server(teacher, run.tokenizer, prompt, run.eos_token_ids, args.gate_dead_zone, scores, top_k)
     if run.accelerator.num_processes > 1:
         check_patience(endpoints.longest, args.ddp_timeout)
     return teacher

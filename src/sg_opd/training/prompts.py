@@ -7,6 +7,7 @@ propose them: the worked solution, a hint, a system prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import TEACHER_PROMPT
 from ..teachers.protocol import padded
+from ..teachers.server import ServerTeacher
+from ..teachers.several import Teachers, named
 from .datasets import narrowed, rows_to_check
 
 logger = get_logger(__name__)  # of the main process only
@@ -32,9 +35,30 @@ def read_by_teacher(row: dict[str, Any]) -> Any:
     return row.get("prompt") if own is None else own
 
 
-def rows_of_teacher(dataset: Any) -> Any:
-    """The dataset's rows with what the teacher reads as their `prompt`; `None` where there is no dataset."""
-    return None if dataset is None else ({"prompt": read_by_teacher(row)} for row in dataset)
+@dataclass(frozen=True)
+class RowsOfTeachers:
+    """The training set's rows, by the teacher whose they are."""
+
+    dataset: Any  #: `None` where environments supply the prompts
+    column: str  #: with a teacher's name in each row, where there are several
+    tokenize: Tokenize
+
+    def places(self, name: str | None) -> list[int] | None:
+        """The rows of a teacher, by number; `None` is all of them: of a single teacher, or of a stream."""
+        if name is None or not hasattr(self.dataset, "__len__"):
+            return None
+        given = (row.get(self.column) for row in narrowed(self.dataset, [self.column]))
+        return [row for row, teacher in enumerate(given) if teacher == name]
+
+    def of(self, name: str | None) -> Any:
+        """The rows themselves, as a dataset."""
+        places = self.places(name)
+        return self.dataset if places is None else self.dataset.select(places)
+
+    def read(self, name: str | None) -> Any:
+        """The rows with what the teacher reads as their `prompt`; `None` where there is no dataset."""
+        rows = self.of(name)
+        return None if rows is None else ({"prompt": read_by_teacher(row)} for row in rows)
 
 
 def has_own_prompts(dataset: Any) -> bool:
@@ -122,6 +146,24 @@ def check_prompts(
     else:
         context = min((size for size in (own, other) if size), default=None)
         _check_lengths(dataset, "prompt", tokenize, completion, context, server)
+
+
+def check_read(
+    rows: RowsOfTeachers, tokenizer: PreTrainedTokenizerBase, completion: int, own: int | None, teachers: Teachers
+) -> None:
+    """As `check_bos` and `check_prompts`, of one teacher or of several, each for its rows."""
+    for column in ("prompt", TEACHER_PROMPT):
+        check_bos(rows.dataset, tokenizer, column)
+    of_all = rows.dataset, rows.tokenize, completion
+    if teachers.only is not None:
+        check_prompts(*of_all, own, teachers.only.context, isinstance(teachers.only, ServerTeacher))
+        return
+    check_prompts(*of_all, own, None, served=False)
+    for name, teacher in teachers.by_name.items():
+        server = teacher.context if isinstance(teacher, ServerTeacher) else None
+        if isinstance(rows.dataset, Dataset) and (of_teacher := rows.places(name)):
+            with named(name):
+                _check_lengths(rows.dataset.select(of_teacher), TEACHER_PROMPT, *of_all[1:], teacher.context, server)
 
 
 def _check_lengths(
