@@ -91,6 +91,11 @@ SCENARIOS = {
         "lora": LORA,
         "settings": {"estimator": "full", "learning_rate": 0.2, **PHASE},
     },
+    # and two teachers: a rank has rows of one of them alone
+    "whole-full-teachers-phase": {
+        "teachers": ["teacher", "tied"],
+        "settings": {"estimator": "full", **PHASE},
+    },
     "whole-full-sigmoid": {
         "settings": {
             "preset": "r2-opd",
@@ -148,6 +153,8 @@ def launch(world, backend, scenarios, out):
     for name, scenario in scenarios.items():
         student = str(world / scenario.get("student", "student"))
         job["scenarios"][name] = {"teacher": str(world / "teacher"), **scenario, "student": student}
+        if "teachers" in scenario:
+            job["scenarios"][name]["teacher"] = {which: str(world / which) for which in scenario["teachers"]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(job))
     code = run_worker(WORKER, out / "job.json", backend, out / "log.txt", LIMIT)

@@ -130,8 +130,11 @@ def as_row(problem: dict) -> dict:
 
 
 def as_hinted_row(problem: dict) -> dict:
-    """The same for a teacher that sees more: its `teacher_prompt` has the worked solution before the question."""
-    row = as_row(problem)
+    """The same for a teacher that sees more: its `teacher_prompt` has the worked solution before the question.
+
+    Of two teachers, `teacher` names the one for questions with products and the one for the others.
+    """
+    row = as_row(problem) | {"teacher": "products" if "times" in problem["question"] else "sums"}
     return {
         **row,
         "teacher_prompt": [*row["prompt"], {"role": "assistant", "content": problem["solution"]}, *row["prompt"]],
