@@ -66,6 +66,7 @@ ARMS = {
     "entry-gate": Arm("SG-OPD lite, gate per vocabulary entry", LITE, trainer="entry-gate", everywhere=False),
     "distillation": Arm("TRL DistillationTrainer", trainer="distillation"),
     "grpo": Arm("GRPO, verifier alone", trainer="grpo"),
+    "self": Arm("the student before training with the worked solution as teacher", LITE, trainer="self"),
     "sft": Arm("SFT on endorsed teacher rollouts", trainer="sft"),
 }
 # and of the family of gates; what they share with the others is the same arm
@@ -188,11 +189,14 @@ def entry_gated(
     return -((student.detach().exp() * factor * delta) * student).sum(-1)
 
 
-def train_sg_opd(world: World, arguments: dict, settings: dict, trainer: type[SGOPDTrainer] = SGOPDTrainer) -> Trainer:
+def train_sg_opd(
+    world: World, arguments: dict, settings: dict, trainer: type[SGOPDTrainer] = SGOPDTrainer, alone: bool = False
+) -> Trainer:
+    """With the world's teacher; `alone` with the student before training, which reads the worked solution too."""
     settings = {"estimator": "full", "num_generations": GENERATIONS, **settings}
     return trainer(
         model=world.student,
-        teacher_model=world.teacher,
+        teacher_model="initial" if alone else world.teacher,
         verifier=verifier(),
         args=SGOPDConfig(
             **arguments,
@@ -200,7 +204,7 @@ def train_sg_opd(world: World, arguments: dict, settings: dict, trainer: type[SG
             max_completion_length=world.max_completion_length,
             temperature=1.0,
         ),
-        train_dataset=world.split("train"),
+        train_dataset=world.split("train", hinted=alone),
     )
 
 
@@ -264,6 +268,7 @@ TRAINERS = {
     "sg-opd": train_sg_opd,
     "unendorsed": lambda *given: train_sg_opd(*given, trainer=UnendorsedTrainer),
     "entry-gate": lambda *given: train_sg_opd(*given, trainer=EntryGateTrainer),
+    "self": lambda *given: train_sg_opd(*given, alone=True),
     "grpo": train_grpo,
     "distillation": train_distillation,
     "sft": train_sft,

@@ -70,14 +70,18 @@ class World:
     def teacher(self) -> str:
         return str(self.teacher_folder or self.models / "teacher")
 
-    def split(self, name: str, count: int | None = None) -> Dataset:
-        """`test`, `validation` or `train`, or its first `count` rows: columns `prompt` and `solution`."""
+    def split(self, name: str, count: int | None = None, hinted: bool = False) -> Dataset:
+        """`test`, `validation` or `train`, or its first `count` rows: columns `prompt` and `solution`.
+
+        `hinted` adds `teacher_prompt`: the worked solution, then the question.
+        """
         bounds = {
             "test": slice(TEST),
             "validation": slice(TEST, TEST + VALIDATION),
             "train": slice(TEST + VALIDATION, None),
         }
-        return Dataset.from_list([arithmetic.as_row(row) for row in _questions(self)[bounds[name]][:count]])
+        form = arithmetic.as_hinted_row if hinted else arithmetic.as_row
+        return Dataset.from_list([form(row) for row in _questions(self)[bounds[name]][:count]])
 
     def make_models(self) -> None:
         """Make the models that are not there yet; no question of a split is among what they are taught."""

@@ -36,7 +36,8 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
     }
 
     def split(name: str):
-        return prepare_dataset(load_data(script_args.dataset_name, name, script_args.dataset_config))
+        data = load_data(script_args.dataset_name, name, script_args.dataset_config)
+        return prepare_dataset(data, keep=[args.teacher_column] if args.teacher_models else ())
 
     trainer = SGOPDTrainer(
         model=model_args.model_name_or_path,

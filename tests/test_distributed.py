@@ -90,6 +90,23 @@ SCENARIOS = {
         "verifier": "by_place",
         "settings": {"num_generations": 8, "gate_signal": "group", "advantage_weight": 0.3},
     },
+    # and the student before training as teacher, which reads other prompts
+    "whole-sampled-initial-teacher": {
+        "teacher": "initial",
+        "hinted": True,
+        "settings": {"reference_policy": "initial", "gate_extrapolation": 1.2},
+    },
+    "lora-full-teacher-phase": {
+        "teacher": "initial",
+        "hinted": True,
+        "lora": LORA,
+        "settings": {"estimator": "full", "learning_rate": 0.2, **PHASE},
+    },
+    # and two teachers: a rank has rows of one of them alone
+    "whole-full-teachers-phase": {
+        "teachers": ["teacher", "tied"],
+        "settings": {"estimator": "full", **PHASE},
+    },
     "whole-full-sigmoid": {
         "settings": {
             "preset": "r2-opd",
@@ -145,8 +162,10 @@ def launch(world, backend, scenarios, out):
     """Run the worker to its end, or fail with what it printed."""
     job = {"backend": backend, "out": str(out), "data": str(world / "data.jsonl"), "scenarios": {}}
     for name, scenario in scenarios.items():
-        models = {"teacher": str(world / "teacher"), "student": str(world / scenario.get("student", "student"))}
-        job["scenarios"][name] = {**scenario, **models}
+        student = str(world / scenario.get("student", "student"))
+        job["scenarios"][name] = {"teacher": str(world / "teacher"), **scenario, "student": student}
+        if "teachers" in scenario:
+            job["scenarios"][name]["teacher"] = {which: str(world / which) for which in scenario["teachers"]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(job))
     code = run_worker(WORKER, out / "job.json", backend, out / "log.txt", LIMIT)

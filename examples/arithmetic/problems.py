@@ -9,7 +9,8 @@ A problem is a chain of operations on a running value; the solution writes every
                \\boxed{125}
 
 Usage: ``python examples/arithmetic/problems.py`` rewrites ``data/train.jsonl`` (questions and answers for distillation,
-no worked solutions) and ``data/test.jsonl`` (200 held-out questions) beside this file.
+no worked solutions), ``data/test.jsonl`` (200 held-out questions) and ``hinted/train.jsonl`` (500 of the
+first, each with its worked solution for the teacher alone) beside this file.
 """
 
 from __future__ import annotations
@@ -128,15 +129,30 @@ def as_row(problem: dict) -> dict:
     return {"prompt": [{"role": "user", "content": problem["question"]}], "solution": problem["answer"]}
 
 
-def main() -> None:
-    splits = {
-        "train": make_problems(4000, TRAIN_SEED, held_out_questions()),
-        "test": make_problems(200, TEST_SEED),
+def as_hinted_row(problem: dict) -> dict:
+    """The same for a teacher that sees more: its `teacher_prompt` has the worked solution before the question.
+
+    Of two teachers, `teacher` names the one for questions with products and the one for the others.
+    """
+    row = as_row(problem) | {"teacher": "products" if "times" in problem["question"] else "sums"}
+    return {
+        **row,
+        "teacher_prompt": [*row["prompt"], {"role": "assistant", "content": problem["solution"]}, *row["prompt"]],
     }
-    (HERE / "data").mkdir(exist_ok=True)
-    for name, problems in splits.items():
-        with open(HERE / "data" / f"{name}.jsonl", "w") as file:
-            file.writelines(json.dumps(as_row(problem)) + "\n" for problem in problems)
+
+
+def main() -> None:
+    train = make_problems(4000, TRAIN_SEED, held_out_questions())
+    files = {
+        "data/train": map(as_row, train),
+        "data/test": map(as_row, make_problems(200, TEST_SEED)),
+        "hinted/train": map(as_hinted_row, train[:500]),
+    }
+    for name, rows in files.items():
+        path = HERE / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 # what is left out wherever a configuration is written down or shown: addresses of servers and tokens
 CONFIDENTIAL = ("teacher_server_url", "vllm_server_base_url", "hub_token", "push_to_hub_token")
-# and keys of a field that is a dict, such as `model_init_kwargs`
-CONFIDENTIAL_KEYS = ("token", "hf_token", "access_token", "use_auth_token", "api_key", "password")
+# and keys of a field that is a dict, such as `model_init_kwargs` or `teacher_models`, or of a dict in it
+CONFIDENTIAL_KEYS = ("server_url", "token", "hf_token", "access_token", "use_auth_token", "api_key", "password")
 
 
 class Confidential:

@@ -13,8 +13,8 @@ from .confidential import Confidential
 from .method.gate import GateSettings, is_divergence
 from .method.teacher_phase import SCHEDULES, TeacherPhaseSampler
 from .presets import PRESETS, SOURCES, check_idle, check_unused
-from .teachers.http import check_url
 from .teachers.sampling import WHOLE_DISTRIBUTION
+from .teachers.several import check_sources
 
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -63,7 +63,7 @@ class SGOPDConfig(Confidential, GRPOConfig):
     Checkpoints, trackers and the text of a configuration hold no address of a server and no token.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "teacher_models"]
 
     preset: str = HfArg(
         default="sg-opd",
@@ -150,6 +150,14 @@ class SGOPDConfig(Confidential, GRPOConfig):
     teacher_model_revision: str | None = HfArg(default=None, help="Revision (branch, tag or commit) of the teacher.")
     teacher_model_init_kwargs: dict | str | None = HfArg(
         default=None, help="Keyword arguments for the teacher's from_pretrained. dtype defaults to the checkpoint's."
+    )
+    teacher_models: dict | str | None = HfArg(
+        default=None,
+        help="Several teachers by name, when the trainer is given none: each a path, a hub id or 'initial', or a "
+        "mapping with `model_name_or_path`, `server_url`, `revision`, `init_kwargs`, as the fields of a single one.",
+    )
+    teacher_column: str = HfArg(
+        default="teacher", help="Column of the dataset that names each row's teacher, where there are several."
     )
     teacher_offload: bool = HfArg(
         default=False,
@@ -255,28 +263,7 @@ class SGOPDConfig(Confidential, GRPOConfig):
     def _check_server_fields(self) -> None:
         if not self.teacher_server_timeout > 0:
             raise ValueError(f"`teacher_server_timeout` must be > 0 seconds, got {self.teacher_server_timeout!r}.")
-        if self.teacher_server_url is None:
-            return
-        for url in self.teacher_server_url or [""]:
-            check_url(url, "teacher_server_url")
-        if self.temperature != 1.0:
-            raise ValueError(
-                f"`temperature={self.temperature!r}` and `teacher_server_url` do not go together: a server scores at "
-                "temperature 1, and student and teacher must be compared at the same one. Set temperature=1.0."
-            )
-        if self.estimator == "full":
-            raise ValueError(
-                "estimator='full' needs the teacher's whole distributions, which no server returns: use "
-                "estimator='top_k' or 'sampled' with `teacher_server_url`, or a teacher in this process."
-            )
-        if self.teacher_offload:
-            raise ValueError(
-                "`teacher_offload=True` is for a teacher in this process, but `teacher_server_url` has it elsewhere: "
-                "leave it at False."
-            )
-        for name in ("teacher_model_revision", "teacher_model_init_kwargs"):
-            if getattr(self, name):
-                raise ValueError(f"`{name}` is for loading a teacher, but `teacher_server_url` has it loaded already.")
+        check_sources(self)
 
     def _check_parent_fields(self) -> None:
         if self.metric_for_best_model in ("loss", "eval_loss"):
@@ -322,7 +309,7 @@ class SGOPDConfig(Confidential, GRPOConfig):
 
     def card_section(self, teacher: str) -> str:
         """The section of a model card that names the teacher and the method's settings, as Markdown."""
-        own = [name for name in own_fields(self) if not name.startswith(("teacher_model_", "teacher_server_"))]
+        own = [name for name in own_fields(self) if not name.startswith(("teacher_model", "teacher_server_"))]
         rows = "\n".join(f"| `{name}` | `{getattr(self, name)}` |" for name in own)
         return f"### SG-OPD settings\n\nTeacher: `{teacher}`\n\n| field | value |\n| --- | --- |\n{rows}\n\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .paths import check_path
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
+TEACHER_PROMPT = "teacher_prompt"  # a column that the teacher reads in place of `prompt`: text, messages, or None
 # (question, reference answer): the first pair of columns that a dataset has; GSM8K, MATH, AIME, DeepMath, Open-R1 ...
 FORMS = (
     ("prompt", "reward_model"),  # DAPO
@@ -62,22 +64,24 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
     return load_dataset(name_or_path, name=name, split=split)
 
 
-def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
+def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: Sequence[str] = ()) -> Any:
     r"""A dataset with the columns `prompt` (one user message) and `solution` (the reference answer, as text).
 
     Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer` what follows
-    `####`), and `prompt` with `solution`, which stays as it is. Of the others only `teacher_completions` is kept.
+    `####`), and `prompt` with `solution`, which stays as it is. Of the others `teacher_completions`,
+    `teacher_prompt` and those in `keep` are kept.
 
     Args:
         dataset: a `Dataset`, an `IterableDataset`, or a dict of them by split.
         instruction: appended to each question on a line of its own unless it already asks for a `\boxed{}` answer, not
             merely shows one; `None` appends nothing.
+        keep: further columns to keep where they are there, such as the one that names each row's teacher.
 
     Raises:
         ValueError: none of the forms fits, or there is no row to tell one by.
     """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        return type(dataset)({split: prepare_dataset(part, instruction) for split, part in dataset.items()})
+        return type(dataset)({split: prepare_dataset(part, instruction, keep) for split, part in dataset.items()})
     if format_of(dataset) not in (None, "custom"):  # torch, numpy, pandas ...: rows would be no plain values
         dataset = dataset.with_format(None)
     columns = list(dataset.column_names or next(iter(dataset), ()))
@@ -92,9 +96,10 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION) -> Any:
             f"or to one of: {'; '.join(', '.join(map(repr, form)) for form in FORMS)}."
         )
     question, answer = pair
+    kept = ("prompt", "solution", COLLECTED, TEACHER_PROMPT, *keep)
     return dataset.map(
         lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
-        remove_columns=[name for name in columns if name not in ("prompt", "solution", COLLECTED)],
+        remove_columns=[name for name in columns if name not in kept],
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +24,24 @@ from .method.gate import GateDecision, is_divergence
 from .method.loss import SignGatedLoss, policy_gradient, sequence_old_logps
 from .method.teacher_phase import TeacherPhaseSampler
 from .method.top_k import top_k_per_token
-from .teachers.local import loading_defaults, padding_ids
-from .teachers.probe import first_prompt
+from .teachers.local import padding_ids
 from .teachers.protocol import Teacher
 from .teachers.sampling import only_stated
-from .teachers.server import ServerTeacher
+from .teachers.several import sources_of
 from .training import checks
 from .training.datasets import check_box, check_datasets
 from .training.environments import probed, verifier_of
-from .training.frozen import InitialPolicy, Run, build_teacher, capture
-from .training.metrics import rollout_totals, verdict_metrics
+from .training.frozen import InitialPolicy, Run, build_teachers, capture
+from .training.metrics import verdict_metrics
+from .training.prompts import RowsOfTeachers, check_read, has_own_prompts, teacher_prompt_tensors
 from .training.reports import RunReports
 from .training.rollouts import MULTIMODAL_KEYS, Generated, Proposer, Rollouts, state_sampling, teacher_slots
 from .training.scoring import Scoring
 from .verifiers.verdicts import MathVerifier
 from .views.gate_samples import GateSamples
 
-NOT_COMPARED = ("teacher_server_", "log_gate_samples")  # own settings that do not alter what is computed
+# own settings that do not alter what is computed, or are compared in another form
+NOT_COMPARED = ("teacher_server_", "teacher_models", "log_gate_samples")
 
 
 class SGOPDTrainer(RunReports, ResumableTrainer):
@@ -57,8 +57,10 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
 
     Args:
         model: the student; a path, a hub id, a `PreTrainedModel` or a `PeftModel`.
-        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, or any `sg_opd.teachers.Teacher`. Default:
-            `args.teacher_model_name_or_path`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
+        teacher_model: the teacher; a path, a hub id, a `PreTrainedModel`, any `sg_opd.teachers.Teacher`, or "initial":
+            the student before training, which then reads the column `teacher_prompt`. Several: a dict of these by
+            name, of which the column `teacher` names each row's. Default: `args.teacher_model_name_or_path`, or
+            `args.teacher_models`. Its dtype is its checkpoint's unless `args.teacher_model_init_kwargs`
             asks for another. With `args.teacher_server_url` it is the id of the served model, and optional.
         verifier: judges completions in TRL's reward-function form, returning 1 (correct), 0 (incorrect) or `None`
             (abstained) each. Default: `MathVerifier()`, which needs the column `solution`.
@@ -92,7 +94,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
     def __init__(
         self,
         model: Any,
-        teacher_model: str | PreTrainedModel | Teacher | None = None,
+        teacher_model: str | PreTrainedModel | Teacher | dict[str, Any] | None = None,
         verifier: Callable[..., list[float | None]] | None = None,
         args: SGOPDConfig | None = None,
         train_dataset: Any = None,
@@ -105,16 +107,18 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SGOPDConfig(f"{name.split('/')[-1]}-SG-OPD")
-        teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
         checks.check_arguments(teacher_model, model, verifier, args, eval_dataset, kwargs)
         kwargs["environment_factory"], environments = probed(kwargs.get("environment_factory"))
         verifier = verifier_of(verifier, environments, train_dataset, lambda: self.async_loop)
         turns = next((name for name in ("environment_factory", "tools") if kwargs.get(name)), None)
         check_datasets(train_dataset, eval_dataset, checks.unparseable_by(verifier), args, turns)
+        self._sources = sources_of(teacher_model, args)
+        checks.check_rows_of_teachers(self._sources, train_dataset, args, turns)
         args = copy.copy(args)  # the caller's stays as it is
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})  # as loading_defaults
-        captured = capture(model, args) if args.reference_policy == "initial" and peft_config is None else None
+        self._keeps_initial = args.reference_policy == "initial" or any(source.is_initial for source in self._sources)
+        captured = capture(model, args) if self._keeps_initial and peft_config is None else None
         self.verifier = verifier
         self.sign_gated_loss = SignGatedLoss(args.gate_settings())
         self._gate_inputs: dict[str, Any] | None = None
@@ -132,33 +136,30 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         if args.log_gate_samples:
             samples = args.output_dir, args.log_gate_samples, self._tokenizer, self.sign_gated_loss, self._trained_last
             self.add_callback(GateSamples(*samples, args.report_to, self.callback_handler.callbacks))
-        self._set_up_frozen(teacher_model, captured, quantization_config)
+        self._set_up_frozen(captured, quantization_config)
 
-    def _set_up_frozen(self, teacher: Any, captured: PreTrainedModel | None, quantization: Any) -> None:
-        """Set up the teacher and, where it is the reference, the initial policy; check both beside the student."""
+    def _set_up_frozen(self, captured: PreTrainedModel | None, quantization: Any) -> None:
+        """Set up the teachers and, where it is one or the reference, the initial policy; check both and the student."""
         args, student = self.args, self.accelerator.unwrap_model(self.model)
         own = self.train_dataset if self.environment_factories is None else None  # without environments: its prompts
-        prompt = partial(first_prompt, own, self._tokenizer, self._tokenize_prompts)
-        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, prompt, self.last_good_step.agreed
-        self.teacher, self.shared_vocabulary = build_teacher(teacher, args, Run(*run))
+        of_student = args, self.accelerator, captured, lambda: self.model, quantization
+        self.initial_policy = InitialPolicy.of_run(*of_student) if self._keeps_initial else None
+        rows, agreed = RowsOfTeachers(own, args.teacher_column, self._tokenize_prompts), self.last_good_step.agreed
+        run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, rows, agreed, self.initial_policy
+        self.teachers, self.shared_vocabulary = build_teachers(self._sources, args, Run(*run))
+        self.teacher = self.teachers.only
         padding = padding_ids(student, self.shared_vocabulary) or []
         state_sampling(args, student, padding, self.vllm_generation if self.use_vllm else self)
-        self.initial_policy: InitialPolicy | None = None
-        if args.reference_policy == "initial":
-            loading = loading_defaults(args) | (args.model_init_kwargs or {})
-            loading |= {} if quantization is None else {"quantization_config": quantization}
-            as_student = self.accelerator, self.temperature, args.cast_lm_head_to_fp32
-            self.initial_policy = InitialPolicy(captured, lambda: self.model, *as_student, **loading)
-        frozen = self.teacher, self.shared_vocabulary, self.initial_policy, self
-        self.scoring = Scoring(args, *frozen, self.last_good_step.agreed, self.finite.skips)
-        of_run = self._is_vlm, self._dist.fsdp_version, self.shared_vocabulary
-        checks.check_set_up(args, student, self.teacher, *of_run)
+        reference = self.initial_policy if args.reference_policy == "initial" else None
+        frozen = self.teachers, self.shared_vocabulary, reference, self
+        self.scoring = Scoring(args, *frozen, agreed, self.finite.skips)
+        several = self.teacher is None or has_own_prompts(own)
+        of_run = self._is_vlm, self._dist.fsdp_version, self.shared_vocabulary, several
+        checks.check_teachers(args, student, self.teachers, *of_run)
         if own is not None and isinstance(self.verifier, MathVerifier):
             check_box(own, getattr(self.processing_class, "chat_template", None))
         if own is not None and not self._is_vlm:
-            checks.check_bos(own, self._tokenizer)
-            of_models = checks.context_of(student), self.teacher.context, isinstance(self.teacher, ServerTeacher)
-            checks.check_prompts(own, self._tokenize_prompts, args.max_completion_length, *of_models)
+            check_read(rows, self._tokenizer, args.max_completion_length, checks.context_of(student), self.teachers)
 
     @property
     def teacher_phase(self) -> TeacherPhaseSampler:
@@ -173,7 +174,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         with only_stated(self.accelerator.unwrap_model(self.model)):
             output = super()._generate(prompts)
-        self._rollouts.read_prompts(self._tokenizer, output[0])
+        self._rollouts.read_prompts(self._tokenizer, output[0], self._tokenize_prompts)
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:
@@ -181,7 +182,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             self._mix(generated)
             if not output[5]:  # a `rollout_func` has more columns for the verifier
                 self._rollouts.grade_ahead(generated)
-            self.scoring.begin(generated.prompt_ids, generated.completion_ids)
+            read = self._rollouts.teacher_prompt_ids or generated.prompt_ids
+            self.scoring.begin(read, generated.completion_ids, self._rollouts.whose)
         return output
 
     def _mix(self, generated: Generated) -> None:
@@ -192,7 +194,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         slots, anywhere = teacher_slots(phase, self.state.global_step, self.num_generations, *place)
         if anywhere:
             reads = self.processing_class, self._tokenizer, frozenset(self.eos_token_ids), self.shared_vocabulary
-            proposer = Proposer(self.teacher, self.last_good_step.agreed, *reads, args.max_completion_length)
+            proposer = Proposer(self.teachers, self.last_good_step.agreed, *reads, args.max_completion_length)
             self._rollouts.mix(phase, slots, proposer, generated)
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
@@ -203,7 +205,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         if self.model.training:
             signal = self.num_generations, self.args.gate_signal == "group"
             self._rollouts.compare(labels, from_teacher, *signal, self.accelerator.process_index)
-            self._meter.add(rollout_totals(**self._rollouts.by_row))
+            self._count(self._rollouts)
         else:
             for name, value in verdict_metrics(labels).items():
                 self._metrics["eval"][name].append(value)
@@ -218,7 +220,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Same as GRPOTrainer; adds the verdicts and, in training, the frozen models' scores."""
         neutral = self.model.training and self.args.truncated_verdict == "abstain"  # evaluation judges all
         ends = frozenset([*self.eos_token_ids, self._tokenizer.pad_token_id]) if neutral else None
-        self._rollouts = Rollouts(inputs, self.verifier, self.state, ends)  # `_generate` is not given the columns
+        whose = self.teachers.of_rows(inputs) if self.model.training else None
+        self._rollouts = Rollouts(inputs, self.verifier, self.state, ends, whose)  # `_generate` has not the columns
         if self.model.training:
             self.last_good_step.begin()
         output = super()._generate_and_score_completions(inputs)
@@ -226,6 +229,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             return output
         device, own = self.accelerator.device, {"group_advantages": output["advantages"]}
         own |= {"row": torch.arange(len(inputs), device=device), "gold": self._rollouts.reference_answers()}
+        own |= teacher_prompt_tensors(self._rollouts.teacher_prompt_ids, self._tokenizer.pad_token_id, device)
+        own |= self.teachers.numbers(whose, device)
         output |= self._rollouts.tensors(device) | own
         self._row_advantages = torch.full((len(inputs),), math.nan, device=device)
         return output | self.scoring.of_generation(output)
@@ -294,11 +299,11 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             given = inputs["completion_ids"], gated, self.temperature, decide, reference, *taught
             if top is not None:
                 return top_k_per_token(*own, top, *given)
-            return full_per_token(*own, teacher, self.scoring.teacher_head(), *given)
+            return full_per_token(*own, self.scoring.targets(teachers), *given)
 
         with self.accelerator.autocast():
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                teacher = None if top is not None else self.scoring.teacher_states(inputs)
+                teachers = [] if top is not None else self.scoring.teacher_states(inputs)
                 reference = self.scoring.reference(inputs)
             losses, *measured = self.run_within(model, per_token)
         measures = dict(zip(("entropy", "rest/student"), measured, strict=False))
@@ -339,9 +344,10 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
     def own_settings(self) -> dict[str, Any]:
         values = self.args.to_dict()
         own = {name: values[name] for name in own_fields(self.args) if not name.startswith(NOT_COMPARED)}
+        of_each = {source.name: loading(source.init_kwargs) for source in self._sources}
         return own | {
-            "teacher_model": self.teacher.name,
-            "teacher_model_init_kwargs": loading(self.args.teacher_model_init_kwargs),
+            "teacher_model": self.teachers.name,
+            "teacher_model_init_kwargs": of_each.get(None, of_each),
             "verifier": get_callable_name(self.verifier),
         }
 

@@ -96,8 +96,9 @@ def test_a_recipes_page_says_what_the_recipe_says(path):
     assert f"examples/configs/{path.name}" in page
     (row,) = [line for line in index.splitlines() if line.startswith(f"| [`{path.stem}`]")]
     for field in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
-        if "/" in recipe[field] and not recipe[field].startswith("examples/"):
-            assert recipe[field].split("/")[-1].lower() in row.lower(), field
+        value = recipe.get(field, "")  # of several teachers there is no single one
+        if "/" in value and not value.startswith("examples/"):
+            assert value.split("/")[-1].lower() in row.lower(), field
     assert ("LoRA" in row) == bool(recipe.get("use_peft"))
     assert ("server" in row) == ("teacher_server_url" in recipe)
     (launch,) = re.findall(r"examples/accelerate/(\w+)\.yaml", path.read_text().splitlines()[0]) or [None]

@@ -15,7 +15,7 @@ from trl import GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 import sg_opd
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.presets import PRESETS, SOURCES
-from sg_opd.training.metrics import METRICS
+from sg_opd.training.metrics import BY_TEACHER, METRICS
 
 SOURCE = ROOT / "src" / "sg_opd"
 # the rooms and modules that each may import from; `docs/rooms.py` draws the arrows there are
@@ -157,7 +157,7 @@ def test_every_shipped_config_parses(path):
     script, args, model = parser.parse_args_and_config(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
     assert script.dataset_name
     assert model.model_name_or_path
-    assert args.teacher_model_name_or_path
+    assert args.teacher_model_name_or_path or args.teacher_models
     if model.model_name_or_path.startswith("Qwen/Qwen3-"):  # which think first, and would be cut
         assert args.chat_template_kwargs == {"enable_thinking": False}
 
@@ -273,6 +273,11 @@ def test_documented_metrics_are_the_codes():
         re.findall(r"^\| `([a-z]+/[a-z0-9_]+)` \| (.*?) \|$", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     )
     assert documented == METRICS
+
+
+def test_documented_metrics_by_teacher_are_the_codes():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert dict(re.findall(r"^\| `teachers/<name>/(\w+)` \| (.*?) \|$", page, re.M)) == BY_TEACHER
 
 
 def test_documented_presets_are_the_codes():

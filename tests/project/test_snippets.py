@@ -46,6 +46,7 @@ GIVEN = {
     "docs/gate-view.md": ("dataset",),
     "docs/merging.md": ("dataset",),
     "docs/metrics.md": ("trained",),
+    "docs/teachers.md": ("dataset",),
     "sg_opd.evaluation.evaluator.EvaluationCallback": ("trainer", "held_out"),
     "sg_opd.trainer.SGOPDTrainer": ("dataset",),
 }

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,16 @@ class Witness(SGOPDTrainer):
         self.trained_tokens: list[int] = []
         self.teacher_calls: list[int] = []
         super().__init__(*args, **kwargs)
-        self.teacher.generation_config.do_sample = False  # greedy, so that any number of processes proposes the same
-        propose = self.teacher.propose
+        for teacher in self.teachers.by_name.values():
+            teacher.generation_config.do_sample = False  # greedy, so that any number of processes proposes the same
+            teacher.propose = self._counted(teacher.propose)
 
+    def _counted(self, propose: Callable) -> Callable:
         def counted(prompt_ids: list, *candidates: int) -> list:
             self.teacher_calls[-1] += 1
             return propose(prompt_ids, *candidates)
 
-        self.teacher.propose = counted
+        return counted
 
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
         self.teacher_calls.append(0)
@@ -183,6 +186,11 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     args = configuration(folder, world, scenario.get("settings", {}))
     data = load_dataset("json", data_files=JOB["data"], split="train")
+    if scenario.get("hinted"):  # the teacher reads more than the student
+        hint = {"role": "user", "content": "3*4=12 5+7=12"}
+        data = data.map(lambda row: {"teacher_prompt": [hint, *row["prompt"]]})
+    if "teachers" in scenario:
+        data = data.map(lambda row, i: {"teacher": scenario["teachers"][i % 2]}, with_indices=True)
     lora = scenario.get("lora")
     trainer = Witness(
         scenario["student"],
@@ -197,7 +205,8 @@ def run(name: str, scenario: dict[str, Any], world: int) -> None:
     if "evaluated" in scenario:
         trainer.add_callback(EvaluationCallback(trainer, data.select(range(3)), **scenario["evaluated"]))
     trainer.train(resume_from_checkpoint=scenario.get("resume"))
-    models = {"student": trainer.accelerator.unwrap_model(trainer.model), "teacher": trainer.teacher.unwrapped}
+    first = next(iter(trainer.teachers.by_name.values()))
+    models = {"student": trainer.accelerator.unwrap_model(trainer.model), "teacher": first.unwrapped}
     if getattr(trainer, "initial_policy", None) is not None and trainer.initial_policy.frozen is not None:
         models["initial"] = trainer.accelerator.unwrap_model(trainer.initial_policy.frozen)
     result = {

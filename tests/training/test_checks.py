@@ -12,11 +12,11 @@ from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
 from sg_opd.training.checks import (
     by_main_process,
     check_arguments,
-    check_prompts,
     check_set_up,
 )
 from sg_opd.training.datasets import check_dataset, has_images, rows_to_check
 from sg_opd.training.models import check_tokenizers
+from sg_opd.training.prompts import check_prompts
 
 
 def coin(prompts, completions, **kwargs):

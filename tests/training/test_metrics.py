@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sg_opd import SignGatedLoss
 from sg_opd.method.gate import gate_metrics
 from sg_opd.method.loss import policy_gradient
-from sg_opd.training.metrics import METRICS, GateMeter, rollout_totals, shares, verdict_metrics
+from sg_opd.training.metrics import METRICS, GateMeter, shares, verdict_metrics
+from sg_opd.training.totals import rollout_totals
 
 NAN = math.nan
 LABELS = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0, 0.0])

@@ -6,7 +6,7 @@ Both distributions are renormalised over the ids that student and target share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,11 +139,18 @@ def tilted_target(
         return torch.cat(hidden, dim=1), Head(_whole(torch.cat(columns, dim=1)), None)
 
 
+class Target(NamedTuple):
+    """A teacher's states for its `rows` of a batch, (B', T, H), with its head; `None` is all rows."""
+
+    states: Tensor
+    head: Head
+    rows: list[int] | None = None
+
+
 def full_per_token(
     student_states: Tensor,
     student: Head,
-    teacher_states: Tensor,
-    teacher: Head,
+    targets: Sequence[Target],
     ids: Tensor,
     gated: Tensor,
     temperature: float,
@@ -154,27 +161,68 @@ def full_per_token(
 ) -> tuple[Tensor, Tensor]:
     """Loss and student entropy of each position, both (B, T), zero where not trained.
 
-    `gated` tokens are trained by the gated divergence, `taught` ones by maximum likelihood times `taught_weight`; both
-    masks are (B, T), all states (B, T, H). `decide` takes the student's and the teacher's log-probabilities of `ids` to
-    the gate's factors, all (B, T). `reference` is states and head of the initial policy; `None` is the current one.
+    `gated` tokens are trained by the gated divergence from the one of `targets` whose row it is, `taught` ones by
+    maximum likelihood times `taught_weight`; both masks are (B, T), all states (B, T, H), H each model's own. `decide`
+    takes the student's and the teacher's log-probabilities of `ids` to the gate's factors, all (B, T). `reference` is
+    states and head of the initial policy; `None` is the current one. Every rank must have as many targets.
     """
-    student, teacher = unsharded(student), unsharded(teacher)
-    at = places(gated)
-    states, targets, tokens = taken(student_states, at), taken(teacher_states, at), taken(ids, at)
-    # under the initial reference this pass only decides, and the next one is differentiated
-    given = states if reference is None else states.detach()
-    current = chunked_divergence(given, student, targets, teacher, tokens, temperature)
-    factor = decide(spread(current.student_logps, gated), spread(current.target_logps, gated))
-    factor = taken(factor, at)
-    if reference is None:
-        divergence = factor * current.divergence
-    else:
-        tilted = tilted_target(targets, teacher, taken(reference[0], at), unsharded(reference[1]), factor)
-        divergence = chunked_divergence(states, student, *tilted, tokens, temperature).divergence
-    per_token = spread(divergence, gated)
+    student = unsharded(student)
+    given = reference and (reference[0], unsharded(reference[1]))
+    passes = [_first_pass(student_states, student, target, ids, gated, temperature, given) for target in targets]
+    logps = (
+        [spread(logps, found.mask) for logps in (found.current.student_logps, found.current.target_logps)]
+        for found in passes
+    )
+    both: Any = map(sum, zip(*logps, strict=True))
+    factor = decide(*both)
+    losses: list[Any] = []
+    for found in passes:
+        at = taken(factor, found.at)
+        if given is None:
+            divergence = at * found.current.divergence
+        else:
+            tilted = tilted_target(found.states, found.head, taken(given[0], found.at), given[1], at)
+            states = taken(student_states, found.at), student
+            divergence = chunked_divergence(*states, *tilted, taken(ids, found.at), temperature).divergence
+        losses.append(spread(divergence, found.mask))
     if taught is not None:
-        per_token = per_token + taught_per_token(student_states, student, ids, taught, taught_weight, temperature)
-    return per_token, spread(current.entropy, gated)
+        losses.append(taught_per_token(student_states, student, ids, taught, taught_weight, temperature))
+    entropy: Any = sum(spread(found.current.entropy, found.mask) for found in passes)
+    return sum(losses), entropy
+
+
+class _Pass(NamedTuple):
+    """What `_first_pass` found at a teacher's trained tokens: their `mask` (B, T), places, states and divergence."""
+
+    mask: Tensor
+    at: Tensor
+    states: Tensor
+    head: Head
+    current: Divergence
+
+
+def _first_pass(
+    student_states: Tensor,
+    student: Head,
+    target: Target,
+    ids: Tensor,
+    gated: Tensor,
+    temperature: float,
+    reference: Any,
+) -> _Pass:
+    head, mask, own = unsharded(target.head), gated, gated
+    if target.rows is not None:
+        own = gated[target.rows]
+        mask = torch.zeros_like(gated)
+        mask[target.rows] = own
+    at = places(mask)
+    states = taken(student_states, at)
+    # under the initial reference this pass only decides, and the next one is differentiated
+    states = states if reference is None else states.detach()
+    targets = taken(target.states, places(own))
+    return _Pass(
+        mask, at, targets, head, chunked_divergence(states, student, targets, head, taken(ids, at), temperature)
+    )
 
 
 def taught_per_token(

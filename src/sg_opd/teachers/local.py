@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..method.buckets import Buckets
-from ..method.divergence import head_of, last_hidden_state, places, put, sequence, taken, unsharded
+from ..method.divergence import Head, head_of, last_hidden_state, places, put, sequence, taken, unsharded
 from ..method.top_k import likeliest
 from .protocol import TEACHER_MEMBERS, padded
 from .sampling import sample_completions
@@ -177,6 +177,10 @@ class LocalTeacher:
     @property
     def name(self) -> str:
         return getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
+
+    def head(self) -> Head:
+        """The head as it is now: to be asked for within the forward that uses it."""
+        return head_of(self.unwrapped)
 
     def score_batch(self, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of a batch's completion tokens, (B, T), on the trainer's device; never whole logits."""

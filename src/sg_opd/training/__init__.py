@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "metrics": ["METRICS", "GateMeter"],
-        "frozen": ["InitialPolicy", "build_teacher"],
+        "frozen": ["InitialPolicy", "build_teacher", "build_teachers"],
         "rollouts": ["Rollouts"],
     },
 )

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import AutoConfig, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, IntervalStrategy, PreTrainedModel
 
 from ..config import SGOPDConfig
+from ..data import TEACHER_PROMPT
 from ..method.divergence import check_linear, head_of
 from ..method.gate import is_divergence
 from ..paths import check_path
 from ..teachers.local import LocalTeacher
 from ..teachers.protocol import Teacher, TopKTeacher
+from ..teachers.several import Source, Teachers, named, sources_of
 from ..verifiers.verdicts import MathVerifier
-from .datasets import Unparseable, rows_to_check
+from .datasets import SUPPLIES_PROMPTS, Unparseable, check_routes
 from .models import tell_narrow
+from .prompts import RowsOfTeachers, has_own_prompts
 
 logger = get_logger(__name__)  # of the main process only
 
-TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
 REFUSED_WITH_PHASE = ("tools", "rollout_func", "environment_factory")
 HUB_ARGUMENTS = ("revision", "cache_dir", "subfolder", "token", "local_files_only")
 
@@ -52,22 +53,10 @@ def check_arguments(
             raise ValueError(f"`{name}` has no place in SG-OPD: pass what judges an answer as `verifier`.")
     if not isinstance(args, SGOPDConfig):
         raise TypeError(f"`args` must be an SGOPDConfig, got {type(args).__name__}.")
-    if teacher is None and args.teacher_server_url is None:
-        raise ValueError(
-            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` or `teacher_server_url` in `args`."
-        )
-    if args.teacher_server_url is not None and not isinstance(teacher, str | None):
-        raise ValueError(
-            f"`teacher_server_url` has the teacher already, but `teacher_model` is a {type(teacher).__name__}; pass "
-            "the id of the served model, or nothing."
-        )
     check_path("model", model)
-    if args.teacher_server_url is None:
-        check_path("teacher_model", teacher)
-    if teacher is model and not isinstance(model, str):
-        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
-    if args.teacher_offload:
-        check_offload(teacher, args)
+    for source in sources_of(teacher, args):
+        with named(source.name):
+            check_source(source, model, args)
     if is_divergence(args.estimator):
         check_router_loss(model, args)
     if verifier is not None and not callable(verifier):
@@ -88,6 +77,69 @@ def check_arguments(
             "top_p, top_k or min_p cut the sampling distribution, which the engine correction then counts as mismatch; "
             "use top_p=1, top_k=0, min_p=None for an exact correction."
         )
+
+
+def check_source(source: Source, model: Any, args: SGOPDConfig) -> None:
+    """Refuse a teacher that cannot be had, or not with the settings that are for teachers of another kind."""
+    if source.model is None and source.server_url is None:
+        raise ValueError(
+            "No teacher: pass `teacher_model`, or set `teacher_model_name_or_path`, `teacher_server_url` or "
+            "`teacher_models` in `args`."
+        )
+    if source.server_url is not None:
+        if not isinstance(source.model, str | None):
+            raise ValueError(
+                "`teacher_server_url` has the teacher already, but `teacher_model` is a "
+                f"{type(source.model).__name__}; pass the id of the served model, or nothing."
+            )
+        return
+    check_path("teacher_model", source.model)
+    if source.model is model and not isinstance(model, str):
+        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
+    if source.is_initial:
+        check_initial(source, args)
+    elif args.teacher_offload:
+        check_offload(source.model, args)
+
+
+def check_initial(source: Source, args: SGOPDConfig) -> None:
+    """Refuse settings of a teacher that is another model than the student, where it is the student before training."""
+    given = {"teacher_model_revision": source.revision, "teacher_model_init_kwargs": source.init_kwargs}
+    given |= {"teacher_offload": args.teacher_offload and source.name is None}
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"`{name}` is for a teacher that is loaded, but `teacher_model='initial'` is the student before "
+                "training. Drop it, or give the student's path a second time (a folder of that name is './initial')."
+            )
+    if args.sync_ref_model:
+        raise ValueError("`sync_ref_model=True` moves the reference; teacher_model='initial' keeps it fixed.")
+
+
+def check_rows_of_teachers(sources: Sequence[Source], train: Any, args: SGOPDConfig, turns: str | None) -> None:
+    """Refuse a dataset that does not say whose its rows are, or whose teacher reads what it cannot, or must not."""
+    names = [source.name for source in sources if source.name is not None]
+    columns = [args.teacher_column] if names else []
+    if names:
+        check_routes(train, names, args.teacher_column)
+    rows = RowsOfTeachers(train, args.teacher_column, lambda prompts: ())
+    if has_own_prompts(train):
+        columns.append(TEACHER_PROMPT)
+        if turns == SUPPLIES_PROMPTS:
+            raise ValueError(
+                f"`{turns}` and the column '{TEACHER_PROMPT}' do not go together: environments add to `prompt` what "
+                "the teacher would not read. Drop one of them."
+            )
+    for source in sources:
+        if source.is_initial and not has_own_prompts(rows.of(source.name)):
+            with named(source.name):
+                raise ValueError(
+                    "`teacher_model='initial'` is the student before training: what it reads must differ, or every "
+                    f"delta is zero and nothing is learnt. Give `train_dataset` a column '{TEACHER_PROMPT}' (the "
+                    "worked solution, a hint, a system prompt). A teacher in a folder of that name is './initial'."
+                )
+    for column in columns if args.remove_unused_columns else []:
+        raise ValueError(f"`remove_unused_columns=True` would drop the column {column!r}; leave it at False.")
 
 
 def check_offload(teacher: Any, args: SGOPDConfig) -> None:
@@ -135,23 +187,6 @@ def context_of(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_bos(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse text prompts that begin with the tokenizer's BOS, before which tokenising puts another."""
-    token = tokenizer.bos_token
-    rows = rows_to_check(len(dataset)) if hasattr(dataset, "__len__") else range(1)  # of a stream the first
-    prompts = [dataset[row]["prompt"] for row in rows] if len(rows) > 1 else [next(iter(dataset))["prompt"]]
-    for row, prompt in zip(rows, prompts, strict=True):
-        if not (token and isinstance(prompt, str) and prompt.startswith(token)):
-            continue
-        if tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-            raise ValueError(
-                f"`prompt` in `train_dataset`, row {row} begins with {token!r}, and the tokenizer puts another before "
-                "it: the models would see two. Pass messages instead of text, or take it off: "
-                f"dataset.map(lambda row: {{'prompt': row['prompt'].removeprefix({token!r})}})."
-            )
-        return  # the tokenizer puts none
-
-
 def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
     """Refuse token ids of a `rollout_func` that student and teacher do not share; by the name of the sequences."""
     for name, rows in sequences.items():
@@ -163,44 +198,12 @@ def check_ids(vocabulary: int, **sequences: list[list[int]]) -> None:
                 )
 
 
-def check_prompts(
-    dataset: Any, tokenize: Callable[[list], tuple], completion: int, own: int | None, other: int | None, served: bool
-) -> None:
-    """Refuse prompts that fill the context; warn once where prompt and completion together may pass it.
-
-    `tokenize` is the trainer's own, `completion` is `max_completion_length`, `own` and `other` are the student's and
-    the teacher's context in tokens. A teacher that is `served` needs room for one token more, and would refuse a longer
-    sequence in the middle of a run: every row that may be one is looked at.
-    """
-    context, server = min((size for size in (own, other) if size), default=None), other if served else None
-    if not (context and isinstance(dataset, Dataset)):
-        return
-    rows = {*rows_to_check(len(dataset))}
-    if server:  # a text has at most as many tokens as bytes
-        short = server - completion - TEMPLATE_TOKENS
-        prompts = enumerate(dataset.select_columns("prompt")["prompt"])
-        rows |= {row for row, prompt in prompts if len(str(prompt).encode()) > short}
-    checked = sorted(rows)
-    lengths = [len(ids) for ids in tokenize([dataset[row]["prompt"] for row in checked])[0]]
-    too_long = [row for row, length in zip(checked, lengths, strict=True) if length >= context]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts in `train_dataset` fill the models' context of {context} tokens, first row "
-            f"{too_long[0]}. Filter the dataset by prompt length."
-        )
-    needed = max(lengths) + completion
-    if server and needed + 1 > server:
-        raise ValueError(
-            f"The longest prompt in `train_dataset` ({max(lengths)} tokens), `max_completion_length` ({completion}) "
-            f"and one more token pass the {server} of the teacher's server: start it with --max-model-len "
-            f"{needed + 1}, shorten `max_completion_length`, or filter the dataset."
-        )
-    if needed > context:
-        logger.warning(
-            "The longest prompt in `train_dataset` (%d tokens) and `max_completion_length` (%d) pass the models' "
-            "context of %d.",
-            *(max(lengths), completion, context),
-        )
+def check_teachers(args: SGOPDConfig, student: PreTrainedModel, teachers: Teachers, *of_run: Any) -> None:
+    """As `check_set_up`, of each teacher; warn of a student in 16 bits."""
+    tell_narrow(student, args)
+    for name, teacher in teachers.by_name.items():
+        with named(name):
+            check_set_up(args, student, teacher, *of_run)
 
 
 def check_set_up(
@@ -210,14 +213,19 @@ def check_set_up(
     multimodal: bool,
     fsdp_version: int | None,
     vocabulary: int,
+    own_prompts: bool = False,
 ) -> None:
-    """Refuse a teacher that cannot do what the student and the estimator need; warn of a student in 16 bits.
+    """Refuse a teacher that cannot do what the student and the estimator need.
 
     `vocabulary` is the number of ids that student and teacher share.
     """
     if multimodal and not isinstance(teacher, LocalTeacher):
         raise ValueError("A multimodal student needs a model in this process as teacher: others take token ids only.")
-    tell_narrow(student, args)
+    if multimodal and own_prompts:
+        raise ValueError(
+            f"A multimodal student has one teacher, which reads its prompts: no column '{TEACHER_PROMPT}', and no "
+            "`teacher_models`."
+        )
     if not is_divergence(args.estimator):
         return
     named = f"estimator={args.estimator!r}"

@@ -11,7 +11,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 
 from ..config import SGOPDConfig
-from ..data import COLLECTED, format_of, text_of
+from ..data import COLLECTED, TEACHER_PROMPT, format_of, text_of
+from ..teachers.several import check_names
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -54,6 +55,21 @@ def check_datasets(
     check_best_metric(held_out, args.metric_for_best_model)
 
 
+def check_routes(train: Any, names: list[str], column: str) -> None:
+    """Refuse a dataset whose rows do not say which of several teachers is theirs; of a streaming one the first row."""
+    first = None if train is None else next(iter(train), None)
+    if first is None or column not in first:
+        raise ValueError(
+            f"`train_dataset` lacks the column {column!r} (`teacher_column`), which names each row's teacher, one of "
+            f"{', '.join(map(repr, names))}."
+        )
+    rows = narrowed(train, [column]) if hasattr(train, "__len__") else [first]
+    given = [row.get(column) for row in rows]
+    check_names(given, names, column)
+    if len(given) > 1 and (idle := [name for name in names if name not in given]):
+        logger.warning("No row of `train_dataset` is of the teacher %s.", ", ".join(map(repr, idle)))
+
+
 def check_best_metric(held_out: Any, metric: str | None) -> None:
     """Refuse a metric for the best model that no evaluation logs, because each of several sets has its own."""
     if metric is None or not isinstance(held_out, dict):
@@ -94,7 +110,7 @@ def check_dataset(
             f"`{name}` lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, first))}. `sg_opd.data.prepare_dataset` converts the usual mathematics sets."
         )
-    columns = [column for column in ("prompt", *needed, COLLECTED) if column in first]
+    columns = [column for column in ("prompt", *needed, COLLECTED, TEACHER_PROMPT) if column in first]
     check_rows(name, narrowed(dataset, columns) if sized else [first], unparseable is not None, turns)
     if teacher_phase and has_images(first):
         raise ValueError(f"`{name}` has images, which a teacher phase does not support. Set `teacher_phase_steps=0`.")
@@ -103,12 +119,14 @@ def check_dataset(
 
 
 def check_rows(name: str, dataset: Any, with_solution: bool, turns: str | None = None) -> None:
-    """Refuse a row by what stands in its `prompt`, its `solution` or its `teacher_completions`."""
+    """Refuse a row by what stands in its `prompt`, its `solution` or another column that is read."""
     for row in rows_to_check(len(dataset)):
         values = dataset[row]
         solution, collected = values.get("solution"), values.get(COLLECTED)
         if "prompt" in values:
             check_prompt(f"`prompt` in `{name}`, row {row}", values["prompt"], turns)
+        if values.get(TEACHER_PROMPT) is not None:
+            check_prompt(f"`{TEACHER_PROMPT}` in `{name}`, row {row}", values[TEACHER_PROMPT], turns)
         if with_solution and not isinstance(solution, str | int | float | None):
             raise ValueError(
                 f"`solution` in `{name}`, row {row}: expected text, a number or None, got {str(solution)[:80]!r}. "

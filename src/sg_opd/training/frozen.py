@@ -13,18 +13,21 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from ..config import SGOPDConfig
+from ..method.buckets import Buckets
+from ..method.divergence import Head
 from ..teachers.http import Endpoints
 from ..teachers.local import (
     Forward,
     LocalTeacher,
     freeze,
+    is_sharded,
     load_teacher,
     loading_defaults,
     padding_ids,
@@ -32,11 +35,13 @@ from ..teachers.local import (
     sequence_logps,
     shared_vocabulary,
 )
-from ..teachers.probe import check_patience, check_server
+from ..teachers.probe import check_patience, check_server, first_prompt
 from ..teachers.protocol import Teacher, TeacherError
 from ..teachers.sampling import OF_RUN, SERVED, run_sampling, stated, tell_unused
 from ..teachers.server import ServerTeacher
+from ..teachers.several import Source, Teachers, named
 from .models import check_models, tell_dtypes
+from .prompts import RowsOfTeachers, has_own_prompts
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
 
@@ -53,57 +58,79 @@ class Run:
     eos_token_ids: Sequence[int]  #: that end the student's completions
     accelerator: Accelerator
     forward: Forward  #: runs frozen models
-    prompt_ids: Callable[[], list[int]]  #: returns a prompt to try a server with
+    rows: RowsOfTeachers  #: of the training set
     #: its context raises a teacher's error on every rank
     agreed: Callable[[type[TeacherError]], AbstractContextManager]
+    initial: InitialPolicy | None = None  #: the student before training, where it is a teacher or the reference
 
 
-def build_teacher(given: Any, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
+def build_teachers(sources: Sequence[Source], args: SGOPDConfig, run: Run) -> tuple[Teachers, int]:
+    """The teachers of a run, ready to be asked, and how many ids all of them share with the student.
+
+    Raises:
+        ValueError, TypeError, OSError, TeacherServerError: as `build_teacher`, beginning with the teacher's name.
+    """
+    built, shared = {}, []
+    for source in sources:
+        with named(source.name):
+            built[source.name], vocabulary = build_teacher(source, args, run)
+        shared.append(vocabulary)
+    return Teachers(built, args.teacher_column), min(shared)
+
+
+def build_teacher(source: Source, args: SGOPDConfig, run: Run) -> tuple[Any, int]:
     """The teacher ready to be asked, and how many ids it shares with the student.
-
-    `given` is a path, a hub id, a model, a `Teacher`, or the id of the model that a server serves.
 
     Raises:
         ValueError, TypeError, OSError: a teacher that cannot be had or does not fit the student.
         TeacherServerError: no usable answer of a server.
     """
     known = max(run.tokenizer.get_vocab().values()) + 1
-    if isinstance(given, Teacher):
-        return given, known
-    if args.teacher_server_url:
+    if isinstance(source.model, Teacher):
+        return source.model, known
+    own_prompts = has_own_prompts(run.rows.of(source.name))
+    if source.server_url:
         sampling = {**run_sampling(args, SERVED), "max_tokens": args.max_completion_length}
-        return connect(args.teacher_server_url, given, args, run, sampling), known
-    settings = args.teacher_model_revision, args.teacher_model_init_kwargs
-    model = load_teacher(given, *settings, **loading_defaults(args, on_host=args.teacher_offload))
-    check_models(run.student, model, run.tokenizer, args)
-    if isinstance(given, str):
-        tell_dtypes(run.student, model, args)
+        return connect(source, args, run, sampling, own_prompts), known
+    if run.initial is not None and source.is_initial:
+        initial = InitialTeacher(run.initial, run.forward, local_sampling(args, run), args)
+        return initial, run.student.config.get_text_config().vocab_size
+    settings = source.revision, source.init_kwargs
+    model = load_teacher(source.model, *settings, **loading_defaults(args, on_host=args.teacher_offload))
+    check_models(run.student, model, run.tokenizer, args, source, own_prompts)
+    if isinstance(source.model, str):
+        tell_dtypes(run.student, model, args, source)
     if args.teacher_phase_steps:
-        tell_unused(logger, "teacher", model.generation_config.to_dict(), stated(args), OF_RUN)
+        tell_unused(logger, source.role, model.generation_config.to_dict(), stated(args), OF_RUN)
     shared = shared_vocabulary(run.student, model)
-    sampling = run_sampling(args) | {
-        "max_new_tokens": args.max_completion_length,
-        "eos_token_id": run.eos_token_ids,
-        "pad_token_id": run.tokenizer.pad_token_id,
-        "suppress_tokens": padding_ids(model, shared),
-    }
+    sampling = {**local_sampling(args, run), "suppress_tokens": padding_ids(model, shared)}
     limits = args.per_device_train_batch_size, args.teacher_offload, args.ds3_gather_for_generation
     teacher = LocalTeacher(model, run.forward, run.accelerator, sampling, *limits, args.cast_lm_head_to_fp32)
     return teacher, shared
 
 
-def connect(urls: list[str], served: Any, args: SGOPDConfig, run: Run, sampling: dict[str, Any]) -> ServerTeacher:
+def local_sampling(args: SGOPDConfig, run: Run) -> dict[str, Any]:
+    """How a teacher in this process samples its proposals."""
+    return run_sampling(args) | {
+        "max_new_tokens": args.max_completion_length,
+        "eos_token_id": run.eos_token_ids,
+        "pad_token_id": run.tokenizer.pad_token_id,
+    }
+
+
+def connect(source: Source, args: SGOPDConfig, run: Run, sampling: dict[str, Any], own_prompts: bool) -> ServerTeacher:
     """The teacher behind servers, which have scored a prompt as they should."""
     limits = args.teacher_server_timeout, args.teacher_server_concurrency, args.teacher_server_retries
-    endpoints = Endpoints(urls, *limits, offset=run.accelerator.process_index)
-    teacher = ServerTeacher(endpoints, served, sampling, frozenset(run.eos_token_ids))
+    endpoints = Endpoints(source.server_url or (), *limits, offset=run.accelerator.process_index)
+    teacher = ServerTeacher(endpoints, source.model, sampling, frozenset(run.eos_token_ids))
     # a sharded student cannot score before training begins
     sharded = is_deepspeed_zero3_enabled() or run.accelerator.distributed_type == "FSDP"
-    scores = None if sharded else partial(sequence_logps, run.forward, run.student)
+    scores = None if sharded or own_prompts else partial(sequence_logps, run.forward, run.student)
+    prompt = first_prompt(run.rows.read(source.name), run.tokenizer, run.rows.tokenize)
     with run.agreed(TeacherError):
         teacher.connect()
         top_k = args.teacher_top_k if args.estimator == "top_k" else 0
-        check_server(teacher, run.tokenizer, run.prompt_ids(), run.eos_token_ids, args.gate_dead_zone, scores, top_k)
+        check_server(teacher, run.tokenizer, prompt, run.eos_token_ids, args.gate_dead_zone, scores, top_k)
     if run.accelerator.num_processes > 1:
         check_patience(endpoints.longest, args.ddp_timeout)
     return teacher
@@ -131,8 +158,9 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
         if get_config_model_id(model.config):
             return None
         raise ValueError(
-            "`reference_policy='initial'` under ZeRO-3 reloads the student from its path, but `model` is an instance "
-            "without one. Pass the path as `model`, or set reference_policy='current' (preset 'sg-opd-lite')."
+            "The initial policy (`reference_policy='initial'`, `teacher_model='initial'`) under ZeRO-3 is the student "
+            "loaded again from its path, but `model` is an instance without one. Pass the path as `model`, or set "
+            "reference_policy='current' (preset 'sg-opd-lite')."
         )
     reference = copy.deepcopy(model)
     reference.__dict__.pop("forward", None)  # the copy of a patched forward would still run the original
@@ -167,6 +195,26 @@ class InitialPolicy:
         add_fused_lm_head(freeze(captured), temperature, cast_lm_head_to_fp32)
         self.frozen = prepare_frozen(captured, accelerator)
 
+    @classmethod
+    def of_run(
+        cls,
+        args: SGOPDConfig,
+        accelerator: Accelerator,
+        captured: PreTrainedModel | None,
+        student: Callable[[], Any],
+        quantization: Any = None,
+    ) -> InitialPolicy:
+        """That of a run with these settings; `quantization` is what the student was loaded with."""
+        given: Any = args.model_init_kwargs or {}
+        loading = loading_defaults(args) | given
+        loading |= {} if quantization is None else {"quantization_config": quantization}
+        return cls(captured, student, accelerator, args.temperature, args.cast_lm_head_to_fp32, **loading)
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model that is lent, without its wrapper."""
+        return self.accelerator.unwrap_model(self.student() if self.frozen is None else self.frozen)
+
     @contextmanager
     def lend(self) -> Iterator[nn.Module]:
         """A frozen model; with PEFT the student itself, its adapter switched off or set back to the copy."""
@@ -182,3 +230,46 @@ class InitialPolicy:
                 yield model
         finally:
             student.train(training)
+
+
+class InitialTeacher(LocalTeacher):
+    """The student before training as teacher: what the run's `InitialPolicy` lends, which is not held twice."""
+
+    offload = None
+
+    def __init__(self, initial: InitialPolicy, forward: Forward, sampling: dict[str, Any], args: SGOPDConfig) -> None:
+        self.initial = initial
+        self.generation_config = GenerationConfig(do_sample=True, disable_compile=True, **sampling)
+        self.forward = forward
+        self.accelerator = initial.accelerator
+        self.rows, self.temperature = args.per_device_train_batch_size, sampling["temperature"]
+        self.gather = args.ds3_gather_for_generation
+        self.sharded = is_sharded(self.accelerator)
+
+    @property
+    def unwrapped(self) -> PreTrainedModel:
+        return self.initial.unwrapped
+
+    @property
+    def name(self) -> str:
+        return "the student before training"
+
+    def head(self) -> Head:
+        with self.initial.lend():  # with a trained head of its own the adapter must be off
+            return super().head()
+
+    def score_batch(self, batch: dict[str, Any]) -> Tensor:
+        with self.initial.lend() as self.model:
+            return super().score_batch(batch)
+
+    def states(self, batch: dict[str, Any]) -> Tensor:
+        with self.initial.lend() as self.model:
+            return super().states(batch)
+
+    def top_batch(self, batch: dict[str, Any], k: int, vocabulary: int) -> Buckets:
+        with self.initial.lend() as self.model:
+            return super().top_batch(batch, k, vocabulary)
+
+    def propose(self, prompt_ids: Sequence[Sequence[int]], candidates: int = 1) -> list[list[list[int]]]:
+        with self.initial.lend() as self.model:
+            return super().propose(prompt_ids, candidates)

@@ -15,6 +15,7 @@ from accelerate.utils import gather, send_to_device
 from torch import Tensor
 
 from ..method.gate import GateDecision, gate_metrics, gate_totals
+from .totals import rollout_totals, rollouts_by_teacher, tokens_by_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from ..checkpoints.resume import ResumableTrainer
     from ..checkpoints.stops import FiniteGuard
     from ..config import SGOPDConfig
+    from ..teachers.several import Teachers
+    from .rollouts import Rollouts
 else:  # the plots read METRICS, and must not pay for TRL
     ResumableTrainer = object
 
 logger = get_logger(__name__)  # of the main process only
 
-# definitions; computed by `gate_totals` in method/gate.py, `rollout_totals` and `GateMeter`
+# definitions; computed by `gate_totals` in method/gate.py, in totals.py and by `GateMeter`
 METRICS = {
     "gate/consensus": "share of trained tokens that the teacher moves the way the outcome wants (s * delta > 0)",
     "gate/conflict": "share of trained tokens that the teacher moves against the outcome (s * delta < 0)",
@@ -54,11 +57,19 @@ METRICS = {
     "loss/student": "mean loss of a trained token in the student's rollouts, before GRPO's clip and corrections",
     "loss/teacher": "the same in the teacher's rollouts",
 }
+# by teacher, where there are several, as teachers/<name>/<metric>
+BY_TEACHER = {
+    "share": "share of all rollouts whose teacher it is",
+    "correct": "share of the student's rollouts among them that the verifier calls correct",
+    "consensus": "as gate/consensus, of its trained tokens",
+    "conflict": "as gate/conflict, of its trained tokens",
+    "delta": "mean abs(delta) of its trained tokens, in nats",
+}
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
 SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
 
 
-# what a sum is divided by to give the metric of its name; no metric where that is zero
+# what a sum is divided by to give the metric of its name, by `divisor_of`; no metric where that is zero
 DIVISORS = {
     **dict.fromkeys(("verdict/correct", "verdict/incorrect", "verdict/abstained"), "student_rollouts"),
     "teacher/slot_share": "rollouts",
@@ -71,33 +82,18 @@ DIVISORS = {
 }
 
 
-def rollout_totals(
-    verifier_labels: Tensor, from_teacher: Tensor, slot: Tensor, uniform: Tensor | None = None, **others: Tensor
-) -> dict[str, Tensor]:
-    """Counts of one generation's rows, which ranks and generations may add up before `shares`.
-
-    All are (B,): `verifier_labels` 1.0 correct, 0.0 incorrect, NaN abstained; `from_teacher` whether a teacher rollout
-    took the row; `slot` whether it was a teacher slot; `uniform` whether its group has one verdict, `None` without
-    groups. What else a row has is not counted.
-    """
-    student = ~from_teacher.bool()
-    counted = {
-        "student_rollouts": student,
-        "verdict/correct": student & (verifier_labels == 1),
-        "verdict/incorrect": student & (verifier_labels == 0),
-        "verdict/abstained": student & verifier_labels.isnan(),
-        "rollouts": torch.ones_like(student),
-        "teacher/slot_share": slot.bool(),
-        "teacher/endorsed": ~student,
-    }
-    if uniform is not None:
-        counted["gate/uniform_groups"] = uniform
-    return {name: rows.sum() for name, rows in counted.items()}
+def divisor_of(name: str) -> str | None:
+    """What a sum is divided by to give the metric of its name; `None` where that is no metric."""
+    if not name.startswith("teachers/"):
+        return DIVISORS.get(name)
+    its, _, metric = name.rpartition("/")
+    by = {"share": "rollouts", "correct": f"{its}/rollouts"}
+    return by.get(metric, f"{its}/tokens" if metric in BY_TEACHER else None)
 
 
 def shares(totals: dict[str, float]) -> dict[str, float]:
-    """The metrics of `DIVISORS` from sums over rows and tokens; without those that there is none of."""
-    divided = {name: by for name, by in DIVISORS.items() if name in totals and totals[by]}
+    """The metrics from sums over rows and tokens; without those that there is none of."""
+    divided = {name: by for name in totals if (by := divisor_of(name)) and totals.get(by)}
     return {name: totals[name] / totals[by] for name, by in divided.items()}
 
 
@@ -179,7 +175,7 @@ class GateLogging(ResumableTrainer):
 
     args: SGOPDConfig
     finite: FiniteGuard
-    teacher: Any
+    teachers: Teachers
 
     _tag_names = ["trl", "sg-opd"]
     _name = "SG-OPD"
@@ -264,6 +260,12 @@ class GateLogging(ResumableTrainer):
         count = min(self.current_gradient_accumulation_steps, len(buffered))
         return [buffered[(self._step - back) % len(buffered)] for back in range(count, 0, -1)]
 
+    def _count(self, rollouts: Rollouts) -> None:
+        """Take the counts of a generation's rows."""
+        self._meter.add(rollout_totals(**rollouts.by_row))
+        if rollouts.whose is not None:
+            self._meter.add(rollouts_by_teacher(self.teachers.names, rollouts.whose, **rollouts.by_row))
+
     def _measure(
         self,
         inputs: dict[str, Any],
@@ -275,6 +277,8 @@ class GateLogging(ResumableTrainer):
         mask = self._loss_mask(inputs) & (not self.finite.found)
         gated = mask & ~self._by_likelihood(inputs)
         self._meter.update(decision, per_token, mask, inputs["from_teacher"], gated, measures)
+        if "teacher_number" in inputs:
+            self._meter.add(tokens_by_teacher(self.teachers.names, inputs["teacher_number"], decision, gated))
 
     @staticmethod
     def _loss_mask(inputs: dict[str, Any]) -> Tensor:

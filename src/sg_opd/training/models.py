@@ -12,19 +12,28 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..config import SGOPDConfig
 from ..teachers.local import blocks_of
 from ..teachers.protocol import eos_set
+from ..teachers.several import Source
 
 logger = get_logger(__name__)  # of the main process only
 
 
 def check_models(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SGOPDConfig
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SGOPDConfig,
+    source: Source,
+    own_prompts: bool = False,
 ) -> None:
-    """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all."""
+    """Compare student and teacher: causal heads, tokenizers, EOS sets, chat templates, and that they differ at all.
+
+    `source` is where the teacher is had from. A teacher with prompts of its own need not differ.
+    """
     check_causal("student", without_adapter(student))
-    check_causal("teacher", teacher)
+    check_causal(source.role, teacher)
     if args.teacher_offload:
         blocks_of(teacher)  # raises
-    teacher_tokenizer, size = tokenizer_of(teacher, args), teacher.config.get_text_config().vocab_size
+    teacher_tokenizer, size = tokenizer_of(teacher, args, source), teacher.config.get_text_config().vocab_size
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
     elif len(tokenizer) > size:
@@ -35,13 +44,14 @@ def check_models(
     ends = [eos_set(model.generation_config.eos_token_id) for model in (student, teacher)]
     if ends[0] != ends[1]:
         logger.warning(
-            "Student and teacher end a completion with different tokens (%s and %s): the teacher will rate the "
+            "Student and %s end a completion with different tokens (%s and %s): the teacher will rate the "
             "student's ending as unlikely. Align `generation_config.eos_token_id`.",
-            *(sorted(end) for end in ends),
+            *(source.role, *(sorted(end) for end in ends)),
         )
-    if same_weights(student, teacher):
+    if not own_prompts and same_weights(student, teacher):
         logger.warning(
-            "Teacher and student are the same model, by path or by weights: every delta is zero and nothing is learnt."
+            "%s and student are the same model, by path or by weights: every delta is zero and nothing is learnt.",
+            source.role[0].upper() + source.role[1:],
         )
 
 
@@ -60,17 +70,17 @@ def tell_narrow(student: PreTrainedModel, args: SGOPDConfig) -> None:
         )
 
 
-def tell_dtypes(student: PreTrainedModel, teacher: PreTrainedModel, args: SGOPDConfig) -> None:
+def tell_dtypes(student: PreTrainedModel, teacher: PreTrainedModel, args: SGOPDConfig, source: Source) -> None:
     """Warn where a teacher loaded by name has another dtype than the student, and none was asked for."""
-    given: Any = args.teacher_model_init_kwargs or {}
+    given: Any = source.init_kwargs or {}
     asked = given.keys() & {"dtype", "torch_dtype", "quantization_config"}
     own, other = without_adapter(student).dtype, teacher.dtype
     if not asked and own != other:
         logger.warning(
-            "The student's weights are %s, the teacher's %s, as in its checkpoint: their log-probabilities round "
+            "The student's weights are %s, the %s's %s, as in its checkpoint: their log-probabilities round "
             "differently, by some thousandths of a nat, so that deltas as small mean nothing. For one precision set "
             "teacher_model_init_kwargs={'dtype': '%s'}, or a dtype in `model_init_kwargs`.",
-            *(own, other, str(own).removeprefix("torch.")),
+            *(own, source.role, other, str(own).removeprefix("torch.")),
         )
 
 
@@ -90,17 +100,17 @@ def check_causal(role: str, model: PreTrainedModel) -> None:
         raise ValueError(f"The {role} ({name}) is no model that generates; pass a causal LM.")
 
 
-def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(teacher: PreTrainedModel, args: SGOPDConfig, source: Source) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved beside the teacher; `None`, with a warning, where there is none to compare with."""
     path = getattr(teacher.config, "_name_or_path", "")
-    missing = "The teacher has no path to load its tokenizer from"
+    missing = f"The {source.role} has no path to load its tokenizer from"
     try:
         if path:
             return AutoTokenizer.from_pretrained(
-                path, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+                path, revision=source.revision, trust_remote_code=args.trust_remote_code
             )
     except (OSError, ValueError) as error:  # what transformers raises where it finds no tokenizer
-        missing = f"No tokenizer at the teacher's {path!r} ({error})"
+        missing = f"No tokenizer at the {source.role}'s {path!r} ({error})"
     logger.warning("%s; only the sizes of vocabularies are compared.", missing)
     return None
 

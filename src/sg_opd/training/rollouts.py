@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ from ..method.gate import group_sign, uniform_groups, verdict_sign
 from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
+from ..teachers.several import Teachers, named
 from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of, in_thread
+from .prompts import Tokenize, teacher_prompt_ids
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -83,9 +86,9 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class Proposer:
-    """The teacher, and what reads its completions, or those collected earlier, as proposals for the student."""
+    """The teachers, and what reads their completions, or those collected earlier, as proposals for the student."""
 
-    teacher: Teacher
+    teachers: Teachers
     agreed: Callable[[type[TeacherError]], AbstractContextManager]  #: its context raises an error on every rank
     processing_class: Any
     tokenizer: PreTrainedTokenizerBase
@@ -115,26 +118,32 @@ class Rollouts:
     verifier: Callable  #: in TRL's reward-function form
     state: TrainerState  #: the trainer's, given to the verifier as GRPOTrainer does
     ends: frozenset[int] | None = None  #: rollouts that end with none of these were cut: abstained on; `None`: judged
+    whose: list[str] | None = None  #: the name of each row's teacher, of several
     openings: list[str] = field(init=False)  #: the think delimiter that each row's prompt ends with, empty where none
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
     by_row: dict[str, Tensor] = field(default_factory=dict)  #: what `tensors` made
     ahead: Future[list[float | None]] | None = None  #: verdicts on the rows that the teacher did not take
+    teacher_prompt_ids: list[list[int]] | None = None  #: what the teacher reads of each row; `None`: the prompts
 
     def __post_init__(self) -> None:
         self.openings = [""] * len(self.rows)
 
-    def read_prompts(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]]) -> None:
-        """Take in what the prompts, as they were tokenised, say of their completions; before any is judged."""
+    def read_prompts(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], tokenize: Tokenize
+    ) -> None:
+        """Take in the prompts, as they were tokenised, and the teacher's own; before any completion is judged."""
         self.openings = openings(tokenizer, prompt_ids)
+        self.teacher_prompt_ids = teacher_prompt_ids(self.rows, prompt_ids, tokenize)
 
     def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.
 
         Completions of the column `teacher_completions` come first, then what the teacher proposes.
         """
-        prompts, by_row, teacher = generated.prompts, {slot.row: slot for slot in slots}, proposer.teacher
+        prompts, by_row = generated.prompts, {slot.row: slot for slot in slots}
+        asked = self.teacher_prompt_ids or generated.prompt_ids
         self.slots = set(by_row)
 
         def read(rows: Sequence[int], completions: Iterable[list[list[int]]]) -> list[list[Proposal]]:
@@ -146,8 +155,8 @@ class Rollouts:
             texts = [(self.rows[row].get(COLLECTED) or [])[by_row[row].place :: by_row[row].slots] for row in rows]
             return read(rows, [[proposer.ids(text) for text in some] for some in texts])
 
-        def proposed(rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
-            return read(rows, teacher.propose([generated.prompt_ids[row] for row in rows], candidates))
+        def proposed(teacher: Teacher, rows: Sequence[int], candidates: int) -> list[list[Proposal]]:
+            return read(rows, teacher.propose([asked[row] for row in rows], candidates))
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             ids = [p.token_ids for p in proposals]
@@ -155,10 +164,11 @@ class Rollouts:
             return self._judge(rows, prompts, judged, ids, **UNLOGGED)
 
         self.taken = phase.fill([*by_row], collected, endorse)
-        unfilled = [row for row in by_row if row not in self.taken]
-        if asks(teacher, len(unfilled), generated.prompt_ids):
-            with proposer.agreed(TeacherError):
-                self.taken |= phase.fill(unfilled, proposed, endorse)
+        for name, teacher in proposer.teachers.by_name.items():
+            its = [row for row in by_row if row not in self.taken and (self.whose is None or self.whose[row] == name)]
+            if asks(teacher, len(its), asked):
+                with proposer.agreed(TeacherError), named(name):
+                    self.taken |= phase.fill(its, partial(proposed, teacher), endorse)
         for row, proposal in self.taken.items():
             generated.completion_ids[row], generated.completions[row] = proposal.token_ids, proposal.completion
             if generated.logprobs is not None:  # NaN: an engine ratio of exactly 1, in all of GRPOTrainer's modes
@@ -239,11 +249,12 @@ class Rollouts:
         return [None if row.get("solution") is None else str(row["solution"]) for row in self.rows]
 
     def columns(self) -> dict[str, list[str]]:
-        """The columns of the completions table: each row's verdict and source."""
-        return {
+        """The columns of the completions table: each row's verdict and source, and of several teachers whose it is."""
+        shown = {
             "verdict": [VERDICT_WORDS[verdict] for verdict in self.verdicts],
             "source": ["teacher" if row in self.taken else "student" for row in range(len(self.verdicts))],
         }
+        return shown if self.whose is None else {**shown, "teacher": self.whose}
 
 
 def asks(teacher: Teacher, unfilled: int, prompt_ids: list[list[int]]) -> bool:

@@ -1,10 +1,10 @@
-"""What a run asks its frozen models about a batch: its teacher and, where it is the reference, the initial policy."""
+"""What a run asks its frozen models about a batch: its teachers and, where it is the reference, the initial policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..config import SGOPDConfig
 from ..method.buckets import Buckets
-from ..method.divergence import Head, head_of, last_hidden_state, sequence
+from ..method.divergence import Head, Target, head_of, last_hidden_state, sequence
 from ..teachers.local import Forward, LocalTeacher
 from ..teachers.protocol import TeacherError, TopScores, ask, ask_top
 from ..teachers.server import ServerTeacher
+from ..teachers.several import Part, Teachers, named
 from ..verifiers.verdicts import in_thread
 from .frozen import InitialPolicy
+from .prompts import as_teacher_reads
 
 
 class TopTargets(NamedTuple):
@@ -48,78 +50,114 @@ class Asked:
         return [TopScores(*(part[: len(ids)] for part in row)) for row, ids in rows]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scoring:
     """Puts batches of rollouts to a run's frozen models, in the form that its estimator needs."""
 
     args: SGOPDConfig
-    teacher: Any  #: a `Teacher`; with estimator="full" a `LocalTeacher`, with "top_k" that or a `TopKTeacher`
+    teachers: Teachers  #: with estimator="full" each a `LocalTeacher`, with "top_k" that or a `TopKTeacher`
     vocabulary: int  #: the ids that student and teacher share
     initial: InitialPolicy | None  #: with reference_policy="initial"
     forward: Forward  #: runs frozen models
     #: its context raises a teacher's error on every rank
     agreed: Callable[[type[TeacherError]], AbstractContextManager]
     skips: bool  #: whether the step of a value that is no number is skipped
-    asked: Asked | None = None  #: the teacher, where it works on the generation at hand already
+    #: by name, the teachers that work on the generation at hand already
+    asked: dict[str | None, Asked] = field(default_factory=dict)
 
-    def begin(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
-        """Put a generation to a teacher's server, which works on it while this process does what comes before.
+    def begin(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], whose: Sequence[str] | None
+    ) -> None:
+        """Put a generation to the teachers' servers, which work on it while this process does what comes before.
 
         A teacher in this process would take its time from that, and one of a user's own may not bear another thread.
         """
-        if isinstance(self.teacher, ServerTeacher):
-            top_k = self.args.teacher_top_k if self.args.estimator == "top_k" else None
-            self.asked = Asked(self.teacher, (prompt_ids, completion_ids), top_k)
+        top_k = self.args.teacher_top_k if self.args.estimator == "top_k" else None
+        for name, teacher in self.teachers.by_name.items():
+            rows = [row for row in range(len(prompt_ids)) if whose is None or whose[row] == name]
+            if rows and isinstance(teacher, ServerTeacher):
+                question = [prompt_ids[row] for row in rows], [completion_ids[row] for row in rows]
+                self.asked[name] = Asked(teacher, question, top_k)
 
-    def of_generation(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def of_generation(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What is asked once about a generation, to be split into micro-batches with it: each (B, T, ...)."""
         if self.args.estimator == "full":
             # offloaded, for all micro-batches at once, or each would bring every block
-            return {"teacher_states": self.teacher.states(batch)} if self.args.teacher_offload else {}
+            return {"teacher_states": self._kept_states(batch)} if self.args.teacher_offload else {}
         if self.args.estimator == "top_k":
-            with self.agreed(TeacherError):
-                return self._top(batch)._asdict()
-        with self.agreed(TeacherError):
-            if isinstance(self.teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
-                logps = self.teacher.score_batch(batch)
-            else:
-                logps = ask(self._answering(), batch, self.args.log_ratio_clip, self.skips)
+            return TopTargets(*self._asked(batch, self._top))._asdict()
+        (logps,) = self._asked(batch, self._logps)
         scores = {"teacher_per_token_logps": logps}
         if self.initial is not None:  # not GRPOTrainer's reference: that one it reloads from the path
             with self.initial.lend() as model:
                 scores["initial_per_token_logps"] = self.forward.completion_logps(model, batch)
         return scores
 
-    def _answering(self) -> Any:
-        """The teacher, or its answer that is on the way, once."""
-        asked, self.asked = self.asked, None
-        return asked or self.teacher
+    def _asked(self, batch: dict[str, Any], ask: Callable[[Any, dict[str, Any]], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """What `ask` finds of each teacher about its rows, in the batch's order: each (B, T, ...)."""
+        whole: list[Tensor] = []
+        for part in self.teachers.parts(as_teacher_reads(batch)):
+            with self.agreed(TeacherError), named(part.name):
+                found = [] if part.batch is None else ask(self.asked.pop(part.name, part.teacher), part.batch)
+            if part.rows is None:
+                return found
+            whole = whole or [value.new_zeros(len(batch["completion_ids"]), *value.shape[1:]) for value in found]
+            for into, value in zip(whole, found, strict=False):
+                into[part.rows] = value[: len(part.rows)].to(into.dtype)
+        return whole
 
-    def _top(self, batch: dict[str, Any]) -> TopTargets:
-        """The teacher's distributions over its likeliest ids, from any kind of teacher."""
+    def _logps(self, teacher: Any, batch: dict[str, Any]) -> Sequence[Tensor]:
+        """A teacher's log-probabilities of a batch's completion tokens."""
+        if isinstance(teacher, LocalTeacher):  # takes the batch as it is, with what it has beside ids
+            return [teacher.score_batch(batch)]
+        return [ask(teacher, batch, self.args.log_ratio_clip, self.skips)]
+
+    def _top(self, teacher: Any, batch: dict[str, Any]) -> Sequence[Tensor]:
+        """A teacher's distributions over its likeliest ids, from any kind of teacher."""
         asked = batch, self.args.teacher_top_k, self.vocabulary
-        if isinstance(self.teacher, LocalTeacher):
-            return TopTargets(*self.teacher.top_batch(*asked))
-        return TopTargets(*ask_top(self._answering(), *asked, self.skips))
+        if isinstance(teacher, LocalTeacher):
+            return teacher.top_batch(*asked)
+        return ask_top(teacher, *asked, self.skips)
 
     def top_targets(self, batch: dict[str, Any]) -> Buckets:
         """What `of_generation` keeps for the top-k estimator, of a micro-batch."""
         return Buckets(*(batch[name] for name in TopTargets._fields))
 
-    def teacher_states(self, batch: dict[str, Any]) -> Tensor:
-        """The teacher's last hidden states of a micro-batch, (B, T, H), for the full estimator."""
-        return batch["teacher_states"] if self.args.teacher_offload else self.teacher.states(batch)
+    def _states(self, batch: dict[str, Any]) -> Iterator[tuple[Part, Tensor]]:
+        """Each teacher's last hidden states of its rows, (B', T, H), where it has any or is sharded."""
+        for part in self.teachers.parts(as_teacher_reads(batch)):
+            if part.batch is not None:
+                states = part.teacher.states(part.batch)
+                yield part, states if part.rows is None else states[: len(part.rows)]
 
-    def teacher_head(self) -> Head:
-        """The teacher's head as it is now: to be asked for within the forward that uses it."""
-        return head_of(self.teacher.unwrapped)
+    def _kept_states(self, batch: dict[str, Any]) -> Any:
+        """The same by row, to be split with the batch: (B, T, H), or of several teachers, whose H differ, a list."""
+        by_row: dict[int, Tensor] = {}
+        for part, states in self._states(batch):
+            if part.rows is None:
+                return states
+            by_row |= zip(part.rows, states, strict=True)
+        return [by_row[row] for row in range(len(by_row))]
+
+    def teacher_states(self, batch: dict[str, Any]) -> list[tuple[Part, Tensor]]:
+        """The teachers' last hidden states of a micro-batch, for the full estimator."""
+        if not self.args.teacher_offload:
+            return [*self._states(batch)]
+        kept, parts = batch["teacher_states"], self.teachers.parts(batch)
+        if self.teachers.only is not None:
+            return [(part, kept) for part in parts]
+        return [(part, torch.stack([kept[row] for row in part.rows])) for part in parts if part.rows]
+
+    def targets(self, states: list[tuple[Part, Tensor]]) -> list[Target]:
+        """These states with the heads as they are now: to be asked for within the forward that uses them."""
+        return [Target(of_part, part.teacher.head(), part.rows) for part, of_part in states]
 
     @torch.no_grad()
     def reference(self, batch: dict[str, Any]) -> tuple[Tensor, Head] | None:
-        """The same of the initial policy, states and head; `None` where the reference is the current one."""
+        """States and head of the initial policy; `None` where the reference is the current one."""
         if self.initial is None:
             return None
         with self.initial.lend() as policy:
             tokens = *sequence(batch), batch["completion_ids"].size(1)
             states = self.forward.run_within(policy, last_hidden_state, *tokens)
-            return states, head_of(self.initial.accelerator.unwrap_model(policy))
+            return states, head_of(self.initial.unwrapped)
