@@ -336,11 +336,6 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
 
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
-        """Evaluation generates and grades; it calls no teacher and has no loss."""
-        self._prepare_inputs(inputs)
-        return None, None, None
-
     def own_settings(self) -> dict[str, Any]:
         values = self.args.to_dict()
         own = {name: values[name] for name in own_fields(self.args) if not name.startswith(NOT_COMPARED)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..method.gate import GateDecision, gate_metrics, gate_totals
 from .totals import rollout_totals, rollouts_by_teacher, tokens_by_teacher
@@ -226,6 +226,11 @@ class GateLogging(ResumableTrainer):
         self._eval_logs = copy.deepcopy(self._empty_logs)
         self._eval_set = metric_key_prefix.removeprefix("eval_") if metric_key_prefix.startswith("eval_") else ""
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Evaluation generates and grades; it calls no teacher and has no loss."""
+        self._prepare_inputs(inputs)
+        return None, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Same as GRPOTrainer, and like it not collective: a callback may call it on one rank."""
