@@ -3,6 +3,7 @@
     python benchmarks/real/prepare.py                                                 # once, with a network
     python benchmarks/real/run.py --device cuda --data runs/real --minutes 5 --output OUT.json
     python benchmarks/real/run.py --device cpu --minutes 55 --arms opd sg-opd --output runs/real/demo.json  # demo-real
+    python benchmarks/real/run.py --device cpu --reuse runs/real/demo.json --seeds 0 1 --output OUT.json    # more arms
     python benchmarks/real/run.py --device cpu --tiny --output OUT.json               # a trial of every part
 
 A teacher and a student are made of the language model; then every arm trains the student for equally many steps, as
@@ -40,7 +41,7 @@ from real.taught import LEARNING_RATE, ROWS, Lesson, teach
 
 from sg_opd import MathVerifier
 from sg_opd.evaluation import provenance
-from sg_opd.evaluation.results import installed, write_json
+from sg_opd.evaluation.results import installed, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,15 @@ TINY = Plan(
 class Record:
     """What is known so far, written to a file after each part."""
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, earlier: dict[str, Any] | None) -> None:
         self.path = path
         gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
         packages = ("peft", "accelerate", "datasets", "gguf")
         versions = {name: installed(name) for name in packages}
         about = {**provenance(), "machine": gpu or {"name": f"cpu ({platform.machine()})"}, "packages": versions}
-        self.content: dict[str, Any] = {"about": about, "seconds": {}, "arms": []}
+        self.content: dict[str, Any] = earlier or {"about": about, "seconds": {}, "arms": []}
+        if earlier is not None:  # the arms that are added may be of another commit
+            self.content.setdefault("continued", []).append({**about, "from_arm": len(earlier["arms"])})
 
     def add(self, part: str, value: Any) -> None:
         """Keep a part, and when it was known."""
@@ -147,37 +150,60 @@ def affordable(record: Record, pair: Pair, plan: Plan, arms: list[Arm], runs: in
 
 
 def run(args: argparse.Namespace, data: Path) -> None:
-    """All parts, in order."""
+    """All parts, in order; of an earlier result, only the arms that it lacks."""
     plan = TINY if args.tiny else GPU if args.device == "cuda" else CPU
     plan = replace(plan, size=replace(plan.size, learning_rate=args.learning_rate))
-    on_cpu, deadline, record = args.device == "cpu", START + 60 * args.minutes, Record(args.output, args.device)
+    earlier = read_json(args.reuse) if args.reuse else None
+    on_cpu, record = args.device == "cpu", Record(args.output, args.device, earlier)
     output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
     arms = [arm for arm in ARMS if arm.settings["preset"] in args.arms]
-    record.add("plan", {**asdict(plan), "lora": LORA, "generations": GENERATIONS, "sft_learning_rate": LEARNING_RATE})
     problems, base = made_world(data, args.tiny, plan.templates)
-    record.add("world", {"templates": plan.templates, "unseen": world.UNSEEN, "largest_number": world.LARGEST})
-    for lesson in plan.lessons:
-        folder = output / lesson.name
-        if args.reuse and (folder / "model.safetensors").is_file():
-            continue
-        record.add(f"lesson {lesson.name}", teach(base, problems, lesson, folder, size.length, on_cpu, plan.rows))
-        free()
-    before, spare = {}, 0.0
-    for lesson in plan.lessons:
-        since = time.perf_counter()
-        before[lesson.name] = evaluated(*load(output / lesson.name, on_cpu), problems, size, verifier)
-        spare = time.perf_counter() - since + 8  # for a trainer's loading and merging
-        record.add("before", before)
-    free()
     pair = Pair(output / "student", output / "teacher", problems)
     runs = [(arm, seed) for seed in args.seeds for arm in arms]  # a run that is ended has whole comparisons
-    steps = args.steps or affordable(record, pair, plan, arms, len(runs), (on_cpu, output, deadline), spare)
+    if earlier is None:
+        steps = prepared(args, plan, record, base, pair, runs, verifier)
+    else:
+        had = {(done["title"], done["seed"]) for done in earlier["arms"]}
+        runs = [(arm, seed) for arm, seed in runs if (arm.title, seed) not in had]
+        steps = earlier["arms"][0]["steps"]
     for arm, seed in runs:
         free()
         folder = output / f"{arm.settings['preset']}-{seed}"
         record.add("arm", run_arm(pair, arm, size, steps, seed, on_cpu, folder, verifier))
         print(f"the gate on its rollouts: {folder / 'gate_samples.html'}")
     print(table(record.content))
+
+
+def prepared(
+    args: argparse.Namespace,
+    plan: Plan,
+    record: Record,
+    base: Path,
+    pair: Pair,
+    runs: list[tuple[Arm, int]],
+    verifier: MathVerifier,
+) -> int:
+    """Teach teacher and student, evaluate both, and find out how many steps each run can have."""
+    on_cpu, size, deadline = args.device == "cpu", plan.size, START + 60 * args.minutes
+    about = {"lora": LORA, "generations": GENERATIONS, "sft_learning_rate": LEARNING_RATE}
+    record.add("plan", {**asdict(plan), **about})
+    record.add("world", {"templates": plan.templates, "unseen": world.UNSEEN, "largest_number": world.LARGEST})
+    folders = {"teacher": pair.teacher, "student": pair.student}
+    for lesson in plan.lessons:
+        lengths = size.length, on_cpu, plan.rows
+        record.add(f"lesson {lesson.name}", teach(base, pair.world, lesson, folders[lesson.name], *lengths))
+        free()
+    before, spare = {}, 0.0
+    for name, folder in folders.items():
+        since = time.perf_counter()
+        before[name] = evaluated(*load(folder, on_cpu), pair.world, size, verifier)
+        spare = time.perf_counter() - since + 8  # for a trainer's loading and merging
+        record.add("before", before)
+    free()
+    if args.steps:
+        return args.steps
+    where = on_cpu, pair.student.parent, deadline
+    return affordable(record, pair, plan, [arm for arm, _ in runs], len(runs), where, spare)
 
 
 def free() -> None:
@@ -218,7 +244,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=RATE, help=f"of LoRA; default {RATE:g}")
     presets = [arm.settings["preset"] for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=presets, default=presets, help="by their presets; default: all")
-    parser.add_argument("--reuse", action="store_true", help="take teacher and student of an earlier run")
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="RESULT",
+        help="the result of an earlier run: its models, their figures, its steps and its arms are kept, others added",
+    )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("run.py needs a CUDA device, and torch sees none; --device cpu does without.")

@@ -212,3 +212,30 @@ def test_a_world_of_some_templates_leaves_out_the_others_and_keeps_the_unseen(tm
     assert [row["id"] for row in some.prompts("test")] == ["4-0", "43-1", "6-3", "4-10"]
     assert len(some.lessons()) == 4
     assert len(world.World(tmp_path).lessons()) == 5
+
+
+def test_more_arms_are_added_to_an_earlier_result(tmp_path, monkeypatch):
+    """Of two arms and two seeds one is there: the three others are run, with as many steps, and all are kept."""
+    from real import run
+
+    asked = []
+
+    def run_arm(pair, arm, size, steps, seed, *others):
+        asked.append((arm.title, seed, steps))
+        return {"title": arm.title, "seed": seed, "steps": steps, "after": figures}
+
+    figures = {name: {"figures": {k: {"mean": 1.0, "low": 0.0, "high": 2.0} for k in ("avg@8", "pass@4")}}
+               for name in ("test", "unseen")}  # fmt: skip
+    earlier = {"about": {"commit": "one"}, "seconds": {"arm": 1.0}, "before": {"teacher": figures, "student": figures}}
+    earlier["arms"] = [{"title": "OPD", "seed": 0, "steps": 23, "after": figures}]
+    (tmp_path / "demo.json").write_text(json.dumps(earlier))
+    monkeypatch.setattr(run, "run_arm", run_arm)
+    monkeypatch.setattr(run, "made_world", lambda *_: (None, None))
+    command = ["--device", "cpu", "--arms", "opd", "sg-opd", "--seeds", "0", "1", "--reuse", tmp_path / "demo.json"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, command), "--output", str(tmp_path / "all.json")])
+    run.main()
+    assert asked == [("SG-OPD", 0, 23), ("OPD", 1, 23), ("SG-OPD", 1, 23)]
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert [(arm["title"], arm["seed"]) for arm in result["arms"]] == [("OPD", 0), *((t, s) for t, s, _ in asked)]
+    assert result["about"] == {"commit": "one"}
+    assert [part["from_arm"] for part in result["continued"]] == [1]
