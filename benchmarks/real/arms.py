@@ -20,7 +20,6 @@ from .world import World
 
 GENERATIONS = 8  # of a prompt
 SAMPLES = 8  # of a question in an evaluation
-SETS = ("test", "unseen")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 RATE = 5e-4  # the learning rate of LoRA
 WARM_UP = 0.1  # share of the steps
@@ -49,7 +48,8 @@ class Size:
     Attributes:
         rollouts: completions a step; `GENERATIONS` of each prompt.
         batch: of them in one forward and backward.
-        questions: of each test set.
+        questions: of the test set.
+        unseen: questions of the set of templates never trained on.
         at_once: completions of an evaluation that are generated at a time.
         length: of a completion, in tokens, at the most. The longest worked solution has 71.
         learning_rate: of LoRA.
@@ -58,6 +58,7 @@ class Size:
     rollouts: int
     batch: int
     questions: int
+    unseen: int
     at_once: int
     length: int = 80
     learning_rate: float = RATE
@@ -177,9 +178,9 @@ def load(folder: Path, on_cpu: bool) -> tuple[PreTrainedModel, Any]:
 def evaluated(model: PreTrainedModel, tokenizer: Any, world: World, size: Size, verifier: MathVerifier) -> dict:
     """By test set, the figures with their intervals and the counts by question."""
     found = {}
-    for name in SETS:
+    for name, count in (("test", size.questions), ("unseen", size.unseen)):
         start = time.perf_counter()
-        questions = world.prompts(name, size.questions)
+        questions = world.prompts(name, count)
         settings = SAMPLES, size.length, 1.0, size.at_once
         result = evaluate_model(model, tokenizer, questions, verifier, *settings, progress=False)
         found[name] = {**summary(result), "seconds": round(time.perf_counter() - start, 2)}

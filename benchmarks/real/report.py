@@ -71,12 +71,18 @@ def figures_table(content: dict[str, Any]) -> str:
     rows = []
     for questions, words in SETS.items():
         opd = {run["seed"]: run["after"][questions]["correct"] for run in arms.get("OPD", [])}
+        asked = content["arms"][0]["after"][questions]["correct"]
         for title, results in [*ends, *((title, [run["after"] for run in runs]) for title, runs in arms.items())]:
-            counts = [result[questions]["correct"] for result in results]
+            counts = [common(result[questions]["correct"], asked) for result in results]
             cells = [with_span(mean_interval(by_question(counts, figure))._asdict()) for figure in ("avg", "pass")]
             rows.append([words, title, str(len(counts)), *cells, minus(opd, arms.get(title, []), questions)])
     heads = ["test set", "model", "runs", f"avg@{SAMPLES} %", f"pass@{TRIES} %", f"avg@{SAMPLES} minus OPD"]
     return table(heads, rows, left=2)
+
+
+def common(correct: Correct, asked: Correct) -> Correct:
+    """What concerns the questions that the arms were asked: both ends may have been asked more."""
+    return {id: correct[id] for id in asked}
 
 
 def minus(opd: dict[int, Correct], runs: Sequence[dict[str, Any]], questions: str) -> str:

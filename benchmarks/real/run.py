@@ -64,16 +64,16 @@ class Plan:
 
 
 GPU = Plan(
-    Size(rollouts=256, batch=128, questions=200, at_once=1600),
+    Size(rollouts=256, batch=128, questions=200, unseen=200, at_once=1600),
     (Lesson("teacher", 80.0, 240, 60, 30, 64, seed=1), Lesson("student", 28.0, 60, 12, 4, 64, seed=2)),
 )
 CPU = Plan(
-    Size(rollouts=16, batch=16, questions=40, at_once=128),
+    Size(rollouts=16, batch=16, questions=28, unseen=8, at_once=128),
     (Lesson("teacher", 70.0, 60, 36, 8, 64, seed=1), Lesson("student", 25.0, 40, 12, 4, 64, seed=2)),
     templates=world.SHORT,
 )
 TINY = Plan(
-    Size(rollouts=16, batch=8, questions=2, at_once=16, length=8),
+    Size(rollouts=16, batch=8, questions=2, unseen=2, at_once=16, length=8),
     (Lesson("teacher", 99.0, 2, 1, 1, 2, seed=1), Lesson("student", 99.0, 1, 1, 1, 2, seed=2)),
     rows=8,
     most=2,
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace, data: Path) -> None:
     else:
         had = {(done["title"], done["seed"]) for done in earlier["arms"]}
         runs = [(arm, seed) for arm, seed in runs if (arm.title, seed) not in had]
-        steps = earlier["arms"][0]["steps"]
+        steps = args.steps or earlier["arms"][0]["steps"]
     for arm, seed in runs:
         free()
         folder = output / f"{arm.settings['preset']}-{seed}"
