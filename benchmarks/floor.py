@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sg_opd.method.divergence import Head, chunked_divergence, chunked_nll, last_hidden_state
+from sg_opd.method.loss import bucketed_divergence
+from sg_opd.method.top_k import bucketed, likeliest
 
 
 class Floor:
@@ -174,6 +176,11 @@ def loss_memory(
                 student = Head(weight, None)
                 if estimator == "full":
                     loss = chunked_divergence(states, student, states.detach(), Head(teacher, None), ids, 1.0)[0].sum()
+                elif estimator == "top_k":
+                    target = likeliest(states.detach(), Head(teacher, None), ids, 4, len(teacher), 1.0)
+                    own, _ = bucketed(states, student, target.ids, 1.0)
+                    given = own.unsqueeze(0), target.logps.unsqueeze(0), torch.ones_like(states[:, 0]).unsqueeze(0)
+                    loss = bucketed_divergence(*given).sum()
                 else:
                     loss = chunked_nll(states, student, ids, 1.0).sum()
                 torch.autograd.grad(loss, leaves)

@@ -74,6 +74,17 @@ SCENARIOS = {
     # beside the pairs: an embedding that is the head too, and activations computed twice
     "whole-full-tied": {"student": "tied", "settings": {"estimator": "full", "gradient_checkpointing": True}},
     "whole-full-tied-padded": {"student": "tied-padded", "settings": {"estimator": "full"}},
+    # the teacher's likeliest ids, with heads of unequal size, and a third model of which each rank holds a part
+    "whole-top_k-initial": {
+        "student": "padded",
+        "settings": {
+            "estimator": "top_k",
+            "teacher_top_k": 6,
+            "reference_policy": "initial",
+            "gate_extrapolation": 1.2,
+            "mask_truncated_completions": True,
+        },
+    },
     # and a group that lies on both ranks, one verdict on the second: by itself that rank would have no sign
     "whole-sampled-group": {
         "verifier": "by_place",

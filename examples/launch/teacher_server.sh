@@ -9,7 +9,8 @@
 #   TEACHER        path or hub id of the teacher                   RECIPE          recipe of the trainer
 #   SERVER_GPUS    CUDA_VISIBLE_DEVICES of the server              TRAINER_GPUS    those of the trainer
 #   MAX_MODEL_LEN  longest prompt + completion + 1, in tokens      PORT            of the server, on this machine
-#   SERVE          command that serves, before the model's name    SERVE_ARGS      its flags
+#   MAX_LOGPROBS   likeliest ids a token that it may be asked for  SERVE_ARGS      further flags of the server
+#   SERVE          command that serves, before the model's name
 #   ACCELERATE     configuration for accelerate                    LAUNCH          command that runs a training script
 #   WAIT           seconds until the server must answer            LOG             file of the server's output
 #   GRACE          seconds a signalled trainer has to save
@@ -27,6 +28,7 @@ WAIT=${WAIT:-1800}
 GRACE=${GRACE:-300}
 LOG=${LOG:-teacher_server.log}
 MAX_MODEL_LEN=${MAX_MODEL_LEN:-5120}
+MAX_LOGPROBS=${MAX_LOGPROBS:-64} # teacher_top_k's default
 count() { local list; IFS=, read -ra list <<<"$1"; echo "${#list[@]}"; }
 # prompt log-probs take tokens x vocabulary in fp32 a prefill chunk, hence the small chunk; and prefix caching has
 # answered with stale ones in some versions of vLLM
@@ -74,7 +76,7 @@ else
     fi
     echo "Serving $TEACHER at ${urls[*]}, output in $LOG"
     CUDA_VISIBLE_DEVICES=$SERVER_GPUS "${serve[@]}" "$TEACHER" --host 127.0.0.1 --port "$PORT" \
-        --max-model-len "$MAX_MODEL_LEN" "${serve_args[@]}" >"$LOG" 2>&1 &
+        --max-model-len "$MAX_MODEL_LEN" --max-logprobs "$MAX_LOGPROBS" "${serve_args[@]}" >"$LOG" 2>&1 &
     server=$!
 fi
 

@@ -17,6 +17,7 @@ from steps import Clock, Size, Step, Variant, peak_of
 from targets import targets_of
 
 from sg_opd import MathVerifier
+from sg_opd.method import top_k
 
 TINY = Size("tiny", vocab=512, student=(1, 64), teacher=(2, 64), batch=4, prompt=6, tokens=5, generations=2)
 NAMES = (
@@ -134,6 +135,15 @@ def test_the_slope_of_a_loss_within_one_tile_is_that_of_whole_logits(estimator):
     """So the sweep would see a loss that holds whole logits: at least 4 bytes a pair."""
     rows = loss_memory(estimator, tokens=(64, 128), vocabularies=(512, 1024), hidden=8, device="cpu")
     assert memory_slope(rows) >= 4.0
+
+
+def test_the_top_k_estimator_holds_a_tile_and_no_more(monkeypatch):
+    """Teacher's and student's side together: in one tile the slope of whole logits, beyond it none."""
+    sizes = {"tokens": (64, 128), "vocabularies": (512, 1024), "hidden": 8, "device": "cpu"}
+    assert memory_slope(loss_memory("top_k", **sizes)) >= 4.0
+    monkeypatch.setattr(top_k, "POSITIONS", 32)
+    monkeypatch.setattr(top_k, "IDS", 128)
+    assert abs(memory_slope(loss_memory("top_k", **sizes))) < 0.1
 
 
 def test_the_phase_asks_the_teacher_once_a_step_and_never_after():

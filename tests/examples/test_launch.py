@@ -132,8 +132,9 @@ def test_teacher_server_waits_trains_and_ends_its_server(stage):
     pid, devices, *served = Path(stage["SERVED"]).read_text().split()
     assert devices == "6,7"
     assert " ".join(served) == (
-        f"Qwen/Qwen3-32B --host 127.0.0.1 --port {stage['PORT']} --max-model-len 5120 --tensor-parallel-size 2 "
-        "--max-num-batched-tokens 2048 --no-enable-prefix-caching --gpu-memory-utilization 0.85"
+        f"Qwen/Qwen3-32B --host 127.0.0.1 --port {stage['PORT']} --max-model-len 5120 --max-logprobs 64 "
+        "--tensor-parallel-size 2 --max-num-batched-tokens 2048 "
+        "--no-enable-prefix-caching --gpu-memory-utilization 0.85"
     )
     assert gone(int(pid))
 

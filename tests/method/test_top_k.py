@@ -66,7 +66,7 @@ def test_by_hand():
     both = [bucketed_logps(x, ids).view(1, 1, -1) for x in (student, teacher)]
     torch.testing.assert_close(both[0].exp().flatten(), torch.tensor([0.3, 0.1, 0.6]))
     expected = 0.3 * math.log(0.3 / 0.2) + 0.1 * math.log(0.1 / 0.4) + 0.6 * math.log(0.6 / 0.4)
-    assert bucketed_divergence(*both, torch.full((1, 1), 1.8)).item() == pytest.approx(1.8 * expected, abs=3e-6)
+    assert bucketed_divergence(*both, torch.full((1, 1), 1.8)).item() == pytest.approx(1.8 * expected, abs=3e-5)
     # sampled id 0 is the likeliest: K has one id, and not twice that one
     ids = likeliest_ids(teacher, torch.tensor(0), 1)
     assert ids.tolist() == [0, NO_ID]
@@ -197,7 +197,7 @@ def test_is_the_loss_on_plain_logits(initial, small_tiles):
 
 @pytest.mark.parametrize("initial", [False, True], ids=["current", "initial"])
 def test_where_k_holds_all_of_the_mass(initial):
-    """Finite values and gradients, and 13.8 nats for the mass that the student has elsewhere."""
+    """Finite values and gradients, and 11.5 nats for the mass that the student has elsewhere."""
     sure, open_ = torch.tensor([60.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 2.0, -1.0])
     ids = torch.tensor([[[0, NO_ID]]])
     for student, teacher in ((open_, sure), (sure, open_), (sure, sure)):

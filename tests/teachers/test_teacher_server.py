@@ -99,7 +99,7 @@ def test_likeliest_ids_are_the_models(proxy, make_model, monkeypatch):
 
 
 def test_a_sequence_with_a_large_answer_is_a_request_of_its_own():
-    """21,000 bytes a token with 209 likeliest ids, of 8 MiB: the second sequence goes with the third."""
+    """15,750 bytes a token with 209 likeliest ids, of 8 MiB: the second sequence goes with the third."""
     assert [len(chunk) for chunk in server.chunked([[3] * 500, [3] * 100, [3] * 100], 209)] == [1, 2]
     assert [len(chunk) for chunk in server.chunked([[3] * 5000] * 17, 0)] == [8, 8, 1]
 
