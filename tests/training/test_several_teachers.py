@@ -212,7 +212,7 @@ def test_every_check_runs_for_each_teacher(build, make_model, routed, tokenizer,
         build({"sums": good, "b": make_model(3, vocab_size=20)}, rows=routed.map(lambda r: {"teacher": "b"}))
     with pytest.raises(FileNotFoundError, match="Teacher 'b': `teacher_model`: there is no folder '/nowhere'"):
         build({"a": good, "b": "/nowhere"})
-    with pytest.raises(ValueError, match=r"Teacher 'products': 8 teacher prompts .* context of 8 tokens"):
+    with pytest.raises(ValueError, match=r"Teacher 'products': 8 teacher prompts .* context of 8 tokens, first row 1"):
         build({"sums": good, "products": make_model(3, max_position_embeddings=8)})
     with pytest.raises(ValueError, match="Teacher 'products': estimator='full' needs a model in this process"):
         build({"sums": good, "products": Countdown()}, estimator="full")

@@ -1,6 +1,7 @@
 """A teacher that reads prompts of its own (`teacher_prompt`), another model or the student before training."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -72,13 +73,15 @@ def logits_after(model, prompts, batch):
 
 
 TEACHERS = ["other", "offloaded", "initial", "initial-lora"]
+CASES = [*itertools.product(["sampled", "full"], TEACHERS), ("top_k", "initial-lora")]
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize(("estimator", "kind"), CASES)
 def test_update_by_hand(estimator, kind, build, make_model, hinted, tokenizer):
     """A batch with the student's prompts, completions scored after the teacher's: the step of an unpatched copy."""
     settings = {"estimator": estimator, "gate_interpolation": 0.6, "teacher_offload": kind == "offloaded", **MIXED}
+    top_k = 4 if estimator == "top_k" else 64
+    settings["teacher_top_k"] = top_k
     given = "initial" if kind.startswith("initial") else None
     taught_by = make_model(1) if given else make_model(2, hidden_size=48)
     trainer = build(given, peft_config=LORA if kind == "initial-lora" else None, **settings)
@@ -87,7 +90,7 @@ def test_update_by_hand(estimator, kind, build, make_model, hinted, tokenizer):
     trainer.train()
     assert any(batch["from_teacher"].any() for batch in trainer.batches)
     divisor = sum(batch["completion_mask"].sum() for batch in trainer.batches)
-    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.6, estimator=estimator, temperature=0.8)
+    loss_fn = SignGatedLoss(extrapolation=1.8, interpolation=0.6, estimator=estimator, temperature=0.8, top_k=top_k)
     losses = []
     for batch in trainer.batches:
         prompts = read_prompts(batch, hinted, tokenizer)

@@ -163,13 +163,23 @@ def check_read(
         server = teacher.context if isinstance(teacher, ServerTeacher) else None
         if isinstance(rows.dataset, Dataset) and (of_teacher := rows.places(name)):
             with named(name):
-                _check_lengths(rows.dataset.select(of_teacher), TEACHER_PROMPT, *of_all[1:], teacher.context, server)
+                part = rows.dataset.select(of_teacher)
+                _check_lengths(part, TEACHER_PROMPT, *of_all[1:], teacher.context, server, of_teacher)
 
 
 def _check_lengths(
-    dataset: Dataset, column: str, tokenize: Tokenize, completion: int, context: int | None, server: int | None = None
+    dataset: Dataset,
+    column: str,
+    tokenize: Tokenize,
+    completion: int,
+    context: int | None,
+    server: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> None:
-    """As `check_prompts`, of the prompts that a model reads; `server` is the context where that is a server's."""
+    """As `check_prompts`, of the prompts that a model reads; `server` is the context where that is a server's.
+
+    `places` are the numbers of the rows, where these are a part of the training set.
+    """
     if not context:
         return
     rows, read = {*rows_to_check(len(dataset))}, _both(dataset)
@@ -183,7 +193,7 @@ def _check_lengths(
     if too_long:
         raise ValueError(
             f"{len(too_long)} {noun}s in `train_dataset` fill {whose} context of {context} tokens, first row "
-            f"{too_long[0]}. Filter the dataset by prompt length."
+            f"{places[too_long[0]] if places else too_long[0]}. Filter the dataset by prompt length."
         )
     needed = max(lengths) + completion
     if server and needed + 1 > server:
