@@ -134,7 +134,7 @@ def test_neither_the_gate_nor_its_metrics_wait_for_the_device():
         for _ in range(2):
             decision = loss_fn.decide(student, teacher, LABELS, mask, teacher)
             loss = policy_gradient(student, decision.advantage)
-            meter.update(decision, loss, mask, FROM_TEACHER, mask, entropy=loss)
+            meter.update(decision, loss, mask, FROM_TEACHER, mask, {"entropy": loss})
             meter.add(rollout_totals(LABELS, FROM_TEACHER, SLOTS))
     with NoSynchronisation():  # but for one `.tolist()`, which shows on a device only
         meter.compute(Accelerator(cpu=True))
