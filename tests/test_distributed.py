@@ -262,7 +262,8 @@ def test_losses_metrics_and_weights_are_a_single_processs(backend, name, outcome
     for got, want in zip(logged(two, ours), logged(one, ours), strict=True):
         assert got == pytest.approx(want, abs=2e-4, rel=1e-4, nan_ok=True)
     assert any(entry.get("gate/consensus", 0) > 0.1 for entry in one[0]["logs"])
-    assert any(entry.get("gate/conflict", 0) > 0.05 for entry in one[0]["logs"])
+    least = 0.05 if "teachers" in SCENARIOS[name] else 0.1  # two teachers, each of half of the rows
+    assert any(entry.get("gate/conflict", 0) > least for entry in one[0]["logs"])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
