@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -439,7 +439,7 @@ def test_a_checkpoint_keeps_no_settings_that_may_hold_a_token(train, tmp_path):
     assert not [name for name in kept if "server" in name or "token" in name]
     assert "SECRET" not in json.dumps(kept)
     assert kept["model_init_kwargs"] == loading({"dtype": "float32"})
-    trainer.args.teacher_model_init_kwargs = secret
+    trainer._sources = [replace(source, init_kwargs=secret) for source in trainer._sources]
     assert "SECRET" not in json.dumps(trainer.run_settings())
     assert trainer.run_settings()["teacher_model_init_kwargs"] == loading({"dtype": "float32"})
 

@@ -19,7 +19,7 @@ from sg_opd.method.buckets import (
     likeliest_ids,
     log1mexp,
 )
-from sg_opd.method.divergence import Head, full_per_token
+from sg_opd.method.divergence import Head, Target, full_per_token
 from sg_opd.method.loss import bucketed_divergence, gated_divergence
 from sg_opd.method.top_k import bucketed, likeliest, top_k_per_token
 
@@ -140,7 +140,7 @@ def per_token(estimator, student, teacher, ids, gated, factor, reference=None, k
     """Loss of positions (B, T) by the trainer's own functions: states and heads, factors given."""
     given = gated, temperature, lambda own, other: factor
     if estimator == "full":
-        return full_per_token(*student, *teacher, ids, *given, reference)[0]
+        return full_per_token(*student, [Target(*teacher)], ids, *given, reference)[0]
     flat = likeliest(teacher[0].flatten(0, 1), teacher[1], ids.flatten(), k, len(teacher[1].weight), temperature)
     target = Buckets(*(part.view(*ids.shape, -1) for part in flat))
     return top_k_per_token(*student, target, ids, *given, reference)[0]

@@ -96,7 +96,7 @@ def test_student_teacher_reference_and_tokenizers_are_loaded_without_remote_code
 
         monkeypatch.setattr(loader, "from_pretrained", classmethod(record))
     make_trainer(saved, dataset, reference_policy="initial")
-    assert [where for kind, where, _ in seen if kind == "PreTrainedModel"] == ["student", "teacher", "student"]
+    assert [where for kind, where, _ in seen if kind == "PreTrainedModel"] == ["student", "student", "teacher"]
     assert {"AutoConfig", "AutoTokenizer", "AutoProcessor"} <= {kind for kind, *_ in seen}
     for kind, where, kwargs in seen:
         assert kwargs["trust_remote_code"] is False, (kind, where)

@@ -171,7 +171,7 @@ def test_messages_that_grpo_parsed(thinking, verifier, text, verdict, parsed):
         assert "<think>" not in message["content"]
         assert "reasoning_content" in message
     rollouts = Rollouts([{"solution": "5"}], verifier, TrainerState())
-    rollouts.read_prompts(thinking, [prompt_ids])
+    rollouts.read_prompts(thinking, [prompt_ids], None)
     answers = {"prompts": [question], "completions": [[message]], "completion_ids": [ids], "solution": ["5"]}
     assert rollouts.reward(**answers) == [verdict]
 
@@ -184,6 +184,6 @@ def test_a_parser_that_leaves_a_cut_block_in_the_content(thinking, verifier):
     cut = {"role": "assistant", "content": r"Try \boxed{5}, but wait"}
     whole = {"role": "assistant", "reasoning_content": "It is 5.", "content": r"\boxed{5}"}
     rollouts = Rollouts([{"solution": "5"}] * 2, verifier, TrainerState())
-    rollouts.read_prompts(thinking, [prompt_ids] * 2)
+    rollouts.read_prompts(thinking, [prompt_ids] * 2, None)
     answers = {"completions": [[cut], [whole]], "completion_ids": [[1], [1]], "solution": ["5", "5"]}
     assert rollouts.reward(prompts=[question] * 2, **answers) == [0.0, 1.0]
