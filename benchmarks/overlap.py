@@ -60,7 +60,7 @@ class Replayed(SGOPDTrainer):
     replayed: list[list[int]]
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.replayed, None, {}
+        return self.replayed, None
 
 
 def trainer_of(options: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> Replayed:

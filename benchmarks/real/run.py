@@ -244,12 +244,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=RATE, help=f"of LoRA; default {RATE:g}")
     presets = [arm.settings["preset"] for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=presets, default=presets, help="by their presets; default: all")
-    parser.add_argument(
-        "--reuse",
-        type=Path,
-        metavar="RESULT",
-        help="the result of an earlier run: its models, their figures, its steps and its arms are kept, others added",
-    )
+    parser.add_argument("--reuse", type=Path, metavar="RESULT", help="an earlier result, which gets further arms")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("run.py needs a CUDA device, and torch sees none; --device cpu does without.")
