@@ -26,7 +26,8 @@ from sg_opd.evaluation.results import read_json
 
 PAGE = ROOT / "docs" / "real.md"
 SETS = {"test": "the same templates", "unseen": "templates never trained on"}
-SAMPLES, TRIES = 8, 4  # of a question; pass@k is to be trusted up to half of them
+SAMPLES = 8  # of a question
+PASSED = (4, 8)  # the k of pass@k
 LOGGED = {
     "delta/p01": 3,
     "delta/p05": 4,
@@ -50,10 +51,9 @@ CURVES = {
 Correct = dict[str, int]  # right answers by question
 
 
-def by_question(counts: Sequence[Correct], figure: str) -> list[list[float]]:
-    """avg@8 or pass@4 of each question, in per cent, by run."""
-    value = (lambda c: c / SAMPLES) if figure == "avg" else (lambda c: pass_at_k(SAMPLES, c, TRIES))
-    return [[100 * value(run[id]) for id in counts[0]] for run in counts]
+def by_question(counts: Sequence[Correct], tries: int = 1) -> list[list[float]]:
+    """pass@k of each question, in per cent, by run, with k = `tries`; that of one is avg@8."""
+    return [[100 * pass_at_k(SAMPLES, run[id], tries) for id in counts[0]] for run in counts]
 
 
 def arms_of(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -74,9 +74,10 @@ def figures_table(content: dict[str, Any]) -> str:
         asked = content["arms"][0]["after"][questions]["correct"]
         for title, results in [*ends, *((title, [run["after"] for run in runs]) for title, runs in arms.items())]:
             counts = [common(result[questions]["correct"], asked) for result in results]
-            cells = [with_span(mean_interval(by_question(counts, figure))._asdict()) for figure in ("avg", "pass")]
+            cells = [with_span(mean_interval(by_question(counts, tries))._asdict()) for tries in (1, *PASSED)]
             rows.append([words, title, str(len(counts)), *cells, minus(opd, arms.get(title, []), questions)])
-    heads = ["test set", "model", "runs", f"avg@{SAMPLES} %", f"pass@{TRIES} %", f"avg@{SAMPLES} minus OPD"]
+    passed = (f"pass@{tries} %" for tries in PASSED)
+    heads = ["test set", "model", "runs", f"avg@{SAMPLES} %", *passed, f"avg@{SAMPLES} minus OPD"]
     return table(heads, rows, left=2)
 
 
@@ -90,25 +91,31 @@ def minus(opd: dict[int, Correct], runs: Sequence[dict[str, Any]], questions: st
     pairs = [(opd[run["seed"]], run["after"][questions]["correct"]) for run in runs if run["seed"] in opd]
     if not pairs or runs[0]["title"] == "OPD":
         return ""
-    before, after = (by_question(side, "avg") for side in zip(*pairs, strict=True))
+    before, after = (by_question(side) for side in zip(*pairs, strict=True))
     apart = [[b - a for a, b in zip(*run, strict=True)] for run in zip(before, after, strict=True)]
     return with_span(mean_interval(apart)._asdict(), "+")
 
 
 def logged_table(content: dict[str, Any]) -> str:
-    """What training logged, the mean of the first third of the steps and of the last."""
+    """What training logged by arm, the mean of the first third of the steps and of the last."""
+    histories = {
+        title: [[entry for entry in run["history"] if "loss" in entry] for run in runs]
+        for title, runs in arms_of(content).items()
+    }
     rows = []
-    for title, runs in arms_of(content).items():
-        histories = [[entry for entry in run["history"] if "loss" in entry] for run in runs]
-        for name, digits in LOGGED.items():
-            cells = []
-            for first in (True, False):
-                parts = [part(history, first) for history in histories]
-                values = [entry[name] for entries in parts for entry in entries if entry.get(name) is not None]
-                cells.append(f"{statistics.fmean(values):.{digits}f}" if values else "")
-            if any(cells):
-                rows.append([title, f"`{name}`", *cells])
-    return table(["arm", "metric", "first third", "last third"], rows, left=2)
+    for name, digits in LOGGED.items():
+        cells = [
+            " → ".join(mean_of(of_arm, name, first, digits) for first in (True, False)) for of_arm in histories.values()
+        ]
+        rows.append([f"`{name}`", *cells])
+    return table(["metric", *histories], rows, left=1)
+
+
+def mean_of(histories: list[list[dict[str, Any]]], name: str, first: bool, digits: int) -> str:
+    """The mean of a metric over the first or the last third of some histories; a dash where it was not logged."""
+    entries = [entry for history in histories for entry in part(history, first)]
+    values = [entry[name] for entry in entries if entry.get(name) is not None]
+    return f"{statistics.fmean(values):.{digits}f}" if values else "-"
 
 
 def part(history: list[dict[str, Any]], first: bool) -> list[dict[str, Any]]:
