@@ -249,7 +249,7 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # the thread that asks for the result raises it
             future.set_exception(error)
 
-    threading.Thread(target=work, name="verifier", daemon=True).start()
+    threading.Thread(target=work, name="aside", daemon=True).start()
     return future
 
 
