@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -189,6 +189,11 @@ class Teachers:
             asked = rows or ([0] if teacher.sharded else None)
             taken = None if asked is None else {key: batch[key][asked] for key in SEQUENCES}
             yield Part(name, teacher, rows, taken)
+
+
+def rows_of(name: str | None, whose: Sequence[str] | None, rows: Iterable[int]) -> list[int]:
+    """Those of `rows` whose teacher is `name`, by `whose` of all rows; `None` there: all, of a single teacher."""
+    return [row for row in rows if whose is None or whose[row] == name]
 
 
 def check_names(given: Sequence[Any], names: Sequence[str], column: str) -> None:

@@ -228,23 +228,23 @@ def check_set_up(
         )
     if not is_divergence(args.estimator):
         return
-    named = f"estimator={args.estimator!r}"
+    setting = f"estimator={args.estimator!r}"
     if not isinstance(teacher, LocalTeacher):
         kind = type(teacher).__name__
         if args.estimator == "full":
             raise ValueError(
-                f"{named} needs a model in this process as teacher, not a {kind}; use estimator='top_k' or 'sampled'."
+                f"{setting} needs a model in this process as teacher, not a {kind}; use estimator='top_k' or 'sampled'."
             )
         if not isinstance(teacher, TopKTeacher):
             raise ValueError(
-                f"{named} asks the teacher for its likeliest ids, but a {kind} has no `score_top` "
+                f"{setting} asks the teacher for its likeliest ids, but a {kind} has no `score_top` "
                 "(`sg_opd.teachers.TopKTeacher`): add it, or use estimator='sampled'."
             )
     if multimodal:
-        raise ValueError(f"{named} is for text models; use estimator='sampled' with this processor.")
+        raise ValueError(f"{setting} is for text models; use estimator='sampled' with this processor.")
     if fsdp_version == 1:
         raise ValueError(
-            f"{named} does not run under FSDP version 1, which shows no sharded head outside its forward: "
+            f"{setting} does not run under FSDP version 1, which shows no sharded head outside its forward: "
             "set `fsdp_version: 2`, or use estimator='sampled'."
         )
     if args.estimator == "top_k" and args.teacher_top_k > vocabulary:

@@ -24,7 +24,7 @@ from ..method.gate import group_sign, uniform_groups, verdict_sign
 from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
-from ..teachers.several import Teachers, named
+from ..teachers.several import Teachers, named, rows_of
 from ..verifiers.thinking import opened, openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of, in_thread
 from .prompts import Tokenize, teacher_prompt_ids
@@ -165,7 +165,7 @@ class Rollouts:
 
         self.taken = phase.fill([*by_row], collected, endorse)
         for name, teacher in proposer.teachers.by_name.items():
-            its = [row for row in by_row if row not in self.taken and (self.whose is None or self.whose[row] == name)]
+            its = rows_of(name, self.whose, (row for row in by_row if row not in self.taken))
             if asks(teacher, len(its), asked):
                 with proposer.agreed(TeacherError), named(name):
                     self.taken |= phase.fill(its, partial(proposed, teacher), endorse)

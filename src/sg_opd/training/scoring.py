@@ -16,7 +16,7 @@ from ..method.divergence import Head, Target, head_of, last_hidden_state, sequen
 from ..teachers.local import Forward, LocalTeacher
 from ..teachers.protocol import TeacherError, TopScores, ask, ask_top
 from ..teachers.server import ServerTeacher
-from ..teachers.several import Part, Teachers, named
+from ..teachers.several import Part, Teachers, named, rows_of
 from ..verifiers.verdicts import in_thread
 from .frozen import InitialPolicy
 from .prompts import as_teacher_reads
@@ -74,7 +74,7 @@ class Scoring:
         """
         top_k = self.args.teacher_top_k if self.args.estimator == "top_k" else None
         for name, teacher in self.teachers.by_name.items():
-            rows = [row for row in range(len(prompt_ids)) if whose is None or whose[row] == name]
+            rows = rows_of(name, whose, range(len(prompt_ids)))
             if rows and isinstance(teacher, ServerTeacher):
                 question = [prompt_ids[row] for row in rows], [completion_ids[row] for row in rows]
                 self.asked[name] = Asked(teacher, question, top_k)
