@@ -66,7 +66,6 @@ ARMS = {
     "entry-gate": Arm("SG-OPD lite, gate per vocabulary entry", LITE, trainer="entry-gate", everywhere=False),
     "distillation": Arm("TRL DistillationTrainer", trainer="distillation"),
     "grpo": Arm("GRPO, verifier alone", trainer="grpo"),
-    "self": Arm("the student before training with the worked solution as teacher", LITE, trainer="self"),
     "sft": Arm("SFT on endorsed teacher rollouts", trainer="sft"),
 }
 # and of the family of gates; what they share with the others is the same arm
@@ -80,6 +79,13 @@ FAMILY = {
     "power-opd": Arm("PowerOPD", {"preset": "power-opd", "estimator": "sampled"}),
     "opd-grpo": Arm("OPD + 0.1 reward", {"preset": "opd-grpo", "estimator": "sampled", "advantage_weight": 0.1}),
     "opd-grpo-1": Arm("OPD + 1.0 reward", {"preset": "opd-grpo", "estimator": "sampled", "advantage_weight": 1.0}),
+    **{
+        f"opd-top-{k}": Arm(f"OPD, top_k {k}", {"preset": "opd", "estimator": "top_k", "teacher_top_k": k})
+        for k in (1, 4, 16)
+    },
+    # the teacher is the student before training, which reads the worked solution
+    "self-opd": Arm("OPD", {"preset": "opd"}, trainer="self"),
+    "self-lite": Arm("SG-OPD lite", LITE, trainer="self"),
     # the gate alone: no teacher phase; `factors` against the initial policy, `sign` against the current one
     "factors": Arm("factors", {"preset": "opd", "reference_policy": "initial"}),
     "sign": Arm("sign gate", {"preset": "opd", "gate_extrapolation": 1.8, "gate_interpolation": 1.0}),

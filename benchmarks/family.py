@@ -1,6 +1,6 @@
 """The family of gates in one table: every preset in both worlds of the study, and two questions of their own.
 
-    python benchmarks/family.py              # about four hours of one core; resumable
+    python benchmarks/family.py              # about five hours of one core; resumable
     python benchmarks/family.py --quick      # every arm, small, in a few minutes
     python benchmarks/family.py --report     # train nothing, write the results from what is there
 
@@ -44,14 +44,18 @@ SIZES = {
 }
 MAIN = ("opd", "sg-opd", "sg-opd-lite", "r2-opd")
 OTHERS = ("opdvr", "grpd", "rg-opd", "opd-sampled", "power-opd", "opd-grpo", "opd-grpo-1", "grpo")
+ESTIMATORS = ("opd-sampled", "opd-top-1", "opd-top-4", "opd-top-16", "opd")
+SELVES = ("self-opd", "self-lite")
 BOTH = ("equations", "arithmetic")
-RATE, FIRST, FACTOR, OTHER, SIGNAL, RETRY = (
+RATE, FIRST, FACTOR, OTHER, SIGNAL, RETRY, ESTIMATOR, SELF = (
     "OPD's learning rate",
     "main arms",
     "factors against the initial policy",
     "other arms",
     "sign of the verdict or of the group",
     "main arms at the other rate",
+    "estimators",
+    "a student that teaches itself",
 )
 
 
@@ -97,12 +101,14 @@ def parts(plan: Plan) -> list[Part]:
         Part(FACTOR, turns["arithmetic"], steps=LONG),
         Part(SIGNAL, tuple(Cell(w, "sign", plan.other_seeds, signal) for signal in signals for w in BOTH)),
         Part(RETRY, cells(("opd", "sg-opd", "r2-opd"), plan.choosing_seeds), chosen=False),
+        Part(ESTIMATOR, cells(ESTIMATORS, plan.main_seeds)),
+        Part(SELF, tuple(Cell("arithmetic", arm, plan.other_seeds, GROUP) for arm in SELVES)),
     ]
 
 
 def order(plan: Plan) -> list[tuple[Part, range]]:
     """The plan's runs, parts with their seeds, the most important first."""
-    rate, other_rate, first, factor, other, second_factor, signal, retry = parts(plan)
+    rate, other_rate, first, factor, other, second_factor, signal, retry, estimator, taught_by_itself = parts(plan)
     every = range(plan.main_seeds)
     return [  # what an earlier line has done is passed over
         *((part, every) for part in (rate, other_rate)),
@@ -111,7 +117,7 @@ def order(plan: Plan) -> list[tuple[Part, range]]:
         (signal, range(1)),
         (factor, every),
         *((part, range(seeds)) for part, seeds in ((signal, 2), (other, 2), (retry, 1))),
-        *((part, every) for part in (first, other, signal, retry, second_factor)),
+        *((part, every) for part in (first, other, signal, retry, second_factor, estimator, taught_by_itself)),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import matplotlib.pyplot as plt
 from arms import FAMILY
 from conflicts import PLACES, SIZES
 from design import Cell
-from family import BOTH, FACTOR, FIRST, LONG, OTHER, RATE, RETRY, SIGNAL, Family, Part, parts
+from family import BOTH, ESTIMATOR, FACTOR, FIRST, LONG, OTHER, RATE, RETRY, SELF, SIGNAL, Family, Part, parts
 from pages import filled, table, with_span
 from report import differences, figures_of, habitual, only, signs
 
@@ -41,14 +42,14 @@ SEEN = (
 )
 
 
-def sampled(arm: str) -> bool:
-    """Whether an arm has the sampled estimator, and so another OPD to be compared with."""
-    return FAMILY[arm].settings.get("estimator") == "sampled" or FAMILY[arm].trainer == "grpo"
+def estimator(arm: str) -> str:
+    """The estimator that an arm has; GRPO's is that of the sampled token."""
+    return "sampled" if FAMILY[arm].trainer == "grpo" else FAMILY[arm].settings.get("estimator", "full")
 
 
 def baseline(arm: str) -> str:
-    """OPD with the arm's estimator; of OPD with the sampled one, OPD with the full one."""
-    return "opd-sampled" if sampled(arm) and arm != "opd-sampled" else "opd"
+    """OPD with the arm's estimator where that is the sampled one; else, and of OPD itself, OPD with the full one."""
+    return "opd-sampled" if estimator(arm) == "sampled" and arm != "opd-sampled" else "opd"
 
 
 class Content:
@@ -107,6 +108,15 @@ class Content:
             return {} if cell is part.cells[0] else self.family.results(part, part.cells[0])
         return {} if cell.arm == "opd" else self.opd[baseline(cell.arm), cell.world, part.chosen]
 
+    def minus_sampled(self, part: Part, cell: Cell) -> dict[str, Any]:
+        """What an estimator gains over the sampled one."""
+        against = self.family.results(part, replace(cell, arm="opd-sampled"))
+        found = self.family.results(part, cell)
+        shared = sorted(found.keys() & against.keys())
+        if cell.arm == "opd-sampled" or not shared:
+            return {}
+        return {"minus_sampled": differences([against[seed] for seed in shared], [found[seed] for seed in shared])}
+
     def end(self, world: str, role: str) -> EvaluationResult:
         """The test result of one of a world's two models as it was."""
         return EvaluationResult.from_json(self.family.output / world / role / "test.json")
@@ -133,10 +143,12 @@ class Content:
 
     def content(self) -> dict[str, Any]:
         """All of it."""
-        made: dict[str, list[dict]] = {name: [] for name in (FIRST, OTHER, FACTOR, SIGNAL, RETRY)}
+        made: dict[str, list[dict]] = {name: [] for name in (FIRST, OTHER, FACTOR, SIGNAL, RETRY, ESTIMATOR, SELF)}
         for part in self.parts:
             for cell in part.cells if part.name in made else ():
                 entry = self.entry(part, cell, self.against(part, cell))
+                if entry and part.name == ESTIMATOR:
+                    entry |= self.minus_sampled(part, cell)
                 made[part.name] += [entry] if entry else []
         return {
             "provenance": provenance(),
@@ -169,8 +181,16 @@ def arms_table(content: dict[str, Any], world: str) -> str:
     for entry in every(content, world):
         apart = [with_span(entry["minus_opd"][f], "+") if "minus_opd" in entry else "" for f in (AVERAGE, PASS)]
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
-        kind = "sampled" if sampled(entry["arm"]) else "full"
-        rows.append([entry["title"], kind, *own, *apart, str(len(entry["seeds"])), f"{entry['cpu_minutes']:.1f}"])
+        rows.append(
+            [
+                entry["title"],
+                estimator(entry["arm"]),
+                *own,
+                *apart,
+                str(len(entry["seeds"])),
+                f"{entry['cpu_minutes']:.1f}",
+            ]
+        )
     apart_heads = [f"{f} minus OPD" for f in (AVERAGE, PASS)]
     heads = ["arm", "estimator", f"{AVERAGE} %", f"{PASS} %", *apart_heads, "seeds", "CPU minutes a run"]
     return table(heads, rows, left=2)
@@ -242,6 +262,33 @@ def settings_table(content: dict[str, Any], name: str) -> str:
     return table([*heads, "collapsed", "seeds"], rows, left=3) if rows else "Not run."
 
 
+def estimators_table(content: dict[str, Any], world: str) -> str:
+    """What each estimator reaches, and its differences to the sampled and to the full one."""
+    rows = []
+    for entry in (entry for entry in content[ESTIMATOR] if entry["world"] == world):
+        k = FAMILY[entry["arm"]].settings.get("teacher_top_k")
+        own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
+        for name in ("minus_sampled", "minus_opd"):
+            own.append(with_span(entry[name][AVERAGE], "+") if name in entry else "")
+        name = estimator(entry["arm"]) + (f", k = {k}" if k else "")
+        rows.append([name, *own, str(len(entry["seeds"])), f"{entry['cpu_minutes']:.1f}"])
+    heads = ["estimator", f"{AVERAGE} %", f"{PASS} %", f"{AVERAGE} minus sampled", f"{AVERAGE} minus full"]
+    return table([*heads, "seeds", "CPU minutes a run"], rows) if rows else "Not run."
+
+
+def selves_table(content: dict[str, Any]) -> str:
+    """What a student reaches that teaches itself with the worked solutions, beside OPD from a better teacher."""
+    before = content["worlds"]["arithmetic"]["student"]
+    rows = [["student before", *(with_span(before[f]) for f in (AVERAGE, PASS)), *[""] * 5]]
+    for entry in content[SELF]:
+        own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
+        seen = [number(entry["signs"].get(name)) for name in ("gate/consensus", "gate/conflict", "entropy")]
+        apart = with_span(entry["minus_opd"][AVERAGE], "+") if "minus_opd" in entry else ""
+        rows.append([f"itself, {entry['title']}", *own, apart, *seen, str(len(entry["seeds"]))])
+    heads = ["taught by", f"{AVERAGE} %", f"{PASS} %", f"{AVERAGE} minus OPD from the teacher"]
+    return table([*heads, "consensus", "conflict", "entropy", "seeds"], rows) if len(rows) > 1 else "Not run."
+
+
 def rates_table(content: dict[str, Any]) -> str:
     """How OPD's learning rate was chosen."""
     rates = list(content["rates"][BOTH[0]])
@@ -285,10 +332,12 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
         found[f"family, habit, {world}"] = habit_table(content, world)
         found[f"family, training, {world}"] = signs_table(content, world)
         found[f"family, factors, {world}"] = factors_table(content, world)
+        found[f"family, estimators, {world}"] = estimators_table(content, world)
         for name in ("place", "size"):
             found[f"family, conflicts by {name}, {world}"] = conflicts_table(content, world, name)
     found["family, signal"] = settings_table(content, SIGNAL)
     found["family, other rate"] = settings_table(content, RETRY)
+    found["family, self"] = selves_table(content)
     return {name: made for name, made in found.items() if made}
 
 

@@ -40,10 +40,12 @@ def test_the_plan_has_the_arms_and_seeds_that_were_asked_for():
     assert counts[family.FIRST] == {(arm, world): 5 for arm in family.MAIN for world in family.BOTH}
     assert counts[family.OTHER] == {(arm, world): 3 for arm in family.OTHERS for world in family.BOTH}
     used = {cell.arm for part in family.parts(SMALL) for cell in part.cells}
+    assert counts[family.ESTIMATOR] == {(arm, world): 5 for arm in family.ESTIMATORS for world in family.BOTH}
+    assert counts[family.SELF] == {(arm, "arithmetic"): 3 for arm in family.SELVES}
     assert used == set(arms.FAMILY)
     runs = [name for name in names() if "lr=" in name]
-    # OPD's choosing seeds are the main arm's first two, and the other rate's
-    assert len(set(runs)) == 8 + 36 + 48 + 14 + 12 + 8
+    # OPD's choosing seeds are the main arm's first two, and the other rate's; of the estimators two are there already
+    assert len(set(runs)) == 8 + 36 + 48 + 14 + 12 + 8 + (4 + 30) + 6
     assert all("num_generations=8" in run for run in runs)
 
 
@@ -69,11 +71,12 @@ def test_gated_and_not_gated_factors():
     ]
 
 
-@pytest.mark.parametrize("arm", [name for name, arm in arms.FAMILY.items() if arm.trainer == "sg-opd"])
+@pytest.mark.parametrize("arm", [name for name, arm in arms.FAMILY.items() if arm.trainer != "grpo"])
 def test_every_arm_is_a_configuration(arm, tmp_path):
     settings = {"estimator": "full", "num_generations": 8, **arms.FAMILY[arm].settings}
     config = SGOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
-    assert config.estimator == ("sampled" if family_report.sampled(arm) else "full")
+    assert config.estimator == family_report.estimator(arm)
+    assert family_report.estimator("grpo") == "sampled"
 
 
 def test_the_arms_without_a_name_of_their_own_are_what_they_say(tmp_path):
@@ -235,13 +238,16 @@ def test_the_rate_is_the_one_that_opd_chose():
 
 
 def test_baselines_have_the_same_estimator():
-    assert {arm: family_report.baseline(arm) for arm in ("sg-opd", "power-opd", "grpo", "opd-sampled", "r2-opd")} == {
+    expected = {
         "sg-opd": "opd",
         "power-opd": "opd-sampled",
         "grpo": "opd-sampled",
         "opd-sampled": "opd",
         "r2-opd": "opd",
+        "opd-top-4": "opd",
+        "self-lite": "opd",
     }
+    assert {arm: family_report.baseline(arm) for arm in expected} == expected
 
 
 def recorded(folder, right):
@@ -259,10 +265,10 @@ def recorded(folder, right):
 
 
 def test_the_tables_of_known_records(tmp_path):
-    """The student had 2 of 8 right, SG-OPD 6, GRPO 1, OPD 5 (with the other rate 3), all others 4."""
+    """The student had 2 of 8 right, SG-OPD 6, GRPO 1, top_k 4 3, OPD 5 (with the other rate 3), all others 4."""
 
     def right(name):
-        known = {"student": 2, "sg-opd": 6, "grpo": 1, "opd": 5 if "lr=0.0002" in name else 3}
+        known = {"student": 2, "sg-opd": 6, "grpo": 1, "opd-top-4": 3, "opd": 5 if "lr=0.0002" in name else 3}
         return known.get(name.split("/")[1].split(",")[0], 4)
 
     made = family_report.tables(family_report.Content(recorded(tmp_path, right)).content())
@@ -282,6 +288,10 @@ def test_the_tables_of_known_records(tmp_path):
     assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[4:] == ["0.25", "", "", "0", "1"]
     assert row("family, other rate", "arithmetic", "SG-OPD", "rate 0.0005")[2] == everywhere(37.5)  # OPD has 3 there
     assert row("family, signal", "equations", "sign gate", "group sign")[2] == everywhere(-12.5)
+    assert row("family, estimators, arithmetic", "top_k, k = 4")[2:] == [everywhere(-12.5), everywhere(-25), "1", "1.5"]
+    assert row("family, estimators, arithmetic", "full")[2:4] == [everywhere(12.5), ""]
+    assert row("family, estimators, equations", "sampled")[2:4] == ["", everywhere(-12.5)]
+    assert row("family, self", "itself, SG-OPD lite")[2] == everywhere(-12.5)
     factor = row("family, factors, equations", "1.8", "group sign")
     assert factor[2:] == [everywhere(0), everywhere(0), "0.1", "30", "0", "no"]
     conflict = row("family, conflicts by size, equations", "after OPD", "0.1 to 1")
