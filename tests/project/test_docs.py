@@ -1,6 +1,8 @@
 """The documentation builds in strict mode and says of recipes, TRL's fields and links what is so."""
 
+import ast
 import html
+import json
 import re
 import shlex
 import subprocess
@@ -8,9 +10,11 @@ import sys
 from dataclasses import fields
 
 import pytest
+import ran
 import yaml
 from documents import ROOT, anchors, documents, links, path_name
 from memory import estimate, read
+from pages import filled
 
 import sg_opd
 
@@ -123,6 +127,42 @@ def test_what_to_change_can_be_changed(path):
         assert change[0] in parser._option_string_actions
     for variable in re.findall(r"`([A-Z_]{3,})[=`]", page):
         assert variable in (ROOT / "examples" / "launch" / "teacher_server.sh").read_text()
+
+
+def test_the_readme_says_what_ran_where():
+    page = (ROOT / "README.md").read_text()
+    assert ran.missing_tests() == []
+    assert filled(page, {"what ran where": ran.ran_table()}, whole=False) == page, "run `python benchmarks/ran.py`"
+
+
+def test_a_case_that_did_not_agree_ran_nowhere(tmp_path):
+    """LoRA has three cases on the GPU; one of them failed."""
+    agrees = json.loads((ran.GPU / "judged.json").read_text())["agrees"] | {"lora/full": False}
+    (tmp_path / "judged.json").write_text(json.dumps({"agrees": agrees}))
+    (tmp_path / "agreement.json").write_text(json.dumps({"about": {"device": "NVIDIA B300 80GB"}}))
+    made = ran.ran_table(tmp_path)
+    assert "| LoRA | yes | not yet |" in made
+    assert "| estimator `top_k` | yes | not yet |" in made
+    assert "| a killed run resumed | same weights, bit for bit | B300 |" in made
+
+
+def test_the_readmes_example_is_the_recipe():
+    """Its settings and models are those of the recipe for a GPU of 24 GB."""
+    recipe = yaml.safe_load((ROOT / "examples" / "configs" / "qwen3_lora_24gb.yaml").read_text())
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    told = {
+        node.func.id: {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    settings = told["SGOPDConfig"]
+    assert len(settings) > 7
+    del settings["output_dir"]
+    assert settings.items() <= recipe.items()
+    names = ("r", "lora_r"), ("lora_alpha", "lora_alpha"), ("target_modules", "lora_target_modules")
+    assert told["LoraConfig"] == {name: recipe[field] for name, field in names}
+    assert told["SGOPDTrainer"]["model"] == recipe["model_name_or_path"]
+    assert told["SGOPDTrainer"]["teacher_model"] == recipe["teacher_model_name_or_path"]
 
 
 def rollouts(recipe, processes):

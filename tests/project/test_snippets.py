@@ -88,7 +88,8 @@ def folder(tmp_path, monkeypatch):
     for config in (SGOPDConfig, GRPOConfig, DistillationConfig):
 
         def init(self, *args, original=config.__init__, **kwargs):
-            original(self, *args, **{**SMALL, **kwargs})
+            steps = min(kwargs.get("max_steps", 1), 2)  # of a run in full the first two
+            original(self, *args, **{**SMALL, **kwargs, "max_steps": steps})
 
         monkeypatch.setattr(config, "__init__", functools.wraps(config.__init__)(init))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
