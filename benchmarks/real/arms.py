@@ -27,17 +27,23 @@ WARM_UP = 0.1  # share of the steps
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student: a title for tables, and fields of `SGOPDConfig`."""
+    """One way to train the student: its name on the command line, a title for tables, and fields of `SGOPDConfig`."""
 
+    name: str
     title: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 ARMS = (
-    Arm("OPD", {"preset": "opd"}),
-    Arm("SG-OPD lite", {"preset": "sg-opd-lite"}),
-    Arm("R2-OPD", {"preset": "r2-opd"}),
-    Arm("SG-OPD", {"preset": "sg-opd"}),
+    Arm("opd", "OPD", {"preset": "opd"}),
+    Arm("sg-opd-lite", "SG-OPD lite", {"preset": "sg-opd-lite"}),
+    Arm("r2-opd", "R2-OPD", {"preset": "r2-opd"}),
+    Arm("sg-opd", "SG-OPD", {"preset": "sg-opd"}),
+)
+# what a teacher on a server can tell; trained where they are asked for
+ESTIMATORS = (
+    Arm("opd-sampled", "OPD, sampled", {"preset": "opd", "estimator": "sampled"}),
+    Arm("opd-top-16", "OPD, top_k 16", {"preset": "opd", "estimator": "top_k", "teacher_top_k": 16}),
 )
 
 
@@ -114,7 +120,6 @@ def trainer_of(pair: Pair, arm: Arm, size: Size, steps: int, seed: int, on_cpu: 
     """
     args = SGOPDConfig(
         output_dir=str(output),
-        estimator="full",
         num_generations=GENERATIONS,
         max_completion_length=size.length,
         max_steps=steps,
@@ -134,7 +139,7 @@ def trainer_of(pair: Pair, arm: Arm, size: Size, steps: int, seed: int, on_cpu: 
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **arm.settings,
+        **{"estimator": "full", **arm.settings},
     )
     trainer = MergedWhileSampling(
         model=str(pair.student),

@@ -36,7 +36,21 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch
 import transformers
 from real import model, prepare, world
-from real.arms import ARMS, GENERATIONS, LORA, RATE, Arm, Pair, Size, evaluated, load, run_arm, train, trainer_of
+from real.arms import (
+    ARMS,
+    ESTIMATORS,
+    GENERATIONS,
+    LORA,
+    RATE,
+    Arm,
+    Pair,
+    Size,
+    evaluated,
+    load,
+    run_arm,
+    train,
+    trainer_of,
+)
 from real.taught import LEARNING_RATE, ROWS, Lesson, teach
 
 from sg_opd import MathVerifier
@@ -156,7 +170,7 @@ def run(args: argparse.Namespace, data: Path) -> None:
     earlier = read_json(args.reuse) if args.reuse else None
     on_cpu, record = args.device == "cpu", Record(args.output, args.device, earlier)
     output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
-    arms = [arm for arm in ARMS if arm.settings["preset"] in args.arms]
+    arms = [arm for arm in (*ARMS, *ESTIMATORS) if arm.name in args.arms]
     problems, base = made_world(data, args.tiny, plan.templates)
     pair = Pair(output / "student", output / "teacher", problems)
     runs = [(arm, seed) for seed in args.seeds for arm in arms]  # a run that is ended has whole comparisons
@@ -168,7 +182,7 @@ def run(args: argparse.Namespace, data: Path) -> None:
         steps = args.steps or earlier["arms"][0]["steps"]
     for arm, seed in runs:
         free()
-        folder = output / f"{arm.settings['preset']}-{seed}"
+        folder = output / f"{arm.name}-{seed}"
         record.add("arm", run_arm(pair, arm, size, steps, seed, on_cpu, folder, verifier))
         print(f"the gate on its rollouts: {folder / 'gate_samples.html'}")
     print(table(record.content))
@@ -242,8 +256,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every arm; default: as many as the minutes allow")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every arm is trained with each; default: 0")
     parser.add_argument("--learning-rate", type=float, default=RATE, help=f"of LoRA; default {RATE:g}")
-    presets = [arm.settings["preset"] for arm in ARMS]
-    parser.add_argument("--arms", nargs="+", choices=presets, default=presets, help="by their presets; default: all")
+    presets, others = ([arm.name for arm in arms] for arms in (ARMS, ESTIMATORS))
+    parser.add_argument("--arms", nargs="+", choices=presets + others, default=presets, help="default: the presets")
     parser.add_argument("--reuse", type=Path, metavar="RESULT", help="an earlier result, which gets further arms")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

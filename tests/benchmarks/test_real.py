@@ -9,6 +9,7 @@ import sys
 import gpu_bundle
 import pytest
 from documents import ROOT
+from pages import filled
 from real import model, prepare, report, world
 
 
@@ -177,7 +178,10 @@ def run_of(title, seed, test, **logged):
 
 def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
     content = {
-        "before": {"student": {"test": answered(0, 4), "unseen": answered(0, 0)}},
+        "before": {
+            "student": {"test": answered(0, 4), "unseen": answered(0, 0)},
+            "teacher": {"test": answered(8, 8), "unseen": answered(0, 0)},
+        },
         "arms": [
             run_of("OPD", 0, (4, 8), entropy=[0.1, 0.5, 0.3]),
             run_of("SG-OPD", 0, (6, 8), entropy=[0.2, 0.5, 0.4]),
@@ -185,7 +189,7 @@ def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
         ],
     }
     made = report.tables({**content, **{f"lesson {name}": LESSON for name in ("teacher", "student")}})
-    rows = [line.split(" | ") for line in made["real, figures"].splitlines()[2:5]]
+    rows = [line.split(" | ") for line in made["real, figures"].splitlines()[2:6] if "| teacher |" not in line]
     # two questions: the mean of 0 and 50 is 25, its interval 25 +- t(1) * 25, t(1) = 12.706;
     # pass@4 of 4 right ones of 8 is 1 - C(4, 4) / C(8, 4) = 1 - 1 / 70, of none 0, of 8 it is 1; pass@8 whether any is
     passed = ["49.3 [-576.9, 675.5]", "50.0 [-585.3, 685.3]"]
@@ -199,6 +203,31 @@ def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
     assert logged == ["| `entropy` | 0.100 → 0.300 | 0.300 → 0.600 |"]
     assert "| SG-OPD | 3 | 2.0 | 1.0 | 2.0 |" in made["real, seconds"]
     assert "| teacher | 1: 20, 2: 60 | 2 | 1.5 |" in made["real, lessons"]
+    assert [line.split(" | ")[0] for line in made["real, short"].splitlines()[2:]] == [
+        *("| student before", "| OPD", "| SG-OPD", "| teacher"),
+    ]
+    short = made["real, short"].splitlines()[4]
+    assert short.startswith("| SG-OPD | 50.0 [")  # 14 and 2 of 16 are right
+    assert short.endswith("] | +12.5 [-146.3, +171.3] |")
+
+
+def test_results_with_the_same_models_are_joined():
+    """Each run once, of two results that both have OPD's; and those of other models not at all."""
+    before = {"student": {"test": answered(0, 4)}}
+    opd, gated, more = (run_of(title, seed, (1, 1)) for title, seed in (("OPD", 0), ("SG-OPD", 0), ("OPD", 1)))
+    one, two = {"before": before, "arms": [opd, gated]}, {"before": before, "arms": [opd, more]}
+    assert sorted((run["title"], run["seed"]) for run in report.joined([one, two])["arms"]) == [
+        *(("OPD", 0), ("OPD", 1), ("SG-OPD", 0)),
+    ]
+    with pytest.raises(SystemExit, match="one teacher and student"):
+        report.joined([one, {**two, "before": {"student": {"test": answered(1, 4)}}}])
+
+
+def test_the_pages_have_the_tables_of_the_committed_results():
+    results = sorted((ROOT / "benchmarks" / "results" / "real").glob("cpu*.json"))
+    made = report.tables(report.joined([json.loads(path.read_text()) for path in results]))
+    for page in report.PAGES:
+        assert filled(page.read_text(), made, whole=False) == page.read_text()
 
 
 LESSON = {"trials": [[1, 20.0], [2, 60.0]], "kept": [2, 60.0], "seconds": 90.0}
