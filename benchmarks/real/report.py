@@ -165,8 +165,8 @@ def show(content: dict[str, Any], path: Path) -> None:
 
 
 def short_table(content: dict[str, Any]) -> str:
-    """avg@8 on the templates that were trained on: what a first look is for."""
-    asked = content["arms"][0]["after"]["test"]["correct"]
+    """avg@8 on the templates that were trained on: what a first look is for. A run that was ended may have no arm."""
+    asked = next((run["after"] for run in content["arms"]), content["before"]["student"])["test"]["correct"]
     opd = {run["seed"]: run["after"]["test"]["correct"] for run in arms_of(content).get("OPD", [])}
     ends = {name: [found] for name, found in content["before"].items()}
     arms = {title: [run["after"] for run in runs] for title, runs in arms_of(content).items()}
