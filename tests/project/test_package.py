@@ -10,7 +10,8 @@ import pytest
 import rooms
 from documents import ROOT, documents, path_name
 from rooms import arrows, own_imports
-from trl import GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from train import TrainArguments
+from trl import GRPOTrainer, ModelConfig, TrlParser
 
 import sg_opd
 from sg_opd import SGOPDConfig, SGOPDTrainer
@@ -153,7 +154,7 @@ def test_every_shipped_config_parses(path):
     lines = path.read_text().splitlines()
     assert re.match(r"# (accelerate launch|python) .*examples/train\.py --config examples/configs/", lines[0])
     assert f"examples/configs/{path.name}" in lines[0]
-    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
+    parser = TrlParser((TrainArguments, SGOPDConfig, ModelConfig))
     script, args, model = parser.parse_args_and_config(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
     assert script.dataset_name
     assert model.model_name_or_path
