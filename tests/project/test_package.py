@@ -88,6 +88,7 @@ HOOKS = {
     "_compute_loss": ["self", "model", "inputs"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_get_train_sampler": ["self", "dataset"],
+    "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_maybe_log_save_evaluate": [
@@ -115,6 +116,23 @@ HOOKS = {
 def test_trl_hooks(name):
     hook = inspect.unwrap(getattr(GRPOTrainer, name))
     assert list(inspect.signature(hook).parameters) == HOOKS[name]
+
+
+MOST_OVERRIDDEN = 10  # it only goes down: ask TRL for a public place instead, docs/upstream.md
+
+
+def test_trls_private_methods_that_are_overridden():
+    """Counted over the trainer's own classes; each has its signature held here and its reason in docs/upstream.md."""
+    own = SGOPDTrainer.__mro__[: SGOPDTrainer.__mro__.index(GRPOTrainer)]
+    private = re.compile(r"_[a-z]\w*")
+    found = {name for cls in own for name, value in vars(cls).items() if callable(value) and private.fullmatch(name)}
+    overridden = {name for name in found if hasattr(GRPOTrainer, name)}
+    assert len(overridden) <= MOST_OVERRIDDEN, f"{len(overridden)} are overridden: {', '.join(sorted(overridden))}"
+    assert overridden <= HOOKS.keys() | {"_get_per_token_logps_and_entropies"}  # whose signature is below
+    page = (ROOT / "docs" / "upstream.md").read_text()
+    assert set(re.findall(r"^\| `(_\w+)` \|", page, re.M)) == overridden
+    assert f"{MOST_OVERRIDDEN} private methods" in page
+    assert len(re.findall(r"^### \d", page, re.M)) == 5
 
 
 def test_trl_forward_hook():
