@@ -9,7 +9,7 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadsco
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo demo-real test test-integration test-next docs linkcheck torture audit lint format clean
+.PHONY: install demo demo-real test test-integration test-next package docs linkcheck torture audit lint format clean
 
 install: $(VENV)/installed
 
@@ -49,6 +49,17 @@ test-next:
 	OMP_NUM_THREADS=1 $(NEXT) -m pytest tests/project/test_package.py tests/test_trainer.py \
 	    tests/training/test_losses.py tests/training/test_trl_settings.py $(PARALLEL)
 
+# what is uploaded, in dist: built, checked, and installed into an empty environment, in which an example trains
+PACKAGE := .venv-package/bin/python
+package:
+	rm -rf dist .venv-package
+	$(PYTHON) -m venv .venv-package
+	$(PACKAGE) -m pip install --quiet build twine
+	$(PACKAGE) -m build
+	$(PACKAGE) -m twine check --strict dist/*
+	$(PACKAGE) -m pip install --quiet $(CONSTRAINT) dist/*.whl
+	$(PACKAGE) examples/train.py --max_steps 2 --output_dir runs/package
+
 # the pages as HTML, build/docs/index.html; a warning or a name without a target fails, as in the tests
 docs: install
 	$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs build/docs
@@ -80,4 +91,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-next runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-next .venv-package runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -318,6 +318,14 @@ def test_documented_fields_are_the_codes():
     assert documented == set(SGOPDConfig.__annotations__)
 
 
+def test_one_version():
+    """Of the package, the citation and the changelog's first heading."""
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    changed = re.search(r"^## (\S+) \((?:unreleased|\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert sg_opd.__version__ == cited == changed[1]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone: what git has committed is not known")
 def test_nothing_of_one_machine_is_committed():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
