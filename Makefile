@@ -9,7 +9,7 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadsco
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install demo demo-real test test-integration docs linkcheck torture audit lint format clean
+.PHONY: install demo demo-real test test-integration test-next package docs linkcheck torture audit lint format clean
 
 install: $(VENV)/installed
 
@@ -37,6 +37,28 @@ test: lint
 test-integration: install
 	PYTHON=$(PYTHON) bash tests/make_vllm_env.sh || echo "no vLLM environment: see the messages above"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integration
+
+# the newest TRL of the registry, in an environment of its own. The pin in pyproject.toml is ours alone: pip puts a newer
+# TRL over the pinned one, with what that one needs, and only says that sg-opd asked for another
+NEXT := .venv-next/bin/python
+test-next:
+	test -x $(NEXT) || $(PYTHON) -m venv .venv-next
+	$(NEXT) -m pip install --quiet $(CONSTRAINT) --editable ".[dev]"
+	$(NEXT) -m pip install --quiet $(CONSTRAINT) --upgrade trl
+	$(NEXT) -c 'import transformers, trl; print("TRL", trl.__version__, "transformers", transformers.__version__)'
+	OMP_NUM_THREADS=1 $(NEXT) -m pytest tests/project/test_package.py tests/test_trainer.py \
+	    tests/training/test_losses.py tests/training/test_trl_settings.py $(PARALLEL)
+
+# what is uploaded, in dist: built, checked, and installed into an empty environment, in which an example trains
+PACKAGE := .venv-package/bin/python
+package:
+	rm -rf dist .venv-package
+	$(PYTHON) -m venv .venv-package
+	$(PACKAGE) -m pip install --quiet build twine
+	$(PACKAGE) -m build
+	$(PACKAGE) -m twine check --strict dist/*
+	$(PACKAGE) -m pip install --quiet $(CONSTRAINT) dist/*.whl
+	$(PACKAGE) examples/train.py --max_steps 2 --output_dir runs/package
 
 # the pages as HTML, build/docs/index.html; a warning or a name without a target fails, as in the tests
 docs: install
@@ -69,4 +91,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-vllm runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-next .venv-package runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -34,6 +34,7 @@ from sg_opd.evaluation import (
     evaluate,
 )
 from sg_opd.paths import check_path
+from sg_opd.verifiers import load_verifier
 
 
 @dataclass
@@ -52,6 +53,13 @@ class EvaluationArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a folder or of a dataset on the hub."})
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "What judges answers, as module:function, as in training. A dataset that is no task then is taken "
+            "as it is. Default: MathVerifier."
+        },
+    )
     engine: Literal["transformers", "vllm", "server"] = field(
         default="transformers",
         metadata={"help": "What samples: a model in this process, vLLM in it, or a vLLM server."},
@@ -102,13 +110,15 @@ def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 def main(args: EvaluationArguments) -> None:
+    verifier = load_verifier(args.verifier) if args.verifier else MathVerifier()
     check_path("model_name_or_path", args.model_name_or_path)
     check_path("dataset_name", args.dataset_name, "dataset")
     if args.task:
         dataset = load_task(args.task, args.dataset_name)
     elif args.dataset_name:
         split = "train" if Path(args.dataset_name).is_file() else args.dataset_split  # a file is a split by itself
-        dataset = prepare_dataset(load_data(args.dataset_name, split, args.dataset_config))
+        data = load_data(args.dataset_name, split, args.dataset_config)
+        dataset = data if args.verifier else prepare_dataset(data)
     else:
         raise SystemExit("Set `task` or `dataset_name`.")
     tokenizer = AutoTokenizer.from_pretrained(
@@ -120,7 +130,7 @@ def main(args: EvaluationArguments) -> None:
         make_engine(args, tokenizer),
         tokenizer,
         dataset,
-        MathVerifier(),
+        verifier,
         sampling,
         num_samples=args.num_samples,
         batch_size=args.batch_size,

@@ -3,13 +3,14 @@
     accelerate launch examples/train.py --config examples/configs/<recipe>.yaml [--any_field value ...]
 
 Without a recipe or a model it trains the embedded arithmetic recipe on the CPU. Every field of TRL's ScriptArguments
-and ModelConfig and of SGOPDConfig can stand in the recipe or on the command line; `--help` lists them.
+and ModelConfig, of SGOPDConfig, and `verifier` can stand in the recipe or on the command line; `--help` lists them.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -17,13 +18,26 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from sg_opd import SGOPDConfig, SGOPDTrainer
 from sg_opd.data import load_data, prepare_dataset
 from sg_opd.paths import check_path
+from sg_opd.verifiers import load_verifier
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "arithmetic.yaml"
 
 
-def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfig) -> None:
+@dataclass
+class TrainArguments(ScriptArguments):
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "What judges answers, as module:function: a TRL reward function that answers 1, 0 or None. The "
+            "dataset then is taken as it is, with the columns that it reads. Default: MathVerifier."
+        },
+    )
+
+
+def main(script_args: TrainArguments, args: SGOPDConfig, model_args: ModelConfig) -> None:
     if not script_args.dataset_name or not model_args.model_name_or_path:
         raise SystemExit("Set `dataset_name` and `model_name_or_path`, in the recipe or on the command line.")
+    verifier = load_verifier(script_args.verifier) if script_args.verifier else None
     check_path("model_name_or_path", model_args.model_name_or_path)
     if not args.teacher_server_url:  # else it is the id of the served model
         check_path("teacher_model_name_or_path", args.teacher_model_name_or_path)
@@ -37,10 +51,13 @@ def main(script_args: ScriptArguments, args: SGOPDConfig, model_args: ModelConfi
 
     def split(name: str):
         data = load_data(script_args.dataset_name, name, script_args.dataset_config)
+        if verifier is not None:
+            return data
         return prepare_dataset(data, keep=[args.teacher_column] if args.teacher_models else ())
 
     trainer = SGOPDTrainer(
         model=model_args.model_name_or_path,
+        verifier=verifier,
         args=args,
         train_dataset=split(script_args.dataset_train_split),
         eval_dataset=split(script_args.dataset_test_split) if args.eval_strategy != "no" else None,
@@ -63,5 +80,5 @@ if __name__ == "__main__":
     if not {"--config", "--model_name_or_path", "--help", "-h"} & set(arguments):
         os.chdir(EMBEDDED.parents[2])  # its paths begin at the repository's root
         arguments = ["--config", str(EMBEDDED), *arguments]
-    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
+    parser = TrlParser((TrainArguments, SGOPDConfig, ModelConfig))
     main(*parser.parse_args_and_config(arguments))

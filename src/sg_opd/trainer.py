@@ -18,7 +18,6 @@ from .checkpoints.folders import loading
 from .checkpoints.resume import ResumableTrainer
 from .checkpoints.stops import FiniteGuard
 from .config import SGOPDConfig, own_fields
-from .data import plain_messages
 from .method.divergence import full_per_token, head_of, last_hidden_state, sequence
 from .method.gate import GateDecision, is_divergence
 from .method.loss import SignGatedLoss, policy_gradient, sequence_old_logps
@@ -33,7 +32,7 @@ from .training.datasets import check_box, check_datasets
 from .training.environments import probed, verifier_of
 from .training.frozen import InitialPolicy, Run, build_teachers, capture
 from .training.metrics import verdict_metrics
-from .training.prompts import RowsOfTeachers, check_read, has_own_prompts, teacher_prompt_tensors
+from .training.prompts import RowsOfTeachers, check_read, has_own_prompts, readable, teacher_prompt_tensors
 from .training.reports import RunReports
 from .training.rollouts import MULTIMODAL_KEYS, Generated, Proposer, Rollouts, state_sampling, teacher_slots
 from .training.scoring import Scoring
@@ -144,7 +143,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         own = self.train_dataset if self.environment_factories is None else None  # without environments: its prompts
         of_student = args, self.accelerator, captured, lambda: self.model, quantization
         self.initial_policy = InitialPolicy.of_run(*of_student) if self._keeps_initial else None
-        rows, agreed = RowsOfTeachers(own, args.teacher_column, self._tokenize_prompts), self.last_good_step.agreed
+        rows, agreed = RowsOfTeachers(own, args.teacher_column, self.tokens_of), self.last_good_step.agreed
         run = student, self._tokenizer, self.eos_token_ids, self.accelerator, self, rows, agreed, self.initial_policy
         self.teachers, self.shared_vocabulary = build_teachers(self._sources, args, Run(*run))
         self.teacher = self.teachers.only
@@ -166,15 +165,15 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """The teacher phase of this run; a phase that is a share of the steps has its length once training began."""
         return self.args.teacher_phase_sampler(self.state.max_steps)
 
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        """Same as GRPOTrainer; text in parts becomes one text, which templates of text models else leave out."""
-        return super()._tokenize_prompts(prompts if self._is_vlm else [*map(plain_messages, prompts)])
+    def tokens_of(self, prompts: list) -> tuple:
+        """What GRPOTrainer makes of prompts, all text or all messages: their token ids come first."""
+        return self._tokenize_prompts(readable(prompts, self._is_vlm))
 
     def _generate(self, prompts: list) -> tuple:
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         with only_stated(self.accelerator.unwrap_model(self.model)):
-            output = super()._generate(prompts)
-        self._rollouts.read_prompts(self._tokenizer, output[0], self._tokenize_prompts)
+            output = super()._generate(readable(prompts, self._is_vlm or self.rollout_func is not None))
+        self._rollouts.read_prompts(self._tokenizer, output[0], self.tokens_of)
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:

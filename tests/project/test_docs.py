@@ -114,9 +114,10 @@ def test_a_recipes_page_says_what_the_recipe_says(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_what_to_change_can_be_changed(path):
     """The options that a recipe's page names with their values, laid over the recipe; and variables of the scripts."""
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from train import TrainArguments
+    from trl import ModelConfig, TrlParser
 
-    parser = TrlParser((ScriptArguments, sg_opd.SGOPDConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((TrainArguments, sg_opd.SGOPDConfig, ModelConfig), allow_abbrev=False)
     page = (DOCS / "recipes" / f"{path.stem}.md").read_text()
     changes = [shlex.split(code) for code in re.findall(r"`(--\w+[^`]*)`", page)]
     assert changes

@@ -10,7 +10,8 @@ import pytest
 import rooms
 from documents import ROOT, documents, path_name
 from rooms import arrows, own_imports
-from trl import GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from train import TrainArguments
+from trl import GRPOTrainer, ModelConfig, TrlParser
 
 import sg_opd
 from sg_opd import SGOPDConfig, SGOPDTrainer
@@ -87,6 +88,7 @@ HOOKS = {
     "_compute_loss": ["self", "model", "inputs"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_get_train_sampler": ["self", "dataset"],
+    "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_maybe_log_save_evaluate": [
@@ -114,6 +116,23 @@ HOOKS = {
 def test_trl_hooks(name):
     hook = inspect.unwrap(getattr(GRPOTrainer, name))
     assert list(inspect.signature(hook).parameters) == HOOKS[name]
+
+
+MOST_OVERRIDDEN = 10  # it only goes down: ask TRL for a public place instead, docs/upstream.md
+
+
+def test_trls_private_methods_that_are_overridden():
+    """Counted over the trainer's own classes; each has its signature held here and its reason in docs/upstream.md."""
+    own = SGOPDTrainer.__mro__[: SGOPDTrainer.__mro__.index(GRPOTrainer)]
+    private = re.compile(r"_[a-z]\w*")
+    found = {name for cls in own for name, value in vars(cls).items() if callable(value) and private.fullmatch(name)}
+    overridden = {name for name in found if hasattr(GRPOTrainer, name)}
+    assert len(overridden) <= MOST_OVERRIDDEN, f"{len(overridden)} are overridden: {', '.join(sorted(overridden))}"
+    assert overridden <= HOOKS.keys() | {"_get_per_token_logps_and_entropies"}  # whose signature is below
+    page = (ROOT / "docs" / "upstream.md").read_text()
+    assert set(re.findall(r"^\| `(_\w+)` \|", page, re.M)) == overridden
+    assert f"{MOST_OVERRIDDEN} private methods" in page
+    assert len(re.findall(r"^### \d", page, re.M)) == 5
 
 
 def test_trl_forward_hook():
@@ -153,7 +172,7 @@ def test_every_shipped_config_parses(path):
     lines = path.read_text().splitlines()
     assert re.match(r"# (accelerate launch|python) .*examples/train\.py --config examples/configs/", lines[0])
     assert f"examples/configs/{path.name}" in lines[0]
-    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
+    parser = TrlParser((TrainArguments, SGOPDConfig, ModelConfig))
     script, args, model = parser.parse_args_and_config(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
     assert script.dataset_name
     assert model.model_name_or_path
@@ -296,6 +315,14 @@ def test_documented_fields_are_the_codes():
     assert documented == set(SGOPDConfig.__annotations__)
 
 
+def test_one_version():
+    """Of the package, the citation and the changelog's first heading."""
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    changed = re.search(r"^## (\S+) \((?:unreleased|\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert sg_opd.__version__ == cited == changed[1]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone: what git has committed is not known")
 def test_nothing_of_one_machine_is_committed():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:

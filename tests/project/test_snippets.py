@@ -166,11 +166,12 @@ def calls(block: Block, folder: Path) -> list[Call]:
 
 
 def check_recipe(arguments: list[str]) -> None:
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from train import TrainArguments
+    from trl import ModelConfig, TrlParser
 
     from sg_opd import SGOPDConfig
 
-    parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((TrainArguments, SGOPDConfig, ModelConfig), allow_abbrev=False)
     parser.parse_args_and_config([*arguments, "--bf16", "false", "--use_cpu", "true"])
 
 

@@ -44,7 +44,6 @@ class ResumableTrainer(GRPOTrainer):
         self.last_good_step = LastGoodStep(self)
         self._resumed: Path | None = None
         self._epochs_done = 0
-        self._limit: int | None = None  # `save_total_limit`, while GRPOTrainer must not delete
         self._tr_loss, self._globalstep_last_logged = torch.zeros(()), 0  # GRPOTrainer's, which sets them in `train`
         kwargs["args"].enable_jit_checkpoint = listening(kwargs["args"])
         super().__init__(*args, **kwargs)
@@ -78,9 +77,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def written_args(self) -> Any:
         """The arguments as `training_args.bin` has them."""
-        args = copy.copy(self.args)
-        args.save_total_limit = args.save_total_limit or self._limit
-        return args
+        return copy.copy(self.args)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Same as GRPOTrainer; `training_args.bin` has what `written_args` returns."""
@@ -217,7 +214,8 @@ class ResumableTrainer(GRPOTrainer):
             ) from error
         self.last_good_step.saved = self.state.global_step
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+            with lent(self, args=self.written_args()):  # it writes and uploads `training_args.bin` too
+                self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             folders.rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, folder)
         self.accelerator.wait_for_everyone()
@@ -226,22 +224,16 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.should_save:
             folders.begin(folder)  # there may be one of a run that was killed here, perhaps with more processes
         self.accelerator.wait_for_everyone()
-        # GRPOTrainer deletes old checkpoints before all of the new one is written
-        with lent(self, _limit=self.args.save_total_limit), lent(self.args, save_total_limit=None):
+        # GRPOTrainer uploads, and deletes old checkpoints, before all of the new one is written
+        with lent(self.args, save_total_limit=None, push_to_hub=False):
             super()._save_checkpoint(model, trial)
         folder.mkdir(parents=True, exist_ok=True)  # on a node of its own, where GRPOTrainer may write nothing
         torch.save(run_state, folder / f"run_state_{self.args.process_index}.pt")
-        if self.args.should_save:  # GRPOTrainer writes none beside a sharded state dict of FSDP
+        if self.args.should_save:  # as they are without what was lent; beside FSDP's sharded state there is none
             torch.save(self.written_args(), folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folders.seal(folder, self.run_settings())
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Same as GRPOTrainer, which calls it too early: nothing is uploaded until the checkpoint is sealed."""
-        if folders.flaw(Path(checkpoint_folder)) is None:
-            with lent(self, args=self.written_args()):  # it writes and uploads `training_args.bin` too
-                super()._push_from_checkpoint(checkpoint_folder)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Same as GRPOTrainer; on SIGTERM the step in progress is saved whatever the strategy."""

@@ -211,6 +211,7 @@ class Draws:
         seen = [opened(self.openings[q], text) for (q, _), text in zip(places, texts, strict=True)]
         messages = [as_completion(prompt, text) for prompt, text in zip(prompts, seen, strict=True)]
         verdicts = checked_verdicts(self.verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
+        extract = getattr(self.verifier, "extract_answer", extract_answer)
         return [
             Sample(
                 question_id=self.ids[q],
@@ -219,7 +220,7 @@ class Draws:
                 num_tokens=len(done.ids),
                 finish_reason=done.finish_reason,
                 verdict=verdict,
-                answer=extract_answer(whole) or None,
+                answer=extract(whole) or None,
                 completion=text,
             )
             for (q, number), seed, done, verdict, text, whole in zip(

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import TEACHER_PROMPT
+from ..data import TEACHER_PROMPT, plain_messages
 from ..teachers.protocol import padded
 from ..teachers.server import ServerTeacher
 from ..teachers.several import Teachers, named
@@ -26,7 +26,12 @@ from .datasets import narrowed, rows_to_check
 logger = get_logger(__name__)  # of the main process only
 
 TEMPLATE_TOKENS = 64  # at most, that a chat template adds to a prompt
-Tokenize = Callable[[list], tuple]  # GRPOTrainer's `_tokenize_prompts`: the ids of prompts of one kind come first
+Tokenize = Callable[[list], tuple]  # the trainer's `tokens_of`: the ids of prompts of one kind come first
+
+
+def readable(prompts: list, as_they_are: bool) -> list:
+    """Prompts with text in parts as one text a message, for templates of text models leave parts out."""
+    return prompts if as_they_are else [*map(plain_messages, prompts)]
 
 
 def read_by_teacher(row: dict[str, Any]) -> Any:

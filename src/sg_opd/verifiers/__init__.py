@@ -7,7 +7,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "answers": ["extract_answer", "last_box"],
+        "answers": ["after_thinking", "extract_answer", "last_box"],
+        "grader": ["Grader", "Task"],
+        "named": ["load_verifier"],
         "verdicts": ["MathVerifier", "checked_verdicts", "completion_text", "time_limit"],
     },
 )

@@ -7,7 +7,7 @@ import re
 from numbers import Real
 from typing import Any
 
-MAX_TAIL = 20_000  # characters after the last think delimiter in which a box is looked for
+MAX_TAIL = 20_000  # characters after the last think delimiter in which an answer is looked for
 MAX_ANSWER = 1_000  # a longer answer is not read
 MAX_REFERENCE = 4_000  # the same for a reference answer; below the number of digits that Python refuses to read
 THINK = re.compile(r"<(/?)(?:think|thinking)>|<\|(end|begin)_of_thought\|>")
@@ -26,13 +26,22 @@ def extract_answer(completion: str) -> str | None:
 
     A think block that was opened and never closed hides what follows it: such a completion has no answer yet.
     """
+    said = after_thinking(completion)
+    return None if said is None else last_box(said)
+
+
+def after_thinking(completion: str) -> str | None:
+    """What stands after the last think delimiter, its last 20,000 characters.
+
+    `None` where a think block was opened and never closed: nothing is said yet.
+    """
     delimiters = list(THINK.finditer(completion))
     if delimiters:
         last = delimiters[-1]
         if last[1] == "" or last[2] == "begin":
             return None
         completion = completion[last.end() :]
-    return last_box(completion[-MAX_TAIL:])
+    return completion[-MAX_TAIL:]
 
 
 def last_box(text: str) -> str | None:

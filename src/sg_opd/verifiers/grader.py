@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BufferedReader, BufferedWriter
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple, cast
@@ -33,7 +33,9 @@ ENVIRONMENT_SET = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
 
 class Task(NamedTuple):
-    """Texts for a worker: two answers to compare, 1.0 or 0.0, or a reference answer to read, 1.0 if it can be."""
+    """Texts for a worker: a reference and an answer to judge. Of `MathVerifier`'s: two answers to compare, 1.0 or 0.0,
+    or a reference answer to read, 1.0 if it can be.
+    """
 
     reference: str
     answer: str | None = None
@@ -48,11 +50,14 @@ class Grader:
     Args:
         timeout: wall-clock seconds for one task.
         workers: the most processes at a time.
+        program: of a worker: a file for Python, with arguments, that calls `worker.serve` with the time-out that is
+            appended to them; default: `MathVerifier`'s.
     """
 
-    def __init__(self, timeout: float, workers: int) -> None:
+    def __init__(self, timeout: float, workers: int, program: Sequence[str] = ()) -> None:
         self.timeout = timeout
         self.workers = workers
+        self.program = tuple(program)
         self.pool: list[_Worker] = []
         self.replaced = 0
         """Workers that timed out, died, answered another task or had grown too large, so far."""
@@ -99,7 +104,7 @@ class Grader:
             else:
                 queue.popleft()
         while len(self.pool) < min(self.workers, len(queue) + sum(w.row is not None for w in self.pool)):
-            self.pool.append(_Worker(self.timeout))
+            self.pool.append(_Worker(self.timeout, self.program or PROGRAM))
 
     def _collect(self, results: dict[int, float | None]) -> None:
         """Wait for a reply, a worker that is ready, or the next deadline."""
@@ -113,8 +118,8 @@ class Grader:
             if worker.starting and reply is None:
                 self._discard(worker)
                 raise RuntimeError(
-                    "A grading worker did not start. Its error is above; most often math-verify or pint is missing "
-                    f"from {sys.executable}: pip install math-verify pint."
+                    f"A grading worker ({worker.program[0]}) did not start. Its error is above; most often a package "
+                    f"that it needs is missing from {sys.executable}; of MathVerifier's: math-verify or pint."
                 )
             if worker.row is not None:
                 results[worker.row] = reply["verdict"] if reply else None
@@ -130,7 +135,7 @@ class Grader:
     def _replace(self, worker: _Worker) -> None:
         self._discard(worker)
         self.replaced += 1
-        self.pool.append(_Worker(self.timeout))
+        self.pool.append(_Worker(self.timeout, self.program or PROGRAM))
 
     def _forget(self) -> None:
         """After a fork, in the child: the workers are the parent's, and one of its threads may hold the lock."""
@@ -142,13 +147,14 @@ class Grader:
 class _Worker:
     """A grading process: one JSON line in, one JSON line out."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, program: Sequence[str]) -> None:
+        self.program = program
         # -P: the package's folder must not shadow modules that sympy imports. A session of its own: Ctrl-C is for the
         # caller, who then ends the workers; so is SIGTERM, which schedulers send to every process of a job.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited, so blocked for its whole life
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", *PROGRAM, str(timeout)],
+                [sys.executable, "-P", "-W", "ignore", *program, str(timeout)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -20,18 +20,30 @@ SPENT_BYTES = 320 * 1024**2  # resident after a task: the worker is replaced bef
 LIMITS = {"NOFILE": 64, "FSIZE": 0, "CORE": 0}  # by the names of `resource`
 if sys.platform != "darwin":  # which refuses it
     LIMITS["AS"] = MEMORY_BYTES
+FIRST = (("x+1", "1+x"), ("3 km", r"3000\text{ m}"), ("x>1", r"(1,\infty)"))
 REFERENCES_KEPT = 16_384  # reference answers that a worker remembers as forms
 
 
-def serve(timeout: float) -> None:
-    """A worker's life: bound what it may use, then do tasks until standard input ends."""
+# by a reference and an answer, or `None` for the reference alone: a number, or `None` where it cannot be told
+Judge = Callable[[str, str | None], float | None]
+
+
+def serve(timeout: float, make_judge: Callable[[], Judge], first: Sequence[tuple[str, str]] = ()) -> None:
+    """A worker's life: bound what it may use, then do tasks until standard input ends.
+
+    Args:
+        timeout: seconds for one task, of wall clock and of CPU, after which the system ends this process.
+        make_judge: makes what does a task; called once, when this process is bounded already. What the judge raises
+            means that it cannot tell.
+        first: tasks that are done before the first one is taken: whatever is imported or built at first use.
+    """
     replies = os.fdopen(os.dup(1), "w")
     logging.disable(logging.CRITICAL)
     for name, most in LIMITS.items():
         _limit(name, most, for_good=True)
-    judge = judge_of_tasks()
-    for pair in (("x+1", "1+x"), ("3 km", r"3000\text{ m}"), ("x>1", r"(1,\infty)")):
-        judge(*pair)  # whatever is imported or built at first use, before a task
+    judge = make_judge()
+    for pair in first:
+        judge(*pair)
     # what a library prints of an answer is neither a reply nor a line of the caller's log
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -52,7 +64,7 @@ def serve(timeout: float) -> None:
         print(json.dumps({"key": key, "verdict": verdict, "spent": _is_spent()}), file=replies, flush=True)
 
 
-def judge_of_tasks() -> Callable[[str, str | None], float | None]:
+def judge_of_tasks() -> Judge:
     """The function that does one task: a verdict, or with `None` for an answer 1.0 if the reference can be compared.
 
     `None`, or whatever it raises, means that it cannot be told.
@@ -101,4 +113,4 @@ if __name__ == "__main__":
     assert spec.loader
     sys.modules["sg_opd"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["sg_opd"])
-    serve(float(sys.argv[1]))
+    serve(float(sys.argv[1]), judge_of_tasks, FIRST)
