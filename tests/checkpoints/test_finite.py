@@ -119,11 +119,12 @@ def test_an_infinite_log_ratio_is_let_through_where_it_is_clipped(run):
         run("teacher", math.nan, log_ratio_clip=2.0)
 
 
-def test_a_model_whose_weights_are_not_finite(make_model, tokenizer, dataset, tmp_path):
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
+def test_a_model_whose_weights_are_not_finite(estimator, make_model, tokenizer, dataset, tmp_path):
     teacher = make_model(2)
     with torch.no_grad():
         teacher.get_output_embeddings().weight[7] = math.inf
-    args = make_config(tmp_path)
+    args = make_config(tmp_path, estimator=estimator)
     trainer = SGOPDTrainer(make_model(1), teacher, coin_verifier, args, dataset, processing_class=tokenizer)
     with pytest.raises(NonFiniteError, match="the teacher's log-probability"):
         trainer.train()
