@@ -15,7 +15,7 @@ import torch
 from floor import Floor, floor_seconds
 from geometry import Geometry
 from gpu_trace import profiled, waits
-from memory import GIB, Run, estimate
+from memory import GIB, Run, Teacher, estimate
 from steps import Size, Step, Variant, model, sharing
 
 GATED = {"preset": "opd", "gate_extrapolation": 1.8, "gate_interpolation": 1.0, "teacher_phase_steps": 0}
@@ -188,7 +188,7 @@ def expected(size: Size, variant: Variant) -> float:
     settings = variant.settings
     run = Run(
         replace(size.student, vocab=size.vocab),
-        replace(size.teacher, vocab=size.vocab),
+        (Teacher(replace(size.teacher, vocab=size.vocab)),),
         rows=size.batch,
         batch=size.batch,
         completion=size.tokens,

@@ -1,4 +1,4 @@
-"""Log-probabilities that are no numbers, of either model and under both estimators: named, then stopped or skipped."""
+"""Log-probabilities that are no numbers, of either model and under each estimator: named, then stopped or skipped."""
 
 import itertools
 import logging
@@ -44,7 +44,7 @@ def run(make_model, tokenizer, dataset, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 @pytest.mark.parametrize(("whose", "value"), [("student", math.nan), ("teacher", math.nan), ("teacher", -math.inf)])
 def test_the_run_stops_and_names_rollout_and_token(whose, value, estimator, run):
     with pytest.raises(NonFiniteError) as caught:
@@ -56,7 +56,7 @@ def test_the_run_stops_and_names_rollout_and_token(whose, value, estimator, run)
     assert "non_finite_log_probs='skip'" in said
 
 
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 def test_the_step_is_skipped_on_request(estimator, run, caplog):
     """Greedy rollouts: the second of two steps moves no weight, though AdamW has momentum, and is warned of once."""
     with caplog.at_level(logging.WARNING):
@@ -79,7 +79,7 @@ REUSED = [{"num_iterations": 2}, {"steps_per_generation": 2, "gradient_accumulat
 
 
 @pytest.mark.parametrize("settings", REUSED, ids=str)
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 def test_a_student_that_goes_bad_while_rollouts_are_reused(settings, estimator, run, monkeypatch):
     """After the first step a weight is NaN; the second is on rollouts which were decided or scored before."""
 
@@ -119,11 +119,12 @@ def test_an_infinite_log_ratio_is_let_through_where_it_is_clipped(run):
         run("teacher", math.nan, log_ratio_clip=2.0)
 
 
-def test_a_model_whose_weights_are_not_finite(make_model, tokenizer, dataset, tmp_path):
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
+def test_a_model_whose_weights_are_not_finite(estimator, make_model, tokenizer, dataset, tmp_path):
     teacher = make_model(2)
     with torch.no_grad():
         teacher.get_output_embeddings().weight[7] = math.inf
-    args = make_config(tmp_path)
+    args = make_config(tmp_path, estimator=estimator)
     trainer = SGOPDTrainer(make_model(1), teacher, coin_verifier, args, dataset, processing_class=tokenizer)
     with pytest.raises(NonFiniteError, match="the teacher's log-probability"):
         trainer.train()

@@ -53,6 +53,7 @@ KILLS = {
     "rotation": ("fresh", "rotation", 2, 4),
     "buffered": ("buffered", "update", 3, 2),
     "full": ("full", "backward", 8, 3),
+    "several": ("several", "backward", 7, 3),
     "first": ("fresh", "scoring", 1, 0),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from documents import ROOT
 from geometry import NF4, Geometry
-from memory import GIB, Run, estimate, read
+from memory import GIB, Run, Teacher, estimate, read
 
 CONFIGS, ACCELERATE = ROOT / "examples" / "configs", ROOT / "examples" / "accelerate"
 TINY = Geometry(32, 48, 2, 4, False, kv_heads=2, head_dim=16, vocab=27)
@@ -71,7 +71,7 @@ def test_gradients_and_optimizer_are_real_adamws(dtype):
     model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
     moments = sum(s[k].nbytes for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
-    parts = estimate(Run(TINY, None, rows=1, batch=1, completion=8, weight_bytes=dtype.itemsize))
+    parts = estimate(Run(TINY, (), rows=1, batch=1, completion=8, weight_bytes=dtype.itemsize))
     assert parts["student weights"] * GIB == sum(p.nbytes for p in model.parameters())
     assert parts["gradients"] * GIB == sum(p.grad.nbytes for p in model.parameters())
     assert parts["optimizer"] * GIB == moments
@@ -149,7 +149,7 @@ def test_zero_divides_as_the_paper_says():
     count = sized.parameters
     held = {}
     for stage in ("zero2", "zero3"):
-        parts = estimate(Run(sized, None, rows=1, batch=1, completion=8, sharding=stage, world=64))
+        parts = estimate(Run(sized, (), rows=1, batch=1, completion=8, sharding=stage, world=64))
         held[stage] = sum(parts[name] for name in ("student weights", "gradients", "optimizer")) * GIB / count * 7.5
     assert held["zero2"] == pytest.approx(16.64, abs=0.01)
     assert held["zero3"] == pytest.approx(1.875, abs=0.001)
@@ -164,7 +164,7 @@ def test_parts_by_hand():
     states and head, 151936 x 2048 x 4 bytes. Autocast: bf16 copies of the layers' 28 x 50,331,648 = 1,409,286,144.
     """
     student, teacher = Geometry.of("Qwen/Qwen3-1.7B"), Geometry.of("Qwen/Qwen3-4B")
-    parts = estimate(Run(student, teacher, rows=8, batch=2, completion=512, sharding="ddp", world=2))
+    parts = estimate(Run(student, (Teacher(teacher),), rows=8, batch=2, completion=512, sharding="ddp", world=2))
     size = 1_720_574_976 / GIB
     assert parts["student weights"] == parts["gradients"] == parts["communication buffers"] == 4 * size
     assert parts["optimizer"] == 8 * size
@@ -191,7 +191,7 @@ def test_parts_by_hand():
 def test_what_makes_it_larger_and_smaller():
     """Without checkpointing every layer stores; vLLM replaces the cache by its share, and asleep it is not held."""
     student = Geometry.of("Qwen/Qwen3-0.6B")
-    run = Run(student, None, rows=64, batch=4, completion=1024, weight_bytes=2)
+    run = Run(student, (), rows=64, batch=4, completion=1024, weight_bytes=2)
     without = estimate(replace(run, checkpointing=False))["training: activations"]
     layers = 28 * (16 * 1024 + 8 * 3072 + 10 * 2048 + 10 * 1024)
     assert without == pytest.approx(4 * 1536 * (layers + 13 * 1024) / GIB)
@@ -206,7 +206,7 @@ def test_what_makes_it_larger_and_smaller():
 
 def test_gradients_of_a_single_backward_pass_come_as_activations_go():
     """Qwen3-0.6B, 596,049,920 parameters in fp32: 2.2 GiB, more than few tokens keep; sharding holds them always."""
-    run = Run(Geometry.of("Qwen/Qwen3-0.6B"), None, rows=1, batch=1, completion=64, prompt=64, accumulates=False)
+    run = Run(Geometry.of("Qwen/Qwen3-0.6B"), (), rows=1, batch=1, completion=64, prompt=64, accumulates=False)
     parts = estimate(run)
     assert "gradients" not in parts
     assert parts["backward: activations and gradients"] == pytest.approx(4 * 596_049_920 / GIB)
@@ -216,7 +216,8 @@ def test_gradients_of_a_single_backward_pass_come_as_activations_go():
 
 def test_the_head_of_a_tilted_target_by_hand():
     """Both heads side by side in the student's precision: 151936 x (2048 + 1024) x 4 bytes, and no second student."""
-    run = Run(Geometry.of("Qwen/Qwen3-0.6B"), Geometry.of("Qwen/Qwen3-1.7B"), 8, 8, 512, full=True, lora_rank=8)
+    student, teacher = Geometry.of("Qwen/Qwen3-0.6B"), Geometry.of("Qwen/Qwen3-1.7B")
+    run = Run(student, (Teacher(teacher),), 8, 8, 512, full=True, lora_rank=8)
     current, initial = (estimate(replace(run, initial=initial)) for initial in (False, True))
     assert initial["training: head"] - current["training: head"] == pytest.approx(151936 * 3072 * 4 / GIB)
     assert "initial policy" not in initial
@@ -281,7 +282,7 @@ def test_an_offloaded_teacher_by_hand():
     3 x 2560 x 9728 + 2 x 2560 + 2 x 128 = 100,930,816 parameters; what stays is 151936 x 2560 + 2560. All 8 rows are
     scored at once, 8192 tokens being below 32,768, with 8 x 2560 + 6 x 9728 bytes a token in flight."""
     student, teacher = Geometry.of("Qwen/Qwen3-1.7B"), Geometry.of("Qwen/Qwen3-4B")
-    run = Run(student, teacher, rows=8, batch=2, completion=512, weight_bytes=2, teacher_rows=2)
+    run = Run(student, (Teacher(teacher),), rows=8, batch=2, completion=512, weight_bytes=2, teacher_rows=2)
     held, parts = estimate(run), estimate(replace(run, teacher_offload=True))
     layer, stays = 2 * 100_930_816 / GIB, 2 * (151936 * 2560 + 2560) / GIB
     assert held["teacher weights"] == pytest.approx(stays + 36 * layer)
@@ -307,7 +308,7 @@ def test_what_stays_of_a_real_offloaded_teacher():
         model = build(geometry).to(torch.bfloat16)
         offload = BlockOffload(model, torch.device("cpu"))
         stays = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-        parts = estimate(Run(TINY, geometry, rows=1, batch=1, completion=8, teacher_offload=True))
+        parts = estimate(Run(TINY, (Teacher(geometry),), rows=1, batch=1, completion=8, teacher_offload=True))
         assert parts["teacher weights"] * GIB == pytest.approx(stays)
         largest = max(sum(p.nbytes for p in block.parameters()) for block in offload.blocks)
         assert parts["scoring: weights brought"] * GIB == pytest.approx(largest)
@@ -330,3 +331,119 @@ def test_a_recipe_says_whether_its_teacher_is_offloaded(tmp_path):
     recipe.write_text((CONFIGS / "qwen3_lora_24gb.yaml").read_text() + "teacher_offload: true\n")
     assert read(recipe, ACCELERATE / "single_gpu.yaml").teacher_offload is True
     assert read(CONFIGS / "qwen3_lora_24gb.yaml", ACCELERATE / "single_gpu.yaml").teacher_offload is False
+
+
+def test_the_top_k_estimator_by_hand():
+    """Qwen3-0.6B in fp32, k = 64, 8 rows of 512 + 512 tokens, batch 2, beside a 1.7B. A token of the rows keeps 65 ids
+    and 66 log-probabilities of 4 bytes; a tile of 1,024 positions has 8,192 ids and a spare column, in fp32."""
+    student, teacher = Geometry.of("Qwen/Qwen3-0.6B"), Geometry.of("Qwen/Qwen3-1.7B")
+    run = Run(student, (Teacher(teacher),), rows=8, batch=2, completion=512, top_k=64, lora_rank=8)
+    parts, tile = estimate(run), 4 * 1024 * 8193
+    assert parts["likeliest ids"] * GIB == 8 * 512 * (65 * 4 + 66 * 4)
+    states, weights, columns = 1024 * 1024 * 4, 8192 * 1024 * 2, 1024 * 48 * 66
+    assert parts["training: head"] * GIB == pytest.approx(states + weights + 5 * tile + columns)
+    assert parts["scoring: head"] * GIB == pytest.approx(4 * tile)
+    long = estimate(replace(run, completion=4096))  # 2,048 positions a tile at most
+    assert long["scoring: head"] * GIB == pytest.approx(4 * 4 * 2048 * 8193)
+    served = estimate(replace(run, teachers=()))
+    assert "scoring: head" not in served
+    for name in ("likeliest ids", "training: head"):
+        assert served[name] == parts[name]
+
+
+def peak_of(function):
+    """The most bytes that the CPU's allocator held at once while `function` ran, beside what was there before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_the_top_k_kernel_takes_what_is_said():
+    """Of its tiles what the allocator counts, and of the columns beside them no more; what is kept, to the byte."""
+    from memory import top_k_tiles
+
+    from sg_opd.method.buckets import Buckets
+    from sg_opd.method.divergence import Head
+    from sg_opd.method.top_k import likeliest, top_k_per_token
+
+    torch.manual_seed(0)
+    positions, k, geometry = 256, 8, replace(TINY, vocab=3 * 8192)
+    head, ids = Head(torch.randn(geometry.vocab, 32)), torch.randint(geometry.vocab, (positions,))
+    states = torch.randn(1, positions, 32, requires_grad=True)
+    of_teacher = states[0].detach(), head, ids, k, geometry.vocab, 1.0
+    kept = likeliest(*of_teacher)
+    run = Run(geometry, (), rows=1, batch=1, completion=positions, top_k=k)
+    assert estimate(run)["likeliest ids"] * GIB == pytest.approx(sum(part.nbytes for part in kept))
+    measured = peak_of(lambda: likeliest(*of_teacher))
+    assert top_k_tiles(geometry, positions, "teacher") == pytest.approx(measured, rel=0.02)
+
+    def train():
+        target, gated = Buckets(*(part.unsqueeze(0) for part in kept)), torch.ones(1, positions, dtype=torch.bool)
+        given = states, head, target, ids.unsqueeze(0), gated, 1.0, lambda student, teacher: torch.ones_like(student)
+        top_k_per_token(*given)[0].sum().backward()
+
+    assert top_k_tiles(geometry, positions, "student") == pytest.approx(peak_of(train), rel=0.02)
+
+
+def test_several_teachers_by_hand():
+    """A 4B of 4,022,468,096 parameters and an 8B of 8,190,735,360 (of which 6,945,767,424 in 4 bits), hidden 2,560 and
+    4,096, beside a 1.7B of hidden 2,048: the weights add up, each scores in its turn, states are of the wider."""
+    student, small, large = (Geometry.of(f"Qwen/Qwen3-{size}") for size in ("1.7B", "4B", "8B"))
+    teachers = Teacher(small), Teacher(large, in_4bit=True)
+    run = Run(student, teachers, rows=8, batch=2, completion=512, full=True, initial=True, lora_rank=8)
+    parts, alone = estimate(run), estimate(replace(run, teachers=teachers[1:]))
+    of_large = 6_945_767_424 * NF4 + 2 * (8_190_735_360 - 6_945_767_424)
+    assert parts["teacher weights"] * GIB == pytest.approx(2 * 4_022_468_096 + of_large)
+    assert parts["scoring: activations"] * GIB == pytest.approx(2 * 1024 * (8 * 4096 + 6 * 12288))
+    assert parts["scoring: activations"] == alone["scoring: activations"]
+    # the target's heads, one for each teacher, and no wider states
+    assert parts["training: head"] - alone["training: head"] == pytest.approx(4 * 151936 * (2560 + 2048) / GIB)
+    single = [estimate(replace(run, batch=1, teachers=given)) for given in (teachers, teachers[1:])]
+    assert single[0]["training: head"] == single[1]["training: head"]  # a row has one teacher
+    assert "initial policy" not in parts
+
+    trained = replace(run, initial=False, lora_rank=0)
+    table = 4 * 151936 * 2048 / GIB
+    one, two = (estimate(replace(trained, teachers=given)) for given in (teachers[1:], teachers))
+    assert two["training: head's gradients"] - one["training: head's gradients"] == pytest.approx(table)
+    assert two["backward: activations and gradients"] == one["backward: activations and gradients"]
+    both = Teacher(small), Teacher(large)
+    offloaded = estimate(replace(trained, teacher_offload=True, teachers=both))
+    stays = 2 * (151936 * 2560 + 2560) + 2 * (2 * 151936 * 4096 + 4096)
+    assert offloaded["teacher weights"] * GIB == pytest.approx(stays)
+    assert offloaded["teacher states"] * GIB == 2 * 8 * 512 * 4096
+
+
+def test_the_student_before_training_as_a_teacher_by_hand():
+    """Without LoRA a copy of the 1,720,574,976 parameters in fp32; with one nothing, but its turn of scoring."""
+    student = Geometry.of("Qwen/Qwen3-1.7B")
+    run = Run(student, (Teacher(student, initial=True),), rows=8, batch=2, completion=512, teacher_offload=True)
+    parts = estimate(run)
+    assert parts["initial policy"] * GIB == 4 * 1_720_574_976
+    assert "teacher weights" not in parts
+    assert estimate(replace(run, initial=True))["initial policy"] == parts["initial policy"]
+    assert parts["scoring: activations"] * GIB == pytest.approx(2 * 1024 * (8 * 2048 + 6 * 6144))
+    assert "scoring: weights brought" not in parts
+    assert "initial policy" not in estimate(replace(run, lora_rank=8))
+
+
+def test_a_recipe_of_several_teachers_is_read(tmp_path, monkeypatch):
+    """One loaded, one that is the student before training; one on a server is not in this process."""
+    monkeypatch.chdir(ROOT)
+    run = read(CONFIGS / "arithmetic_two.yaml", ACCELERATE / "single_gpu.yaml")
+    teacher, student = (Geometry.of(f"examples/arithmetic/{name}") for name in ("teacher", "student"))
+    assert run.teachers == (Teacher(teacher), Teacher(student, initial=True))
+    assert (run.full, run.top_k) == (True, 0)
+    recipe = tmp_path / "recipe.yaml"
+    text = (CONFIGS / "arithmetic_two.yaml").read_text().replace("estimator: full", "estimator: top_k")
+    recipe.write_text(text.replace("sums: initial", "sums: {server_url: 'http://127.0.0.1:8000'}"))
+    run = read(recipe, ACCELERATE / "single_gpu.yaml")
+    assert run.teachers == (Teacher(teacher),)
+    assert (run.full, run.top_k) == (False, 64)

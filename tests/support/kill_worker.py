@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,19 @@ class Doomed(SGOPDTrainer):
         self.reaper, self.generating = reaper, False
         self.record = Path(self.args.output_dir) / f"rows{self.accelerator.process_index}.jsonl"
         self.model.register_forward_pre_hook(lambda *_: reaper.pass_by("generation") if self.generating else None)
-        scored = self.teacher.score_batch if self.args.estimator == "sampled" else self.teacher.states
-
-        def scoring(batch: dict[str, Any]) -> torch.Tensor:
-            reaper.pass_by("scoring")
-            return scored(batch)
-
-        setattr(self.teacher, scored.__name__, scoring)
+        scores = {"sampled": "score_batch", "full": "states", "top_k": "top_batch"}[self.args.estimator]
+        for teacher in self.teachers.by_name.values():
+            for point, name in (("scoring", scores), ("proposal", "propose")):
+                setattr(teacher, name, self.passing(point, getattr(teacher, name)))
         next(self.model.parameters()).register_hook(lambda _: reaper.pass_by("backward"))
-        propose = self.teacher.propose
-
-        def proposed(*args: Any) -> Any:
-            reaper.pass_by("proposal")
-            return propose(*args)
-
-        self.teacher.propose = proposed
         self.add_callback(AtUpdate(reaper))
+
+    def passing(self, point: str, method: Callable) -> Callable:
+        def passed(*args: Any) -> Any:
+            self.reaper.pass_by(point)
+            return method(*args)
+
+        return passed
 
     def _generate(self, prompts: list) -> tuple:
         self.generating = True
@@ -98,6 +96,12 @@ class AtUpdate(TrainerCallback):
         self.reaper.pass_by("update")
 
 
+def of_two_teachers(row: dict[str, Any], place: int) -> dict[str, Any]:
+    """The row with its teacher's name, in turn, and a prompt of the teacher's own in two of three."""
+    own = [{"role": "user", "content": "3*4=12"}, *row["prompt"]]
+    return {"teacher": "ab"[place % 2], "teacher_prompt": own if place % 3 else None}
+
+
 def run(job: dict[str, Any]) -> None:
     """Train one job and write this rank's log and the weights."""
     reaper = Reaper(*job.get("kill") or (None, 0), *([signal.SIGTERM] if job.get("gently") else []))
@@ -117,10 +121,14 @@ def run(job: dict[str, Any]) -> None:
     sg_opd.checkpoints.folders.seal, sg_opd.checkpoints.folders.rotate = sealed, rotated
     folder = OUT / job["folder"]
     folder.mkdir(parents=True, exist_ok=True)
+    several = job["settings"].pop("several", False)
     args = configuration(folder, world, job["settings"])
     data = load_dataset("json", data_files=JOB["data"], split="train")
-    trainer = Doomed(reaper, JOB["student"], JOB["teacher"], coin_verifier, args, data)
-    trainer.teacher.generation_config.do_sample = True
+    data = data.map(of_two_teachers, with_indices=True) if several else data
+    teachers = {"a": JOB["teacher"], "b": "initial"} if several else JOB["teacher"]
+    trainer = Doomed(reaper, JOB["student"], teachers, coin_verifier, args, data)
+    for teacher in trainer.teachers.by_name.values():
+        teacher.generation_config.do_sample = True
     assert trainer.accelerator.num_processes == world
     trainer.train(resume_from_checkpoint=job["resume"])
     if rank == 0:

@@ -39,6 +39,15 @@ SCENARIOS = {
         "log_completions": True,
     },
     "full": {"estimator": "full", "steps_per_generation": 4, "save_steps": 1, "logging_steps": 3},
+    # what the rows' teachers said waits in the checkpoint; one is the student before training
+    "several": {
+        "several": True,
+        "estimator": "top_k",
+        "teacher_top_k": 4,
+        "steps_per_generation": 4,
+        "save_steps": 1,
+        "logging_steps": 3,
+    },
 }
 
 

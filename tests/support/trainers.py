@@ -51,6 +51,8 @@ def make_config(tmp_path, **overrides):
         "disable_tqdm": True,
         **overrides,
     }
+    if settings.get("estimator") == "top_k":
+        settings.setdefault("teacher_top_k", 5)  # the default is more than there are ids here
     return SGOPDConfig(**settings)
 
 

@@ -58,8 +58,9 @@ def assert_same_run(ours, other):
     assert len(ours.batches) == len(other.batches) > 0
     for got, want in zip(ours.batches, other.batches, strict=True):
         assert got["completion_ids"].equal(want["completion_ids"])
-        if "teacher_per_token_logps" in want:
-            assert got["teacher_per_token_logps"].equal(want["teacher_per_token_logps"])
+        for name in ("teacher_per_token_logps", "teacher_top_ids", "teacher_top_logps"):
+            assert (name in got) == (name in want)
+            assert name not in want or got[name].equal(want[name])
     names = ("loss", "grad_norm", "gate/consensus", "delta/p05", "delta/p95")
     assert all(name in ours.state.log_history[0] for name in names)
     for got, want in zip(ours.state.log_history, other.state.log_history, strict=True):
@@ -70,7 +71,7 @@ def assert_same_run(ours, other):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora-bf16"])
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 def test_a_run_is_the_same_bit_for_bit(estimator, lora, run, monkeypatch):
     """Scores, losses, gradient norms and weights of three steps with a teacher phase, tied and padded embeddings,
     gradient checkpointing and the initial reference, fp32 and bf16 autocast; scored by micro-batches, as without
@@ -85,7 +86,7 @@ def test_a_run_is_the_same_bit_for_bit(estimator, lora, run, monkeypatch):
     assert plain.teacher.offload is None
 
 
-@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 def test_one_pass_of_blocks_scores_all_micro_batches(estimator, make_model, run):
     """Two micro-batches of four rows a step: without a teacher phase three steps are three passes, not six."""
     watched = make_model(2, **PADDED)

@@ -76,7 +76,7 @@ class Recorder(SGOPDTrainer):
 def build(tmp_path):
     """A trainer of the arithmetic student, four steps of 32 rollouts, with the teacher at a URL or in process."""
 
-    def build(server=None, processing_class=None, **overrides):
+    def build(server=None, processing_class=None, rows=None, **overrides):
         settings = {
             "output_dir": str(tmp_path),
             "max_steps": 4,
@@ -95,9 +95,10 @@ def build(tmp_path):
             "disable_tqdm": True,
             **overrides,
         }
-        data = load_dataset("json", data_files=str(ARITHMETIC / "data" / "train.jsonl"), split="train[:256]")
-        student, teacher = str(ARITHMETIC / "student"), None if server else TEACHER
-        return Recorder(student, teacher, None, SGOPDConfig(**settings), data, processing_class=processing_class)
+        file = str(ARITHMETIC / "data" / "train.jsonl")
+        rows = load_dataset("json", data_files=file, split="train[:256]") if rows is None else rows
+        student, teacher = str(ARITHMETIC / "student"), None if server or "teacher_models" in overrides else TEACHER
+        return Recorder(student, teacher, None, SGOPDConfig(**settings), rows, processing_class=processing_class)
 
     return build
 
@@ -118,6 +119,22 @@ def test_log_probs_and_gate_signs_are_those_of_the_teacher_in_process(build, url
     assert flipped <= tokens / 1000, f"{flipped} of {tokens} gates flipped"
 
 
+TOP = ("teacher_top_ids", "teacher_top_logps")
+FAR = 1e-3  # nats, after prompts unlike those of its training: 3e-4 seen of a log-prob far below the others
+
+
+def close_likeliest(ours, theirs, atol=1e-4):
+    """Where two answers, ids and log-probs of N positions each, have one K, (N,); there they are within `atol`."""
+    dense = [  # by id, the last column for places without one
+        torch.full((len(ids), 28), -torch.inf).scatter(1, ids.long() % 28, logps[:, :-1])
+        for ids, logps in (ours, theirs)
+    ]
+    same = (dense[0].isinf() == dense[1].isinf()).all(1)
+    torch.testing.assert_close(*(of[same].nan_to_num(neginf=0.0) for of in dense), rtol=0.0, atol=atol)
+    assert (ours[1][:, -1].exp() - theirs[1][:, -1].exp())[same].abs().max() <= atol
+    return same
+
+
 def test_likeliest_ids_are_those_of_the_teacher_in_process(build, url):
     """24 of 27 ids, more than vLLM gives unless told to: one K but for ties, log-probs and the rest within 1e-4."""
     # plain descent: AdamW makes whole steps of what little the rounding leaves of the smallest gradients
@@ -131,21 +148,49 @@ def test_likeliest_ids_are_those_of_the_teacher_in_process(build, url):
     for batch in local.batches:
         mask = batch["completion_mask"].bool()
         theirs = [part[mask] for part in ask_top(served.teacher, batch, 24, served.shared_vocabulary)]
-        ours = [batch[name][mask] for name in ("teacher_top_ids", "teacher_top_logps")]
-        dense = [  # by id, the last column for places without one
-            torch.full((len(ids), 28), -torch.inf).scatter(1, ids.long() % 28, logps[:, :-1])
-            for ids, logps in (ours, theirs)
-        ]
-        same = (dense[0].isinf() == dense[1].isinf()).all(1)
-        apart = (dense[0] - dense[1])[same].nan_to_num(0.0).abs().max()
-        assert apart <= 1e-4
-        assert (ours[1][:, -1].exp() - theirs[1][:, -1].exp())[same].abs().max() <= 1e-4
+        same = close_likeliest([batch[name][mask] for name in TOP], theirs)
         tokens, other = tokens + len(same), other + int((~same).sum())
     assert tokens > 1000
     assert other <= tokens / 1000, f"{other} of {tokens} positions have another K"
     served.train()
     for ours, theirs in zip(served.batches, local.batches, strict=True):
         assert torch.equal(ours["completion_ids"], theirs["completion_ids"])
+    before = AutoModelForCausalLM.from_pretrained(ARITHMETIC / "student").parameters()
+    weights = [*zip(served.model.parameters(), local.model.parameters(), before, strict=True)]
+    assert max((got - want).abs().max() for got, want, _ in weights) <= 1e-5
+    assert max((got - old).abs().max() for got, _, old in weights) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "top_k"])
+def test_one_of_two_teachers_behind_the_server_with_prompts_of_its_own(build, url, estimator):
+    """Rows of both in each batch, two thirds of them with the worked solution before the question: what the teachers
+    say and the weights after two steps are those of a run with both in this process."""
+    file = str(ARITHMETIC / "hinted" / "train.jsonl")
+    rows = load_dataset("json", data_files=file, split="train[:96]")
+    rows = rows.map(lambda row, i: {"teacher_prompt": row["teacher_prompt"] if i % 3 else None}, with_indices=True)
+    settings = {"estimator": estimator, "preset": "sg-opd-lite", "rows": rows, "max_steps": 2}
+    settings |= {"optim": "sgd", "learning_rate": 0.03}  # as above
+    settings |= {"teacher_top_k": 8} if estimator == "top_k" else {}
+    runs = []
+    for products in (TEACHER, {"server_url": url}):  # each seeds the generators, and is done when the next is built
+        runs.append(build(teacher_models={"products": products, "sums": "initial"}, **settings))
+        runs[-1].train()
+    local, served = runs
+    tokens, other, kinds = 0, 0, set()
+    for ours, theirs in zip(local.batches, served.batches, strict=True):
+        assert torch.equal(ours["completion_ids"], theirs["completion_ids"])
+        assert {*ours["teacher_number"].tolist()} == {0, 1}
+        own = ours["teacher_prompt_mask"].sum(1) > ours["prompt_mask"].sum(1)
+        kinds |= {*zip(ours["teacher_number"].tolist(), own.tolist(), strict=True)}
+        mask = ours["completion_mask"].bool()
+        if estimator == "sampled":
+            said = [batch["teacher_per_token_logps"][mask] for batch in (theirs, ours)]
+            torch.testing.assert_close(*said, rtol=0.0, atol=FAR)
+        else:
+            same = close_likeliest(*([batch[name][mask] for name in TOP] for batch in (ours, theirs)), atol=FAR)
+            tokens, other = tokens + len(same), other + int((~same).sum())
+    assert kinds == {(0, False), (0, True), (1, False), (1, True)}
+    assert other <= tokens / 1000, f"{other} of {tokens} positions have another K"
     before = AutoModelForCausalLM.from_pretrained(ARITHMETIC / "student").parameters()
     weights = [*zip(served.model.parameters(), local.model.parameters(), before, strict=True)]
     assert max((got - want).abs().max() for got, want, _ in weights) <= 1e-5
