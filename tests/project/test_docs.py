@@ -176,7 +176,7 @@ def rollouts(recipe, processes):
     [
         ("qwen3_lora_24gb", 1, "so {prompts} prompts per step"),
         ("qwen3_qlora_16gb", 1, "so {prompts} prompts per step"),
-        ("qwen3_full_zero3_server", 6, "so {rollouts} rollouts, 8 a prompt: {prompts} prompts per step"),
+        ("qwen3_full_zero3_server", 6, "so {rollouts} rollouts, 8 per prompt: {prompts} prompts per step"),
         ("qwen3_full_zero3_server", 8, "on eight, {prompts}."),
     ],
 )
