@@ -81,7 +81,7 @@ FAMILY = {
     "opd-grpo-1": Arm("OPD + 1.0 reward", {"preset": "opd-grpo", "estimator": "sampled", "advantage_weight": 1.0}),
     **{
         f"opd-top-{k}": Arm(f"OPD, top_k {k}", {"preset": "opd", "estimator": "top_k", "teacher_top_k": k})
-        for k in (1, 4, 16)
+        for k in (4, 16)
     },
     # the teacher is the student before training, which reads the worked solution
     "self-opd": Arm("OPD", {"preset": "opd"}, trainer="self"),

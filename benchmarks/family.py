@@ -44,7 +44,7 @@ SIZES = {
 }
 MAIN = ("opd", "sg-opd", "sg-opd-lite", "r2-opd")
 OTHERS = ("opdvr", "grpd", "rg-opd", "opd-sampled", "power-opd", "opd-grpo", "opd-grpo-1", "grpo")
-ESTIMATORS = ("opd-sampled", "opd-top-1", "opd-top-4", "opd-top-16", "opd")
+ESTIMATORS = ("opd-sampled", "opd-top-4", "opd-top-16", "opd")
 SELVES = ("self-opd", "self-lite")
 BOTH = ("equations", "arithmetic")
 RATE, FIRST, FACTOR, OTHER, SIGNAL, RETRY, ESTIMATOR, SELF = (

@@ -45,7 +45,7 @@ def test_the_plan_has_the_arms_and_seeds_that_were_asked_for():
     assert used == set(arms.FAMILY)
     runs = [name for name in names() if "lr=" in name]
     # OPD's choosing seeds are the main arm's first two, and the other rate's; of the estimators two are there already
-    assert len(set(runs)) == 8 + 36 + 48 + 14 + 12 + 8 + (4 + 30) + 6
+    assert len(set(runs)) == 8 + 36 + 48 + 14 + 12 + 8 + (4 + 20) + 6
     assert all("num_generations=8" in run for run in runs)
 
 
