@@ -58,7 +58,7 @@ package:
 	$(PACKAGE) -m build
 	$(PACKAGE) -m twine check --strict dist/*
 	$(PACKAGE) -m pip install --quiet $(CONSTRAINT) dist/*.whl
-	$(PACKAGE) examples/train.py --max_steps 2 --output_dir runs/package
+	OMP_NUM_THREADS=1 $(PACKAGE) examples/train.py --max_steps 2 --per_device_train_batch_size 8 --output_dir runs/package
 
 # the pages as HTML, build/docs/index.html; a warning or a name without a target fails, as in the tests
 docs: install

@@ -106,6 +106,7 @@ def rows_of(
 
 def scorer() -> Judge:
     """What scores an answer by an entry, in [0, 1]; it raises whatever the task does."""
+    import reasoning_gym  # noqa: F401  # here and not within the first answer's time
 
     def score(entry: str, answer: str | None) -> float:
         kept = json.loads(entry)

@@ -1,6 +1,6 @@
 """Makes the models of the spelling world: reasoning_gym's spell_backward for words of 4 to 8 letters.
 
-    python examples/spelling/make.py teacher        # 2 minutes on one core; the results are committed
+    python examples/spelling/make.py teacher        # about 5 minutes on one busy core; the results are committed
     python examples/spelling/make.py student
 
 Both are Qwen3-architecture models with one token a letter, fine-tuned on right answers; the student is smaller and
@@ -28,7 +28,7 @@ PHRASES = QUESTION, f"\n{REQUEST}", "<answer>", "</answer>"
 SEED, RECIPE_ROWS = 100_000, 2200  # of the lessons; the recipe's words, of seed 0, are in none of them
 # as in the arithmetic world, and without its slips
 SIZES = {
-    "teacher": {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 192, "steps": 900, "seed": 1},
+    "teacher": {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 192, "steps": 700, "seed": 1},
     "student": {"hidden": 48, "layers": 2, "heads": 2, "intermediate": 128, "steps": 350, "seed": 2},
 }
 

@@ -58,7 +58,7 @@ def test_verdicts(completion, row, threshold, expected, form):
 
 
 def test_an_answer_that_never_ends_is_abstained_on():
-    judge = TaskVerifier(timeout=1.0, workers=1)
+    judge = TaskVerifier(timeout=3.0, workers=1)
     (row,) = rows_of("binary_matrix", 1, {}, runs_answers=True)
     never, right = "<answer>9**9**9**9</answer>", f"<answer>{row['solution']}</answer>"
     assert judge([never, right], entry=[row["entry"]] * 2, threshold=[1.0] * 2) == [None, 1.0]
