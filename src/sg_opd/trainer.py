@@ -174,7 +174,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         with only_stated(self.accelerator.unwrap_model(self.model)):
             output = super()._generate(prompts)
-        self._rollouts.read_prompts(self._tokenizer, output[0], self._tokenize_prompts)
+        self._rollouts.read_prompts(self._tokenizer, output[0], self._tokenize_prompts if self.model.training else None)
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:
