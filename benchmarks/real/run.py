@@ -168,6 +168,7 @@ def run(args: argparse.Namespace, data: Path) -> None:
     plan = TINY if args.tiny else GPU if args.device == "cuda" else CPU
     plan = replace(plan, size=replace(plan.size, learning_rate=args.learning_rate))
     earlier = read_json(args.reuse) if args.reuse else None
+    known = None if earlier is None else args.steps or steps_of(earlier, args.reuse)
     on_cpu, record = args.device == "cpu", Record(args.output, args.device, earlier)
     output, size, verifier = data / "models" / args.device, plan.size, MathVerifier()
     arms = [arm for arm in (*ARMS, *ESTIMATORS) if arm.name in args.arms]
@@ -179,13 +180,20 @@ def run(args: argparse.Namespace, data: Path) -> None:
     else:
         had = {(done["title"], done["seed"]) for done in earlier["arms"]}
         runs = [(arm, seed) for arm, seed in runs if (arm.title, seed) not in had]
-        steps = args.steps or earlier["arms"][0]["steps"]
+        steps = known
     for arm, seed in runs:
         free()
         folder = output / f"{arm.name}-{seed}"
         record.add("arm", run_arm(pair, arm, size, steps, seed, on_cpu, folder, verifier))
         print(f"the gate on its rollouts: {folder / 'gate_samples.html'}")
     print(table(record.content))
+
+
+def steps_of(earlier: dict[str, Any], path: Path) -> int:
+    """How many steps the arms of an earlier result had, which further ones get too."""
+    if not earlier["arms"]:
+        raise SystemExit(f"{path} has no arm yet, whose number of steps further ones would get: state it by --steps.")
+    return earlier["arms"][0]["steps"]
 
 
 def prepared(

@@ -173,7 +173,7 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
         """Same as GRPOTrainer; in the teacher phase, endorsed teacher rollouts take their slots."""
         with only_stated(self.accelerator.unwrap_model(self.model)):
             output = super()._generate(readable(prompts, self._is_vlm or self.rollout_func is not None))
-        self._rollouts.read_prompts(self._tokenizer, output[0], self.tokens_of)
+        self._rollouts.read_prompts(self._tokenizer, output[0], self.tokens_of if self.model.training else None)
         if self.model.training and self.rollout_func is not None:
             checks.check_ids(self.shared_vocabulary, prompt_ids=output[0], completion_ids=output[1])
         if self.model.training:

@@ -269,3 +269,15 @@ def test_more_arms_are_added_to_an_earlier_result(tmp_path, monkeypatch):
     assert [(arm["title"], arm["seed"]) for arm in result["arms"]] == [("OPD", 0), *((t, s) for t, s, _ in asked)]
     assert result["about"] == {"commit": "one"}
     assert [part["from_arm"] for part in result["continued"]] == [1]
+
+
+def test_an_earlier_result_without_arms_needs_the_number_of_steps(tmp_path, monkeypatch):
+    """At once, before the problems are made."""
+    from real import run
+
+    (tmp_path / "early.json").write_text(json.dumps({"about": {}, "seconds": {}, "arms": []}))
+    monkeypatch.setattr(run, "made_world", lambda *_: pytest.fail("too late"))
+    command = ["--device", "cpu", "--reuse", tmp_path / "early.json", "--output", tmp_path / "all.json"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, command)])
+    with pytest.raises(SystemExit, match=r"early\.json has no arm yet.*: state it by --steps"):
+        run.main()

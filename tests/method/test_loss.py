@@ -98,6 +98,9 @@ def test_three_tokens_by_hand():
     metrics = {name: value.item() for name, value in out.metrics.items()}
     assert metrics["gate/consensus"] == metrics["gate/conflict"] == metrics["gate/neutral"] == pytest.approx(1 / 3)
     assert metrics["gate/factor"] == pytest.approx(4 / 3)
+    sizes = math.log(1.5), math.log(2)
+    assert metrics["gate/consensus_delta"] == pytest.approx(sizes[0] / sum(sizes))
+    assert metrics["gate/conflict_delta"] == pytest.approx(sizes[1] / sum(sizes))
     assert metrics["delta/p50"] == pytest.approx(0.0, abs=1e-7)
 
 

@@ -378,6 +378,10 @@ def test_a_server_that_gives_too_few_likeliest_ids(build, proxy):
     with pytest.raises(TeacherError, match=message + "with --max-logprobs 6 or more"):
         build(estimator="top_k", teacher_top_k=6)
     build(estimator="top_k", teacher_top_k=5)
+    proxy.upstream.max_logprobs = 4
+    message = r"5, which is greater than max allowed: 4.*The check of its .* --max-logprobs 5 or more.*restart it so\. "
+    with pytest.raises(TeacherError, match=message):
+        build()
 
 
 def test_proposals_of_a_server_take_their_slots(build):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sg_opd import SignGatedLoss
-from sg_opd.method.gate import gate_metrics
+from sg_opd.method.gate import GateSettings, decide, gate_metrics, gate_totals
 from sg_opd.method.loss import policy_gradient
 from sg_opd.training.metrics import METRICS, GateMeter, shares, verdict_metrics
 from sg_opd.training.totals import rollout_totals
@@ -95,6 +95,9 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
     assert metrics["delta/p50"] == pytest.approx(torch.tensor(deltas).quantile(0.5).item())
     sizes = [abs(delta) for delta in deltas]
     assert metrics["delta/top_share"] == pytest.approx(max(sizes) / sum(sizes))
+    for name, case in (("consensus", 1), ("conflict", -1)):
+        on_case = sum(abs(decision.delta[place].item()) for place in places if decision.case[place].item() == case)
+        assert metrics[f"gate/{name}_delta"] == pytest.approx(on_case / sum(sizes))
     assert metrics["verdict/correct"] == pytest.approx(2 / 5)
     of_others = {"gate/uniform_groups", "rest/student", "rest/teacher"}  # which need groups, and the estimator top_k
     assert set(metrics) == set(METRICS) - of_others
@@ -116,6 +119,35 @@ def test_the_meter_is_a_loop_over_tokens_whatever_the_split(split):
 def test_the_share_of_the_largest_deltas_by_hand(deltas, share):
     metrics = gate_metrics({"tokens": torch.tensor(float(len(deltas)))}, torch.tensor(deltas))
     assert metrics["delta/top_share"].item() == pytest.approx(share, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "consensus", "conflict"),
+    [
+        # a correct rollout and an incorrect one; three small conflicts, a large consensus, and what is not trained
+        ([[-0.1, -0.1, NAN], [0.1, -2.7, 5.0]], 2.7 / 3.0, 0.3 / 3.0),
+        ([[0.4, 0.0, 1.0], [0.0, 0.6, 1.0]], 0.4, 0.6),
+        ([[math.inf, 1.0, 0.0], [1.0, 1.0, 0.0]], 1.0, 0.0),  # beside it the others weigh nothing
+        ([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]], 0.0, 0.0),
+    ],
+)
+def test_the_gates_shares_of_delta_by_hand(deltas, consensus, conflict):
+    """Of the first two tokens of both rows."""
+    delta, mask = torch.tensor(deltas), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    given = torch.zeros_like(delta), delta, torch.tensor([1.0, -1.0]), mask, GateSettings()
+    metrics = gate_metrics(gate_totals(decide(*given), mask), delta[mask.bool()])
+    assert metrics["gate/consensus_delta"].item() == pytest.approx(consensus)
+    assert metrics["gate/conflict_delta"].item() == pytest.approx(conflict)
+
+
+def test_the_mean_entropy_is_that_of_the_gated_tokens():
+    """Row 4 is the teacher's and trained by its likelihood: the divergence has no entropy there."""
+    decision, loss, mask = batch()
+    meter, gated = GateMeter(), mask & ~FROM_TEACHER.unsqueeze(1)
+    entropy = torch.rand(6, 5).masked_fill(~gated, 0.0)
+    meter.update(decision, loss, mask, FROM_TEACHER, gated, {"entropy": entropy})
+    assert gated.sum() < mask.sum()
+    assert meter.compute(Accelerator(cpu=True))["entropy"] == pytest.approx(entropy[gated].mean().item(), rel=1e-5)
 
 
 def test_the_tails_are_seen_where_the_5_percent_are_not():

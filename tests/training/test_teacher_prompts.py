@@ -167,6 +167,18 @@ def test_a_server_is_asked_after_the_teachers_prompt(build, make_model, hinted, 
         proxy.close()
 
 
+def test_an_evaluation_reads_the_students_prompts_alone(build, hinted):
+    """It asks no teacher: of four rows four prompts are tokenised, in training seven."""
+    trainer, read = build(num_generations=1, per_device_eval_batch_size=4, gradient_accumulation_steps=1), []
+    tokenize = trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda prompts: read.extend(prompts) or tokenize(prompts)
+    trainer.evaluate(hinted.select(range(4)))
+    assert sorted(read, key=str) == sorted(hinted["prompt"][:4], key=str)
+    read.clear()
+    trainer.train()
+    assert len(read) == 4 + sum(prompt in hinted["teacher_prompt"] for prompt in read) > 4
+
+
 def test_a_resumed_run_has_the_student_from_before_training(build, make_model, tmp_path):
     """Killed after step 2 of 4 and built anew from the path: the weights of the run that was not."""
     path = str(tmp_path / "student")

@@ -89,6 +89,8 @@ SHOWN = {
     ("Gate", "consensus"): "gate/consensus",
     ("Gate", "conflict"): "gate/conflict",
     ("Gate", "neutral"): "gate/neutral",
+    ("Gate by log-ratio", "consensus"): "gate/consensus_delta",
+    ("Gate by log-ratio", "conflict"): "gate/conflict_delta",
     ("Log-ratio of teacher to student", "median, with 5 % to 95 %"): "delta/p50",
     ("Tails of the log-ratio", "99 %"): "delta/p99",
     ("Tails of the log-ratio", "1 %"): "delta/p01",

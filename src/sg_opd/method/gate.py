@@ -230,23 +230,33 @@ def decide(
 
 
 def gate_totals(decision: GateDecision, mask: Shaped[Tensor, "B T"]) -> dict[str, Tensor]:
-    """Sums over the trained tokens, which micro-batches and ranks may add up before dividing by `tokens`."""
+    """Sums over the trained tokens, which micro-batches and ranks may add up before `gate_metrics` divides them."""
     mask = mask.to(decision.delta.dtype)
+    sizes, consensus, conflict = magnitudes(decision.delta), decision.case == CONSENSUS, decision.case == CONFLICT
     values = {
         "tokens": torch.ones_like(mask),
-        "gate/consensus": decision.case == CONSENSUS,
-        "gate/conflict": decision.case == CONFLICT,
+        "gate/consensus": consensus,
+        "gate/conflict": conflict,
         "gate/neutral": decision.case == NEUTRAL,
+        "gate/consensus_delta": consensus * sizes,
+        "gate/conflict_delta": conflict * sizes,
         "gate/factor": decision.factor,
         "delta/clipped": decision.clipped,
+        "delta/sum": sizes,
     }
     return {name: (value * mask).sum() for name, value in values.items()}
 
 
 def gate_metrics(totals: dict[str, Tensor], deltas: Float[Tensor, " N"]) -> dict[str, Tensor]:
-    """Shares and means from `gate_totals`; quantiles and top share of `deltas` but NaN (NaN without any)."""
+    """Shares and means from `gate_totals`; quantiles and top share of `deltas` but NaN (NaN without any).
+
+    Those that end with `_delta` are shares of `delta/sum`, 0 where that is 0; the others are by token.
+    """
     tokens = totals["tokens"].clamp(min=1.0)
-    means = {name: total / tokens for name, total in totals.items() if name != "tokens"}
+    means = {name: total / tokens for name, total in totals.items() if name not in ("tokens", "delta/sum")}
+    if "delta/sum" in totals:
+        whole = totals["delta/sum"].clamp(min=torch.finfo(totals["delta/sum"].dtype).tiny)
+        means |= {name: totals[name] / whole for name in means if name.endswith("_delta")}
     known = deltas.float() if deltas.numel() else deltas.new_full((1,), math.nan, dtype=torch.float32)
     quantiles = {name: torch.nanquantile(known, q) for name, q in QUANTILES.items()}
     return means | quantiles | {"delta/top_share": top_share(known)}
@@ -257,11 +267,16 @@ def top_share(deltas: Float[Tensor, " N"]) -> Float[Tensor, ""]:
 
     NaN is no delta. The share is 0 where all are 0, and NaN without any. No synchronisation with the device.
     """
-    largest = deltas.abs().nan_to_num(nan=0.0, posinf=HUGE).sort(descending=True).values
+    largest = magnitudes(deltas).sort(descending=True).values
     count = (deltas.isnan().logical_not().sum() + 99) // 100
     top = torch.where(torch.arange(len(largest), device=deltas.device) < count, largest, 0.0)
     share = top.sum() / largest.sum().clamp(min=torch.finfo(largest.dtype).tiny)
     return share.masked_fill(count == 0, math.nan)
+
+
+def magnitudes(deltas: Tensor) -> Tensor:
+    """`abs(deltas)` for a sum: `HUGE` where it is infinite, and 0 for NaN, which is no delta."""
+    return deltas.abs().nan_to_num(nan=0.0, posinf=HUGE)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .http import TeacherServerError
-from .server import ServerTeacher
+from .server import Scores, ServerTeacher
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -65,7 +65,7 @@ def check_server(
     training will ask for.
 
     Raises:
-        TeacherServerError: no usable answer, or fewer likeliest ids than `top_k`.
+        TeacherServerError: no usable answer, or fewer likeliest ids than `top_k` or `TOP_TOKENS`.
         ValueError: a server whose token ids mean something else.
     """
     part = min(PROBE_TOKENS, (teacher.context or 4 * PROBE_TOKENS) // 4)  # prompt, vocabulary twice, what is sampled
@@ -77,7 +77,8 @@ def check_server(
     expected = student_logps(ids) if student_logps else None
     for url in teacher.endpoints.urls:
         if top_k:
-            check_top_k(teacher, url, ids[:2], top_k)
+            what, otherwise = f"`teacher_top_k={top_k}`", ", or set a smaller teacher_top_k"
+            given_likeliest(teacher, url, ids[:2], top_k, what, otherwise)
         logps, spacing = _check_scores(teacher, url, tokenizer, ids)
         noise = max(spacing, _check_samples(teacher, url, prompt_ids, min(part, PROBE_SAMPLED), eos_token_ids))
         if noise > max(dead_zone, LOGP_TOLERANCE):
@@ -90,16 +91,22 @@ def check_server(
             logger.warning("%s scores as the student does: every delta is zero and nothing is learnt.", url)
 
 
-def check_top_k(teacher: ServerTeacher, url: str, ids: list[int], k: int) -> None:
-    """Ask for the `k` likeliest ids, of which a server gives as many as it was started for."""
+def given_likeliest(
+    teacher: ServerTeacher, url: str, ids: list[int], count: int, what: str, otherwise: str = ""
+) -> Scores:
+    """One server's scores of `ids` with the `count` likeliest in place of each: as many as it was started for.
+
+    Raises:
+        TeacherServerError: no usable answer; of fewer likeliest ids with `what` needs them, and what else to do.
+    """
     try:
-        teacher.score_at(url, ids, others=k)
+        return teacher.score_at(url, ids, others=count)
     except TeacherServerError as error:
         if "logprobs" not in str(error):
             raise
         raise TeacherServerError(
-            f"{error}. `teacher_top_k={k}` needs a server that was started with --max-logprobs {k} or more (vLLM's "
-            "default is 20); restart it so, or set a smaller teacher_top_k"
+            f"{error}. {what} needs a server that was started with --max-logprobs {count} or more (vLLM's default is "
+            f"20); restart it so{otherwise}"
         ) from None
 
 
@@ -107,7 +114,7 @@ def _check_scores(
     teacher: ServerTeacher, url: str, tokenizer: PreTrainedTokenizerBase, ids: list[int]
 ) -> tuple[Tensor, float]:
     """Vocabulary and repeatability; returns the log-probabilities of `ids` but the first, and their `logit_spacing`."""
-    logps, entries = teacher.score_at(url, ids, others=TOP_TOKENS)
+    logps, entries = given_likeliest(teacher, url, ids, TOP_TOKENS, "The check of its vocabulary and precision")
     said = [entry[str(token)].get("decoded_token") for token, entry in zip(ids[1:], entries, strict=True)]
     check_vocabulary(url, tokenizer, ids[1:], said)
     apart = (teacher.score_at(url, ids).logps - logps).abs().max().item()

@@ -36,6 +36,9 @@ METRICS = {
     "gate/conflict": "share of trained tokens that the teacher moves against the outcome (s * delta < 0)",
     "gate/neutral": "share of trained tokens without a side: sign 0 (verdict abstained, or by gate_signal='group' a "
     "uniform group), or abs(delta) within the dead zone",
+    "gate/consensus_delta": "share of the sum of abs(delta) over trained tokens that lies on consensus ones: how much "
+    "of the teacher's pull the outcome endorses",
+    "gate/conflict_delta": "the same of conflict ones; the rest is neutral",
     "gate/factor": "mean reward-scaling factor of the trained tokens",
     "gate/uniform_groups": "share of the prompts' groups whose judged student rollouts all have one verdict; not "
     "logged with one rollout a prompt",
@@ -77,8 +80,7 @@ DIVISORS = {
     "teacher/endorsed": "teacher/slot_share",
     "loss/student": "student_tokens",
     "loss/teacher": "teacher_tokens",
-    "entropy": "trained_tokens",
-    **dict.fromkeys(("rest/teacher", "rest/student"), "tokens"),
+    **dict.fromkeys(("entropy", "rest/teacher", "rest/student"), "tokens"),
 }
 
 
@@ -163,7 +165,7 @@ class GateMeter:
         # the host waits for the device here, once
         values = torch.cat([sums, torch.stack([*gate.values()]).to(sums)]).tolist()
         counts = dict(zip(names, values, strict=False))
-        metrics = shares(counts | {"trained_tokens": counts["student_tokens"] + counts["teacher_tokens"]})
+        metrics = shares(counts)
         if counts["tokens"] > 0:
             metrics |= dict(zip(gate, values[len(names) :], strict=True))
         self.totals, self.deltas = {}, []

@@ -131,11 +131,15 @@ class Rollouts:
         self.openings = [""] * len(self.rows)
 
     def read_prompts(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], tokenize: Tokenize
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], tokenize: Tokenize | None
     ) -> None:
-        """Take in the prompts, as they were tokenised, and the teacher's own; before any completion is judged."""
+        """Take in the prompts, as they were tokenised, before any completion is judged; and the teacher's own.
+
+        Those are not read where `tokenize` is `None`: evaluation asks no teacher.
+        """
         self.openings = openings(tokenizer, prompt_ids)
-        self.teacher_prompt_ids = teacher_prompt_ids(self.rows, prompt_ids, tokenize)
+        if tokenize is not None:
+            self.teacher_prompt_ids = teacher_prompt_ids(self.rows, prompt_ids, tokenize)
 
     def mix(self, phase: TeacherPhaseSampler, slots: Sequence[Slot], proposer: Proposer, generated: Generated) -> None:
         """Fill this rank's slots with endorsed teacher rollouts, in `generated`; every rank enters it.

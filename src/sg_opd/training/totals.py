@@ -57,5 +57,5 @@ def tokens_by_teacher(names: Sequence[str], number: Tensor, decision: GateDecisi
         counted[f"teachers/{name}/tokens"] = totals["tokens"]
         counted[f"teachers/{name}/consensus"] = totals["gate/consensus"]
         counted[f"teachers/{name}/conflict"] = totals["gate/conflict"]
-        counted[f"teachers/{name}/delta"] = decision.delta.abs().masked_fill(~its, 0.0).sum()
+        counted[f"teachers/{name}/delta"] = totals["delta/sum"]
     return counted

@@ -142,6 +142,10 @@ PANELS = {
         Line("gate/conflict", "conflict", VERMILION),
         Line("gate/neutral", "neutral", GREY),
     ),
+    Panel("Gate by log-ratio", "share of the sum of |delta|", "share"): (
+        Line("gate/consensus_delta", "consensus", BLUE),
+        Line("gate/conflict_delta", "conflict", VERMILION),
+    ),
     Panel("Log-ratio of teacher to student", "delta in nats"): (
         Line("delta/p50", "median, with 5 % to 95 %", BLUE, band=("delta/p05", "delta/p95")),
     ),
