@@ -19,6 +19,7 @@ from hostile import HANGING, ITS_REFERENCE
 
 from sg_opd import MathVerifier
 from sg_opd.verifiers.answers import extract_answer, last_box
+from sg_opd.verifiers.mathematics import symbols
 from sg_opd.verifiers.verdicts import checked_verdicts
 from sg_opd.verifiers.worker import judge_of_tasks
 
@@ -494,3 +495,20 @@ def test_what_is_infinite_equals_nothing_finite(reference, answer, verdict, monk
     """Even where sympy, as it does now and then, says so: here it says yes to everything."""
     monkeypatch.setattr("sg_opd.verifiers.mathematics.symbols.verify", lambda *_, **__: True)
     assert judge_of_tasks()(reference, answer) == verdict
+
+
+@pytest.mark.parametrize("error", [Exception, RecursionError, AttributeError])
+def test_a_crash_of_the_parser_is_no_verdict(error, monkeypatch):
+    """By a bare `Exception` it says that formulas have no meaning, and their signs differ; of all else none comes."""
+
+    def parser(latex, **_):
+        raise error(latex)
+
+    monkeypatch.setattr("sg_opd.verifiers.mathematics.symbols.latex2sympy", parser)
+    symbols.parse.cache_clear()
+    judge = judge_of_tasks()
+    if error is Exception:
+        assert judge("1917x+y", "y+1918x") == 0.0
+    else:
+        with pytest.raises(error, match="1917x"):
+            judge("1917x+y", "y+1918x")

@@ -179,7 +179,7 @@ class _Daemons(ThreadPoolExecutor):
         def work() -> None:
             try:
                 result = fn(*args, **kwargs)
-            except Exception as error:
+            except BaseException as error:  # as any executor: whoever waits for the result raises it, and nobody hangs
                 future.set_exception(error)
             else:
                 future.set_result(result)

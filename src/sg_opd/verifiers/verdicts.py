@@ -210,7 +210,7 @@ def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Se
             answer = verifier(prompts=prompts, completions=completions, **kwargs)
             if inspect.isawaitable(answer):
                 answer = _awaited(answer)
-    except Exception as error:
+    except Exception as error:  # a user's code, whose error goes on as it is, with whose it was
         given = ", ".join(("prompts", "completions", *kwargs))
         error.add_note(f"It came from the verifier {name}, asked for {len(completions)} verdicts, given {given}.")
         raise
@@ -246,7 +246,7 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
     def work() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # the thread that asks for the result raises it
+        except BaseException as error:  # whatever it is, the thread that asks for the result raises it
             future.set_exception(error)
 
     threading.Thread(target=work, name="aside", daemon=True).start()

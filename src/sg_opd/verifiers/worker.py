@@ -46,7 +46,9 @@ def serve(timeout: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, timeout + 1.0)
         try:
             verdict = judge(reference, answer)
-        except Exception:  # whatever a comparison raises means one thing: no verdict. The parent abstains
+        except Exception:
+            # sympy, math-verify and pint raise anything, of an answer that anybody may have written: no verdict comes
+            # of it, and the caller abstains. Not logged, for its words are the answer's
             verdict = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps({"key": key, "verdict": verdict, "spent": _is_spent()}), file=replies, flush=True)

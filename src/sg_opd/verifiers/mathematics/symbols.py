@@ -132,6 +132,7 @@ def parse(latex: str) -> Any:
 
     Raises:
         OverflowError: a formula that would be evaluated for ever.
+        Exception: whatever else parser and sympy meet, but the bare class.
     """
     if BOMB.search(latex):
         raise OverflowError("not evaluated")
@@ -142,7 +143,11 @@ def parse(latex: str) -> Any:
     latex = re.sub(r"(\d|\))\\cdot\\frac\{\\pi\}\{180\}", r"\1\\frac{\\pi}{180}", latex)
     try:
         value = latex2sympy(latex, is_real=True, normalization_config=None, conversion_config=CONVERSION)
-    except Exception:  # the parser raises nothing more particular; a formula without meaning is compared by its signs
+    except Exception as error:
+        # the parser says by a bare `Exception` that a formula has no meaning, which is then compared by its signs; what
+        # is more particular is a crash of parser or sympy, of which no verdict comes
+        if type(error) is not Exception:
+            raise
         return None
     if isinstance(value, sympy.Expr):
         value = value.xreplace(IMAGINARY).replace(_is_odd_root, lambda root: -((-root.base) ** root.exp))
