@@ -83,9 +83,9 @@ FAMILY = {
         f"opd-top-{k}": Arm(f"OPD, top_k {k}", {"preset": "opd", "estimator": "top_k", "teacher_top_k": k})
         for k in (4, 16)
     },
-    # the teacher is the student before training, which reads the worked solution
-    "self-opd": Arm("OPD", {"preset": "opd"}, trainer="self"),
-    "self-lite": Arm("SG-OPD lite", LITE, trainer="self"),
+    # the teacher is the reader before training, which sees the worked solution
+    "reader-opd": Arm("OPD", {"preset": "opd"}, trainer="self"),
+    "reader-lite": Arm("SG-OPD lite", LITE, trainer="self"),
     # the gate alone: no teacher phase; `factors` against the initial policy, `sign` against the current one
     "factors": Arm("factors", {"preset": "opd", "reference_policy": "initial"}),
     "sign": Arm("sign gate", {"preset": "opd", "gate_extrapolation": 1.8, "gate_interpolation": 1.0}),
@@ -198,10 +198,10 @@ def entry_gated(
 def train_sg_opd(
     world: World, arguments: dict, settings: dict, trainer: type[SGOPDTrainer] = SGOPDTrainer, alone: bool = False
 ) -> Trainer:
-    """With the world's teacher; `alone` with the student before training, which reads the worked solution too."""
+    """With the world's teacher; `alone` the reader with itself before training, which sees the worked solution too."""
     settings = {"estimator": "full", "num_generations": GENERATIONS, **settings}
     return trainer(
-        model=world.student,
+        model=world.reader if alone else world.student,
         teacher_model="initial" if alone else world.teacher,
         verifier=verifier(),
         args=SGOPDConfig(

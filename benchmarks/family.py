@@ -45,7 +45,8 @@ SIZES = {
 MAIN = ("opd", "sg-opd", "sg-opd-lite", "r2-opd")
 OTHERS = ("opdvr", "grpd", "rg-opd", "opd-sampled", "power-opd", "opd-grpo", "opd-grpo-1", "grpo")
 ESTIMATORS = ("opd-sampled", "opd-top-4", "opd-top-16", "opd")
-SELVES = ("self-opd", "self-lite")
+SELVES = ("reader-opd", "reader-lite")
+READER = ("reader", "reader-hinted")  # the student that is to teach itself, as it was
 BOTH = ("equations", "arithmetic")
 RATE, FIRST, FACTOR, OTHER, SIGNAL, RETRY, ESTIMATOR, SELF = (
     "OPD's learning rate",
@@ -154,8 +155,8 @@ class Family:
         """In the plan's order: its part, a name, the files that it leaves, a function and its arguments."""
         given = self.scale, self.plan, self.output
         for world in BOTH:
-            for role in ROLES:
-                folder, files = self.output / world / role, ("test.json", "conflicts.json")[: 2 - (role == "teacher")]
+            for role in (*ROLES, *READER * (world == "arithmetic")):
+                folder, files = self.output / world / role, ("test.json", "conflicts.json")[: 1 + (role == "student")]
                 yield "", f"{world}/{role}", tuple(folder / f for f in files), end, (world, role, *given)
         for part, seeds in order(self.plan):
             for seed in seeds:

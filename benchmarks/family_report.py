@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from arms import FAMILY
 from conflicts import PLACES, SIZES
 from design import Cell
-from family import BOTH, ESTIMATOR, FACTOR, FIRST, LONG, OTHER, RATE, RETRY, SELF, SIGNAL, Family, Part, parts
+from family import BOTH, ESTIMATOR, FACTOR, FIRST, LONG, OTHER, RATE, READER, RETRY, SELF, SIGNAL, Family, Part, parts
 from pages import filled, table, with_span
 from report import differences, figures_of, habitual, only, signs
 
@@ -77,7 +77,7 @@ class Content:
         results = list(found.values())
         records = [read_json(folder / "train.json") for folder in self.family.folders(part, cell).values()]
         histories = [record["history"] for record in records]
-        before = self.end(cell.world, "student").figures[AVERAGE].mean
+        before = self.end(cell.world, "reader" if part.name == SELF else "student").figures[AVERAGE].mean
         ids = self.habits[cell.world]
         there = [only(result, ids) for result in results] if ids else []
         shared = sorted(found.keys() & against.keys())  # differences are paired by seed
@@ -106,6 +106,8 @@ class Content:
         """What a cell is compared with: OPD with its estimator, or the factor 1; itself with nothing."""
         if part.name == FACTOR:
             return {} if cell is part.cells[0] else self.family.results(part, part.cells[0])
+        if part.name == SELF:  # another student
+            return {}
         return {} if cell.arm == "opd" else self.opd[baseline(cell.arm), cell.world, part.chosen]
 
     def minus_sampled(self, part: Part, cell: Cell) -> dict[str, Any]:
@@ -156,6 +158,11 @@ class Content:
                 world: {role: figures_of([self.end(world, role)]) for role in ("student", "teacher")} for world in BOTH
             },
             "rates": {world: self.rates(world) for world in BOTH},
+            "reader": {
+                name: figures_of([self.end("arithmetic", role)])
+                for name, role in zip(("before", "before, with the worked solution"), READER, strict=True)
+                if (self.family.output / "arithmetic" / role / "test.json").is_file()
+            },
             "conflicts": {world: self.conflicts(world) for world in BOTH},
             **made,
         }
@@ -277,16 +284,17 @@ def estimators_table(content: dict[str, Any], world: str) -> str:
 
 
 def selves_table(content: dict[str, Any]) -> str:
-    """What a student reaches that teaches itself with the worked solutions, beside OPD from a better teacher."""
-    before = content["worlds"]["arithmetic"]["student"]
-    rows = [["student before", *(with_span(before[f]) for f in (AVERAGE, PASS)), *[""] * 5]]
+    """What a student reaches that teaches itself, and what it knew before, without and with the worked solution."""
+    rows = [
+        [name, *(with_span(figures[f]) for f in (AVERAGE, PASS)), *[""] * 5]
+        for name, figures in content["reader"].items()
+    ]
     for entry in content[SELF]:
         own = [with_span(entry[f]) for f in (AVERAGE, PASS)]
         seen = [number(entry["signs"].get(name)) for name in ("gate/consensus", "gate/conflict", "entropy")]
-        apart = with_span(entry["minus_opd"][AVERAGE], "+") if "minus_opd" in entry else ""
-        rows.append([f"itself, {entry['title']}", *own, apart, *seen, str(len(entry["seeds"]))])
-    heads = ["taught by", f"{AVERAGE} %", f"{PASS} %", f"{AVERAGE} minus OPD from the teacher"]
-    return table([*heads, "consensus", "conflict", "entropy", "seeds"], rows) if len(rows) > 1 else "Not run."
+        rows.append([f"after, {entry['title']}", *own, *seen, str(entry["collapsed"]), str(len(entry["seeds"]))])
+    heads = ["the student", f"{AVERAGE} %", f"{PASS} %", "consensus", "conflict", "entropy", "collapsed", "seeds"]
+    return table(heads, rows) if content[SELF] else "Not run."
 
 
 def rates_table(content: dict[str, Any]) -> str:

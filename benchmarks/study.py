@@ -213,19 +213,25 @@ def test(run: Run, scale: str, plan: Plan, output: Path) -> str:
 
 
 def test_end(world: str, role: str, scale: str, plan: Plan, output: Path) -> None:
-    """One of a world's two models as it was, on the test split."""
+    """One of a world's models as it was, on the test split; `reader-hinted` has the worked solution before its eyes."""
     folder, place = output / world / role, worlds_of(scale, output)[world]
+    name, _, hinted = role.partition("-")
     if not (folder / JOBS["test"]).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        measured(getattr(place, role), place, "test", plan.test_questions, 0, folder)
+        measured(getattr(place, name), place, "test", plan.test_questions, 0, folder, bool(hinted))
 
 
-def measured(model: str, world: Any, split: str, count: int | None, seed: int, folder: Path) -> str:
+def measured(
+    model: str, world: Any, split: str, count: int | None, seed: int, folder: Path, hinted: bool = False
+) -> str:
     """Evaluate the model of a folder on one split, and keep the result; the figures in a line."""
+    questions = world.split(split, count, hinted)
+    if hinted:
+        questions = questions.remove_columns("prompt").rename_column("teacher_prompt", "prompt")
     result = evaluate_model(
         load(model)[0],
         load(world.student)[1],
-        world.split(split, count),
+        questions,
         verifier(),
         SAMPLES,
         world.max_completion_length,

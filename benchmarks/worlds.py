@@ -67,6 +67,11 @@ class World:
         return str(self.models / "student")
 
     @property
+    def reader(self) -> str:
+        """The student, which also reads a worked solution before a question; of arithmetic's committed models only."""
+        return str(self.models / "reader")
+
+    @property
     def teacher(self) -> str:
         return str(self.teacher_folder or self.models / "teacher")
 

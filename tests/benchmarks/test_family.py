@@ -245,7 +245,7 @@ def test_baselines_have_the_same_estimator():
         "opd-sampled": "opd",
         "r2-opd": "opd",
         "opd-top-4": "opd",
-        "self-lite": "opd",
+        "reader-lite": "opd",
     }
     assert {arm: family_report.baseline(arm) for arm in expected} == expected
 
@@ -291,7 +291,7 @@ def test_the_tables_of_known_records(tmp_path):
     assert row("family, estimators, arithmetic", "top_k, k = 4")[2:] == [everywhere(-12.5), everywhere(-25), "1", "1.5"]
     assert row("family, estimators, arithmetic", "full")[2:4] == [everywhere(12.5), ""]
     assert row("family, estimators, equations", "sampled")[2:4] == ["", everywhere(-12.5)]
-    assert row("family, self", "itself, SG-OPD lite")[2] == everywhere(-12.5)
+    assert row("family, self", "after, SG-OPD lite")[0] == everywhere(50).replace("+", "")
     factor = row("family, factors, equations", "1.8", "group sign")
     assert factor[2:] == [everywhere(0), everywhere(0), "0.1", "30", "0", "no"]
     conflict = row("family, conflicts by size, equations", "after OPD", "0.1 to 1")
