@@ -2,10 +2,10 @@
 
     python benchmarks/reader.py [FOLDER]     # about ten minutes of one core; the result is committed
 
-A pretrained language model uses what stands in its context; the embedded student has never seen a conversation of more
-than one question, and tells nothing from a solution. Half of the rows have the right solution before the question and as
-its answer; in the other half the question is alone, with the student's own kind of slips. No question of the study or of
-the demo's test set is among them.
+A pretrained language model uses what stands in its context; the embedded student has never seen a conversation of
+more than one question, and tells nothing from a solution. Half of the rows have the right solution before the
+question and as its answer; in the other half the question is alone, with the student's own kind of slips. No
+question of the study or of the demo's test set is among them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from pages import filled, table, with_span
+from real.arms import ARMS
 
 from sg_opd.evaluation.figures import mean_interval, pass_at_k
 from sg_opd.evaluation.results import read_json
@@ -135,18 +136,6 @@ def lessons_table(content: dict[str, Any]) -> str:
     return table(heads, rows, left=2)
 
 
-def seconds_table(content: dict[str, Any]) -> str:
-    """Where an arm's time went, in seconds a step."""
-    rows = []
-    for title, runs in arms_of(content).items():
-        steps = sum(run["steps"] for run in runs)
-        phases = [sum(run["seconds"].get(name, 0) for run in runs) / steps for name in ("generate", "forward+backward")]
-        whole = statistics.median(second for run in runs for second in run["step_seconds"])
-        rows.append([title, str(runs[0]["steps"]), f"{whole:.1f}", *(f"{phase:.1f}" for phase in phases)])
-    heads = ["arm", "steps", "seconds a step (median)", "generation", "forward and backward"]
-    return table(heads, rows)
-
-
 def show(content: dict[str, Any], path: Path) -> None:
     """Curves over the steps, a line for each run."""
     plot, axes = plt.subplots(1, len(CURVES), figsize=(3.4 * len(CURVES), 2.8), constrained_layout=True)
@@ -165,17 +154,18 @@ def show(content: dict[str, Any], path: Path) -> None:
 
 
 def short_table(content: dict[str, Any]) -> str:
-    """avg@8 on the templates that were trained on: what a first look is for. A run that was ended may have no arm."""
+    """avg@8 on the templates that were trained on, of the presets; a run that was ended may have no arm."""
     asked = next((run["after"] for run in content["arms"]), content["before"]["student"])["test"]["correct"]
     opd = {run["seed"]: run["after"]["test"]["correct"] for run in arms_of(content).get("OPD", [])}
     ends = {name: [found] for name, found in content["before"].items()}
-    arms = {title: [run["after"] for run in runs] for title, runs in arms_of(content).items()}
+    presets = {arm.title for arm in ARMS}
+    arms = {t: [run["after"] for run in runs] for t, runs in arms_of(content).items() if t in presets}
     rows = []
     for title, results in {"student": ends["student"], **arms, "teacher": ends["teacher"]}.items():
         figure = mean_interval(by_question([common(result["test"]["correct"], asked) for result in results]))._asdict()
         name = "student before" if title == "student" else title
         rows.append([name, with_span(figure), minus(opd, arms_of(content).get(title, []), "test")])
-    return table([f"SmolLM2-135M, avg@{SAMPLES} %", "[95 %]", "minus OPD"], rows)
+    return table(["SmolLM2-135M", f"avg@{SAMPLES} % [95 % interval]", "minus OPD"], rows)
 
 
 def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -195,7 +185,6 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
         "real, lessons": lessons_table(content),
         "real, figures": figures_table(content),
         "real, logged": logged_table(content),
-        "real, seconds": seconds_table(content),
     }
 
 

@@ -201,7 +201,6 @@ def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
     assert rows[1][4].startswith("99.3 ")
     logged = [line for line in made["real, logged"].splitlines() if "entropy" in line]
     assert logged == ["| `entropy` | 0.100 → 0.300 | 0.300 → 0.600 |"]
-    assert "| SG-OPD | 3 | 2.0 | 1.0 | 2.0 |" in made["real, seconds"]
     assert "| teacher | 1: 20, 2: 60 | 2 | 1.5 |" in made["real, lessons"]
     assert [line.split(" | ")[0] for line in made["real, short"].splitlines()[2:]] == [
         *("| student before", "| OPD", "| SG-OPD", "| teacher"),
