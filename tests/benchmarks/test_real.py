@@ -109,7 +109,7 @@ def test_the_problems_of_gsm_symbolic_verify(tmp_path):
     problems = world.World(tmp_path)
     assert {split: len(rows) for split, rows in problems.rows.items()} == {
         "test": 200,
-        "validation": 64,
+        "validation": 160,
         "train": 1000,
         "lessons": 2400,
         "unseen": 200,
