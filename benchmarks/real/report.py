@@ -191,9 +191,7 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="what run.py wrote")
-    parser.add_argument(
-        "--page", type=Path, nargs="+", default=PAGES, help="whose tables are filled; default: docs/real.md, README.md"
-    )
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="with these tables; default: the two above")
     args = parser.parse_args()
     content = joined([read_json(path) for path in args.results])
     show(content, args.results[0].with_suffix(".png"))

@@ -116,7 +116,7 @@ def test_vllm_colocate_sets_trls_fields(stage):
     _, args, _ = parse(seen["arguments"])
     assert (args.use_vllm, args.vllm_mode, args.vllm_gpu_memory_utilization) == (True, "colocate", 0.25)
     assert (args.vllm_enable_sleep_mode, args.vllm_max_model_length, args.seed) == (True, 1536, 5)
-    assert args.vllm_importance_sampling_correction  # the sampled estimator's, against the engine's mismatch
+    assert not args.vllm_importance_sampling_correction  # of the sampled estimator; the recipe has the full one
 
 
 def test_teacher_server_waits_trains_and_ends_its_server(stage):

@@ -110,7 +110,7 @@ def test_what_is_refused_at_the_start(train, make_model, tokenizer):
         train(Countdown())
     size = len(tokenizer)
     with pytest.raises(ValueError, match=f"`teacher_top_k` is 64, but student and teacher share {size} ids only"):
-        train()
+        train(teacher_top_k=64)
 
 
 def answer(**changed):
