@@ -18,14 +18,13 @@ from worlds import ROOT, hard_arithmetic
 
 sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
 import torch
-from datasets import Dataset
-from make_models import BATCH
+from make_models import BATCH, pretrain
 from problems import as_hinted_row, held_out_questions, make_problems
-from transformers import AutoTokenizer, Qwen3ForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer
 
 STUDENT = ROOT / "examples" / "arithmetic" / "student"
-STEPS, SEED, QUESTION_SEED, SLIP, RATE = 400, 5, 77, 0.15, 1e-3
+SIZE = {"steps": 400, "seed": 5, "rate": 1e-3, "warmup": 40}
+QUESTION_SEED, SLIP = 77, 0.15
 
 
 def rows(steps: int) -> Iterator[dict]:
@@ -34,38 +33,14 @@ def rows(steps: int) -> Iterator[dict]:
     count = steps * BATCH // 2
     right, careless = (make_problems(count, QUESTION_SEED, asked, slip=slip) for slip in (0.0, SLIP))
     for told, alone in zip(right, careless, strict=True):
-        yield {"prompt": as_hinted_row(told)["teacher_prompt"], "completion": _said(told["solution"])}
-        yield {"prompt": [{"role": "user", "content": alone["question"]}], "completion": _said(alone["solution"])}
+        yield {"prompt": as_hinted_row(told)["teacher_prompt"], "solution": told["solution"]}
+        yield alone
 
 
-def _said(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-def make(folder: Path, steps: int = STEPS) -> None:
+def make(folder: Path) -> None:
     """Train the reader, from the student's checkpoint, and save it in a folder."""
-    set_seed(SEED)
-    model, tokenizer = Qwen3ForCausalLM.from_pretrained(STUDENT), AutoTokenizer.from_pretrained(STUDENT)
-    config = SFTConfig(
-        output_dir=f"{folder}-run",
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        learning_rate=RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        weight_decay=0.01,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        seed=SEED,
-    )
-    taught = Dataset.from_list(list(rows(steps)))
-    SFTTrainer(model=model, args=config, train_dataset=taught, processing_class=tokenizer).train()
-    model.to("cpu", torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    pretrain(SIZE, tokenizer, list(rows(SIZE["steps"])), str(folder), start=str(STUDENT))
 
 
 if __name__ == "__main__":

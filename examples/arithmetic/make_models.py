@@ -51,7 +51,7 @@ def pretrain(
     Args:
         size: an entry of a table like `SIZES`.
         tokenizer: the world's.
-        problems: `{"question", "solution"}` each; `BATCH` a step.
+        problems: `{"question", "solution"}` each, or with a `prompt` of messages for the question; `BATCH` a step.
         out: where to save.
         save_steps: also keep a checkpoint each this many steps; 0 keeps none.
         start: checkpoint to go on from; `None` is a new model.
@@ -61,7 +61,7 @@ def pretrain(
     dataset = Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": row["question"]}],
+                "prompt": row.get("prompt") or [{"role": "user", "content": row["question"]}],
                 "completion": [{"role": "assistant", "content": row["solution"]}],
             }
             for row in problems
@@ -73,7 +73,7 @@ def pretrain(
         max_steps=size["steps"],
         learning_rate=size.get("rate", RATE),
         lr_scheduler_type="cosine",
-        warmup_steps=100,
+        warmup_steps=size.get("warmup", 100),
         weight_decay=0.01,
         bf16=False,
         gradient_checkpointing=False,
