@@ -101,13 +101,15 @@ def test_the_card_of_a_student_in_memory(build):
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
 def test_the_card_of_a_student_in_a_folder(pair, dataset, tmp_path, peft):
-    """Its folder's name is told, not where that lies."""
+    """The folders' names are told, the teacher's too, not where they lie."""
     args = make_config(tmp_path / "out")
     student, teacher = str(pair / "student"), str(pair / "teacher")
     _, card = card_of(Recorder(student, teacher, all_correct, args, dataset, peft_config=peft))
     assert "a fine-tuned version of `student`, a model in a local folder." in card
     assert 'model="path/to/out"' in card
+    assert "Teacher: `teacher`\n" in card
     assert student not in card
+    assert teacher not in card
     assert not re.search(r"\bNone\b", card.split("### SG-OPD settings")[0])
 
 
