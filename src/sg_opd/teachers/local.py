@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -177,8 +176,7 @@ class LocalTeacher:
 
     @property
     def name(self) -> str:
-        path = getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
-        return Path(path).name if Path(path).is_dir() else path  # where a folder lies is nobody else's business
+        return getattr(self.unwrapped.config, "_name_or_path", "") or "a model in memory"
 
     def head(self) -> Head:
         """The head as it is now: to be asked for within the forward that uses it."""

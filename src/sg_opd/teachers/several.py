@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -156,9 +157,17 @@ class Teachers:
 
     @property
     def name(self) -> str:
-        """What a model card calls them."""
-        each = (teacher.name if name is None else f"{name}: {teacher.name}" for name, teacher in self.by_name.items())
-        return ", ".join(each)
+        """Where they are from, by which a resumed run is compared."""
+        return self._named(lambda source: source)
+
+    @property
+    def card_name(self) -> str:
+        """What a model card calls them: as `name`, but of a folder not where it lies."""
+        return self._named(lambda source: Path(source).name if Path(source).is_dir() else source)
+
+    def _named(self, told: Callable[[str], str]) -> str:
+        each = ((name, told(teacher.name)) for name, teacher in self.by_name.items())
+        return ", ".join(source if name is None else f"{name}: {source}" for name, source in each)
 
     def of_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
         """The name of each row's teacher; `None` where there is only one.

@@ -89,7 +89,7 @@ class RunReports(GateLogging):
             from huggingface_hub import ModelCard
 
             card = ModelCard.load(folder / "README.md")
-            section = self.args.card_section(self.teachers.name)
+            section = self.args.card_section(self.teachers.card_name)
             text = card.text.replace("### Framework versions", section + "### Framework versions")
             card.text = named(text, get_config_model_id(self.model.config), folder.name)
             card.save(folder / "README.md")
