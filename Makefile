@@ -49,7 +49,8 @@ test-next:
 	OMP_NUM_THREADS=1 $(NEXT) -m pytest tests/project/test_package.py tests/test_trainer.py \
 	    tests/training/test_losses.py tests/training/test_trl_settings.py $(PARALLEL)
 
-# what is uploaded, in dist: built, checked, and installed into an empty environment, in which an example trains
+# what is uploaded, in dist: built, checked, and installed into an empty environment, in which an example trains; then
+# whether each extra, alone, can be installed
 PACKAGE := .venv-package/bin/python
 package:
 	rm -rf dist .venv-package
@@ -59,6 +60,8 @@ package:
 	$(PACKAGE) -m twine check --strict dist/*
 	$(PACKAGE) -m pip install --quiet $(CONSTRAINT) dist/*.whl
 	OMP_NUM_THREADS=1 $(PACKAGE) examples/train.py --max_steps 2 --per_device_train_batch_size 8 --output_dir runs/package
+	for extra in deepspeed vllm quantization plot tasks; do echo "extra $$extra"; \
+	    $(PACKAGE) -m pip install --quiet --dry-run --ignore-installed $(CONSTRAINT) "$$(echo dist/*.whl)[$$extra]" || exit 1; done
 
 # the pages as HTML, build/docs/index.html; a warning or a name without a target fails, as in the tests
 docs: install

@@ -199,19 +199,19 @@ def train_sg_opd(
     world: World, arguments: dict, settings: dict, trainer: type[SGOPDTrainer] = SGOPDTrainer, alone: bool = False
 ) -> Trainer:
     """With the world's teacher; `alone` the reader with itself before training, which sees the worked solution too."""
-    settings = {"estimator": "full", "num_generations": GENERATIONS, **settings}
     return trainer(
         model=world.reader if alone else world.student,
         teacher_model="initial" if alone else world.teacher,
         verifier=verifier(),
-        args=SGOPDConfig(
-            **arguments,
-            **settings,
-            max_completion_length=world.max_completion_length,
-            temperature=1.0,
-        ),
+        args=config_of(world, arguments, settings),
         train_dataset=world.split("train", hinted=alone),
     )
+
+
+def config_of(world: World, arguments: dict[str, Any], settings: dict[str, Any]) -> SGOPDConfig:
+    """The configuration of an arm: the arguments that all share, and its settings over those of the study."""
+    ours = {"estimator": "full", "num_generations": GENERATIONS, "temperature": 1.0}
+    return SGOPDConfig(**arguments, **ours | settings, max_completion_length=world.max_completion_length)
 
 
 def train_grpo(world: World, arguments: dict, settings: dict) -> Trainer:

@@ -122,6 +122,21 @@ def test_the_plan_has_every_arm_in_both_worlds_and_no_two_runs_of_one_name():
     assert len({design.Run(*of, 1.0, 0, 1).name for of in compared}) == len(set(compared))
 
 
+def test_each_cells_settings_are_a_configuration(tmp_path):
+    """Those that only some groups have too, which are not run below."""
+    plan = design.groups(design.Plan(), ["arithmetic", "equations"])
+    cells = {(cell.arm, cell.changes) for _, some in plan for cell in some}
+    made = [
+        arms.config_of(
+            SMALL[0], arms.common(SMALL[0], 2, 1e-4, 0, tmp_path), {**arms.ARMS[arm].settings, **dict(changes)}
+        )
+        for arm, changes in cells
+        if arms.ARMS[arm].trainer not in ("grpo", "distillation", "sft")
+    ]
+    assert {(config.gate_extrapolation, config.gate_interpolation) for config in made} >= {(1.4, 0.6), (1.0, 4.0)}
+    assert {config.num_generations for config in made} == {1, arms.GENERATIONS}
+
+
 def samples(correct):
     """One question a row, its samples' verdicts."""
     return [
@@ -190,8 +205,9 @@ def test_the_results_page_has_the_tables_of_the_committed_study():
 
 @pytest.mark.integration
 def test_the_study_from_its_command_and_again(tmp_path):
-    """With tiny models, made by the study itself: all arms and groups end, a second start trains nothing."""
+    """With tiny models, made by the study itself: all arms end in both worlds, a second start trains nothing."""
     command = [sys.executable, str(ROOT / "benchmarks" / "study.py"), "--scale", "tiny", "--output", str(tmp_path)]
+    command += ["--only", " arms, "]
     # the only one that runs: on one thread it would leave half of two cores alone for minutes
     options = {"env": {**os.environ, "OMP_NUM_THREADS": "2"}, "capture_output": True, "text": True, "check": True}
     first = subprocess.run(command, **options)

@@ -142,8 +142,11 @@ def run(job: dict[str, Any]) -> None:
 def main() -> None:
     prepare()
     if BACKEND != "single":
-        for job in JOB["jobs"]:
-            run(job)
+        try:
+            for job in JOB["jobs"]:
+                run(job)
+        except SystemExit as stop:
+            leave(stop.code)
         torch.distributed.destroy_process_group()
         leave()
     codes = {}

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sg_opd import SignGatedLoss
-from sg_opd.method.gate import GateSettings, decide, gate_metrics, gate_totals
+from sg_opd.method.gate import GateDecision, GateSettings, decide, gate_metrics, gate_totals
 from sg_opd.method.loss import policy_gradient
 from sg_opd.training.metrics import METRICS, GateMeter, shares, verdict_metrics
 from sg_opd.training.totals import rollout_totals
@@ -156,6 +156,39 @@ def test_the_tails_are_seen_where_the_5_percent_are_not():
     metrics = {k: v.item() for k, v in gate_metrics({"tokens": torch.tensor(101.0)}, deltas).items()}
     quantiles = {"delta/p01": -2.0, "delta/p05": 0.0, "delta/p50": 0.0, "delta/p95": 0.0, "delta/p99": 3.0}
     assert metrics == pytest.approx(quantiles | {"delta/top_share": (4 + 3) / 12})
+
+
+class Cluster:
+    """An accelerator of many ranks that all have the same."""
+
+    num_processes = 512
+
+    def reduce(self, tensor, reduction):
+        return tensor
+
+    def gather(self, tensor):
+        return tensor.repeat(self.num_processes)
+
+
+def test_a_log_long_in_coming_keeps_few_deltas_of_every_batch():
+    """Of 100 micro-batches of 4,096 tokens, the i-th of delta i: few are kept, as many of the first as of the last."""
+    meter, ones = GateMeter(), torch.ones(1, 4096)
+    for batch in range(100):
+        meter.update(GateDecision(batch * ones, ones, ones, ones, 0 * ones), ones, ones, torch.zeros(1), ones.bool())
+    assert sum(map(len, meter.deltas)) <= 2 * 65_536
+    metrics = meter.compute(Accelerator(cpu=True))
+    expected = {"delta/p01": 1, "delta/p05": 5, "delta/p50": 49.5, "delta/p95": 94, "delta/p99": 98}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1)
+    meter.update(GateDecision(ones, ones, ones, ones, 0 * ones), ones, ones, torch.zeros(1), ones.bool())
+    assert sum(map(len, meter.deltas)) == 4096  # as densely as ever after a log
+
+
+def test_quantiles_of_more_ranks_than_torch_takes_samples_of():
+    """512 ranks of 65,536 samples would be 2^25; torch.quantile takes 2^24."""
+    meter, ones = GateMeter(), torch.ones(1, 3)
+    deltas = torch.tensor([[1.0, 2.0, 4.0]])
+    meter.update(GateDecision(deltas, ones, ones, ones, 0 * ones), ones, ones, torch.zeros(1), ones.bool())
+    assert meter.compute(Cluster())["delta/p50"] == 2.0
 
 
 def test_neither_the_gate_nor_its_metrics_wait_for_the_device():

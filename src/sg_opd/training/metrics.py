@@ -69,7 +69,8 @@ BY_TEACHER = {
     "delta": "mean abs(delta) of its trained tokens, in nats",
 }
 SAMPLE_PER_BATCH = 4_096  # deltas kept of a micro-batch, for the quantiles
-SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step
+SAMPLE_PER_LOG = 65_536  # deltas gathered from a rank at a logging step, at most
+MOST_QUANTILES = 2**24  # torch.quantile takes no more
 
 
 # what a sum is divided by to give the metric of its name, by `divisor_of`; no metric where that is zero
@@ -117,6 +118,7 @@ class GateMeter:
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.deltas: list[Tensor] = []
+        self.stride = 1  #: of the deltas that are kept; it doubles where a log is long in coming
 
     def update(
         self,
@@ -141,7 +143,10 @@ class GateMeter:
             totals[f"{name}_tokens"] = of_rows.sum()
         totals |= {name: torch.where(mask, value, 0.0).sum() for name, value in (measures or {}).items()}
         self.add(totals)
-        self.deltas.append(sampled(decision.delta.masked_fill(~gated, math.nan).flatten(), SAMPLE_PER_BATCH).float())
+        deltas = sampled(decision.delta.masked_fill(~gated, math.nan).flatten(), SAMPLE_PER_BATCH)
+        self.deltas.append(deltas[:: self.stride].float())
+        if sum(map(len, self.deltas)) > 2 * SAMPLE_PER_LOG:
+            self.deltas, self.stride = [torch.cat(self.deltas)[::2].clone()], 2 * self.stride
 
     def add(self, totals: dict[str, Tensor]) -> None:
         """Take in sums over some rows or tokens of this rank; no synchronisation with the device."""
@@ -155,8 +160,9 @@ class GateMeter:
             return {}
         names = sorted(self.totals)
         sums = accelerator.reduce(torch.stack([self.totals[name] for name in names]), reduction="sum")
-        deltas = sampled(torch.cat(self.deltas), SAMPLE_PER_LOG)
-        padded = deltas.new_full((SAMPLE_PER_LOG,), math.nan)
+        count = min(SAMPLE_PER_LOG, MOST_QUANTILES // accelerator.num_processes)
+        deltas = sampled(torch.cat(self.deltas), count)
+        padded = deltas.new_full((count,), math.nan)
         padded[: deltas.numel()] = deltas
         of_gate = ("tokens", "gate/", "delta/")
         gate = {name: total for name, total in zip(names, sums.float(), strict=True) if name.startswith(of_gate)}
@@ -168,7 +174,7 @@ class GateMeter:
         metrics = shares(counts)
         if counts["tokens"] > 0:
             metrics |= dict(zip(gate, values[len(names) :], strict=True))
-        self.totals, self.deltas = {}, []
+        self.totals, self.deltas, self.stride = {}, [], 1
         return metrics
 
 
@@ -297,10 +303,10 @@ class GateLogging(ResumableTrainer):
         return (inputs["from_teacher"] & (self.args.teacher_rollout_loss == "nll")).unsqueeze(1)
 
     def own_state(self) -> dict[str, Any]:
-        meter = {"totals": dict(self._meter.totals), "deltas": list(self._meter.deltas)}
+        meter = {name: copy.copy(value) for name, value in vars(self._meter).items()}
         return {"meter": meter, "row_advantages": self._row_advantages}
 
     def set_own_state(self, saved: dict[str, Any]) -> None:
         own = send_to_device({name: saved[name] for name in ("meter", "row_advantages")}, self.accelerator.device)
-        self._meter.totals, self._meter.deltas = own["meter"]["totals"], own["meter"]["deltas"]
+        vars(self._meter).update(own["meter"])
         self._row_advantages = own["row_advantages"]

@@ -42,12 +42,12 @@ class MathVerifier:
     r"""Judges mathematical answers: 1.0 correct, 0.0 incorrect, `None` abstained.
 
     The answer is the last `\boxed{}` after the last think delimiter; none, as in a completion that is no text, is
-    incorrect. Of a reference answer that is a worked solution the last box counts, any other is bare LaTeX. It abstains
-    where the reference answer is missing, cannot be read or is longer than 4,000 characters, where the answer cannot be
-    read, and after a time-out or a crash of the grader. What needs no sympy is compared here, all else in a worker, so
-    a verdict depends neither on the order of a batch nor on the number of workers. docs/verifiers.md says what it takes
-    for equal. A worker has at most 1 GiB of memory, writes no file, and gets none of the caller's environment but what
-    finds Python's modules.
+    incorrect. Of a reference answer that is a worked solution the last box counts, any other is bare LaTeX. It
+    abstains where the reference answer is missing, cannot be read or is longer than 4,000 characters (and the
+    answer is another text), where the answer cannot be read, and after a time-out or a crash of the grader. What
+    needs no sympy is compared here, all else in a worker, so a verdict depends neither on the order of a batch nor
+    on the number of workers. docs/verifiers.md says what it takes for equal. A worker has at most 1 GiB of memory,
+    writes no file, and gets none of the caller's environment but what finds Python's modules.
 
     It has the form of a TRL reward function, and any TRL reward function that answers 1, 0 or `None` can stand in its
     place. Workers start at the first answer that needs one and end with this object, at `close()`, or with the process.
