@@ -129,8 +129,8 @@ class SGOPDTrainer(RunReports, ResumableTrainer):
             del of_each[1:]  # GRPOTrainer adds the environments' own rewards, which only the verifier may ask
         self.reward_weights = self.reward_weights[:1]
         self.importance_sampling_level = "token"  # the sequence's ratio comes by `sequence_old_logps`
-        clipped = args.log_ratio_clip is not None
-        self.finite = FiniteGuard(self._tokenizer, self.accelerator, args.non_finite_log_probs == "skip", clipped)
+        skips, clipped = args.non_finite_log_probs == "skip", args.log_ratio_clip is not None
+        self.finite = FiniteGuard(self._tokenizer, self.accelerator, skips, clipped, self.last_good_step.save)
         self.add_callback(self.finite)
         if args.log_gate_samples:
             samples = args.output_dir, args.log_gate_samples, self._tokenizer, self.sign_gated_loss, self._trained_last

@@ -9,6 +9,7 @@ import torch
 from trainers import assert_same_weights_exactly, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
+from sg_opd.checkpoints.folders import flaw
 from sg_opd.checkpoints.stops import NonFiniteError
 
 ROW, TOKEN = 1, 2
@@ -46,7 +47,7 @@ def run(make_model, tokenizer, dataset, tmp_path):
 
 @pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 @pytest.mark.parametrize(("whose", "value"), [("student", math.nan), ("teacher", math.nan), ("teacher", -math.inf)])
-def test_the_run_stops_and_names_rollout_and_token(whose, value, estimator, run):
+def test_the_run_stops_and_names_rollout_and_token(whose, value, estimator, run, tmp_path):
     with pytest.raises(NonFiniteError) as caught:
         run(whose, value, estimator=estimator)
     said = str(caught.value)
@@ -54,6 +55,10 @@ def test_the_run_stops_and_names_rollout_and_token(whose, value, estimator, run)
     assert f"of the rollout in row {ROW} of its micro-batch is {value:g}, and 1 in all are no numbers" in said
     assert "Its prompt ends with" in said
     assert "non_finite_log_probs='skip'" in said
+    # what was trained is kept, unless it is the student that is broken
+    folder = tmp_path / "checkpoint-1"
+    assert folder.is_dir() == (f"The last good step is 1, saved in {folder}" in said) == (whose == "teacher")
+    assert whose == "student" or flaw(folder) is None
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])

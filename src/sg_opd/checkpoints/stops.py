@@ -169,6 +169,7 @@ class FiniteGuard(TrainerCallback):
     skips: bool  #: whether such a step is skipped instead of ending the run (`non_finite_log_probs="skip"`)
     #: whether `log_ratio_clip` bounds the teacher's and the reference's infinite ones, which may then pass
     clipped: bool
+    save: Callable[[], str]  #: saves the last good step, which every rank must enter; returns where it is, in words
     found: bool = False  #: whether this rank met one in the step in progress, which will be skipped
     _step: int = 0
 
@@ -205,8 +206,11 @@ class FiniteGuard(TrainerCallback):
             f"ends with {prompt[-80:]!r}."
         )
         if not self.skips:
+            # another rank does not hear of it; and a student that is no number is no good step
+            kept = self.accelerator.num_processes == 1 and MODELS[whose] != "student"
             raise NonFiniteError(
                 f"{message} Nothing was trained on it; non_finite_log_probs='skip' leaves such steps out."
+                + (f" {self.save()}" if kept else "")
             )
         if not self.found:
             logger.warning("%s This optimizer step is skipped.", message, main_process_only=False)
