@@ -29,13 +29,13 @@ class Feature:
     Attributes:
         name: as the table has it.
         tests: that run it on the CPU, as `file::function` below tests/; none where nothing did.
-        how: what is to be known of these runs.
+        how: where they run.
         gpu: cases of the GPU's agreement with the CPU that need it; none where it did not run there.
     """
 
     name: str
     tests: tuple[str, ...] = ()
-    how: str = "yes"
+    how: str = "in the tests"
     gpu: tuple[str, ...] = ()
 
 
@@ -63,10 +63,9 @@ FEATURES = (
         gpu=("full/full, initial", "full/full, gradient checkpointing", "full/full, teacher_offload"),
     ),
     Feature(
-        "a killed run resumed",
+        "a killed run resumed, bit for bit",
         ("checkpoints/test_resume.py::test_killed_and_resumed_is_not_killed",),
-        "same weights, bit for bit",
-        ("resume, full/sampled", "resume, lora/full, initial"),
+        gpu=("resume, full/sampled", "resume, lora/full, initial"),
     ),
     Feature(
         "several teachers, prompts of their own, the student as its own teacher",
@@ -82,22 +81,22 @@ FEATURES = (
     Feature(
         "teacher on a vLLM server",
         ("teachers/test_vllm.py::test_four_steps_give_the_weights_of_the_teacher_in_process",),
-        "a real server",
+        "a real vLLM",
     ),
     Feature(
         "student's answers by vLLM in the trainer",
         ("teachers/test_vllm.py::test_student_rollouts_from_a_colocated_engine",),
-        "a real engine",
+        "a real vLLM",
     ),
     Feature(
         "DDP, ZeRO-2, ZeRO-3, FSDP2",
         ("test_distributed.py::test_losses_metrics_and_weights_are_a_single_processs",),
-        "two processes",
+        "in two processes",
     ),
     Feature(
         "the Qwen3 recipes",
         ("examples/test_launch.py::test_each_accelerate_config_trains",),
-        "their settings, with small models",
+        "with small models",
     ),
     Feature("several GPUs; student's answers by TRL's vLLM server, which needs NCCL; multimodal models"),
 )
@@ -117,18 +116,15 @@ def _is_there(test: str) -> bool:
 
 
 def ran_table(folder: Path = GPU) -> str:
-    """The table; a GPU is named where all cases of a row agreed with the CPU there."""
+    """The table; a GPU is named where all cases of a feature agreed with the CPU there. What ran alike shares a row."""
     agrees = read_json(folder / "judged.json")["agrees"]
     device = read_json(folder / "agreement.json")["about"]["device"].split()[1]
-    rows = [
-        [
-            feature.name,
-            feature.how if feature.tests else NO,
-            device if feature.gpu and all(agrees.get(case) for case in feature.gpu) else NO,
-        ]
-        for feature in FEATURES
-    ]
-    return table(["", "CPU, in the tests", "GPU"], rows, left=3)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for feature in FEATURES:
+        on_gpu = feature.gpu and all(agrees.get(case) for case in feature.gpu)
+        where = feature.how if feature.tests else NO, device if on_gpu else NO
+        rows.setdefault(where, []).append(feature.name)
+    return table(["", "CPU", "GPU"], [["; ".join(names), *where] for where, names in rows.items()], left=3)
 
 
 if __name__ == "__main__":

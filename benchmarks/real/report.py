@@ -1,4 +1,4 @@
-"""What runs of the real world say: the tables of docs/real.md and of the README, and the curves beside the JSON.
+"""What runs of the real world say: the tables of docs/real.md and, with the demo's, of the README; and the curves.
 
 python benchmarks/real/report.py benchmarks/results/real/cpu.json    # and further results with the same models
 """
@@ -25,7 +25,9 @@ from real.arms import ARMS
 from sg_opd.evaluation.figures import mean_interval, pass_at_k
 from sg_opd.evaluation.results import read_json
 
-PAGES = (ROOT / "docs" / "real.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "real.md", ROOT / "docs" / "getting-started.md", ROOT / "README.md")
+DEMO = ROOT / "benchmarks" / "results" / "demo.json"  # runs/demo/result.json of a `make demo`
+DEMO_ROWS = {"student before": "student_before", "OPD": "opd", "SG-OPD lite": "student_after", "teacher": "teacher"}
 SETS = {"test": "the same templates", "unseen": "templates never trained on"}
 SAMPLES = 8  # of a question
 PASSED = (4, 8)  # the k of pass@k
@@ -153,19 +155,26 @@ def show(content: dict[str, Any], path: Path) -> None:
     plt.close(plot)
 
 
-def short_table(content: dict[str, Any]) -> str:
-    """avg@8 on the templates that were trained on, of the presets; a run that was ended may have no arm."""
+def short_table(content: dict[str, Any], demo: dict[str, Any]) -> str:
+    """avg@8 of the demo, and of the presets on the templates that were trained on; an ended run may have no arm."""
     asked = next((run["after"] for run in content["arms"]), content["before"]["student"])["test"]["correct"]
     opd = {run["seed"]: run["after"]["test"]["correct"] for run in arms_of(content).get("OPD", [])}
     ends = {name: [found] for name, found in content["before"].items()}
     presets = {arm.title for arm in ARMS}
     arms = {t: [run["after"] for run in runs] for t, runs in arms_of(content).items() if t in presets}
     rows = []
-    for title, results in {"student": ends["student"], **arms, "teacher": ends["teacher"]}.items():
+    for title, results in {"student before": ends["student"], **arms, "teacher": ends["teacher"]}.items():
         figure = mean_interval(by_question([common(result["test"]["correct"], asked) for result in results]))._asdict()
-        name = "student before" if title == "student" else title
-        rows.append([name, with_span(figure), minus(opd, arms_of(content).get(title, []), "test")])
-    return table(["SmolLM2-135M", f"avg@{SAMPLES} % [95 % interval]", "minus OPD"], rows)
+        toy = f"{demo[DEMO_ROWS[title]]['avg@8']:.1f}" if title in DEMO_ROWS else ""
+        rows.append([title, toy, with_span(figure), minus(opd, arms_of(content).get(title, []), "test")])
+    return table(["", "`make demo`", "SmolLM2-135M", "minus OPD"], rows)
+
+
+def demo_table(demo: dict[str, Any]) -> str:
+    """What the demo printed, without the gate's shares."""
+    figures = ("avg@8", "pass@8")
+    rows = [[name, *(f"{demo[key][figure]:.1f}" for figure in figures)] for name, key in DEMO_ROWS.items()]
+    return table(["", *(f"{figure} %" for figure in figures)], rows)
 
 
 def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -178,10 +187,11 @@ def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**first, "arms": list(runs.values())}
 
 
-def tables(content: dict[str, Any]) -> dict[str, str]:
+def tables(content: dict[str, Any], demo: dict[str, Any]) -> dict[str, str]:
     """All tables as Markdown, by name."""
     return {
-        "real, short": short_table(content),
+        "demo": demo_table(demo),
+        "in short": short_table(content, demo),
         "real, lessons": lessons_table(content),
         "real, figures": figures_table(content),
         "real, logged": logged_table(content),
@@ -191,12 +201,12 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="what run.py wrote")
-    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="with these tables; default: the two above")
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="with these tables; default: those above")
     args = parser.parse_args()
     content = joined([read_json(path) for path in args.results])
     show(content, args.results[0].with_suffix(".png"))
     for page in args.page:
-        page.write_text(filled(page.read_text(), tables(content), whole=False))
+        page.write_text(filled(page.read_text(), tables(content, read_json(DEMO)), whole=False))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,8 @@ def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
             run_of("SG-OPD", 1, (1, 1), entropy=[0.4, 0.5, 0.8]),
         ],
     }
-    made = report.tables({**content, **{f"lesson {name}": LESSON for name in ("teacher", "student")}})
+    demo = {key: {"avg@8": 10.04 + n, "pass@8": 20.0 + n} for n, key in enumerate(report.DEMO_ROWS.values())}
+    made = report.tables({**content, **{f"lesson {name}": LESSON for name in ("teacher", "student")}}, demo)
     rows = [line.split(" | ") for line in made["real, figures"].splitlines()[2:6] if "| teacher |" not in line]
     # two questions: the mean of 0 and 50 is 25, its interval 25 +- t(1) * 25, t(1) = 12.706;
     # pass@4 of 4 right ones of 8 is 1 - C(4, 4) / C(8, 4) = 1 - 1 / 70, of none 0, of 8 it is 1; pass@8 whether any is
@@ -202,12 +203,14 @@ def test_the_report_pairs_an_arm_with_opd_by_seed_and_question():
     logged = [line for line in made["real, logged"].splitlines() if "entropy" in line]
     assert logged == ["| `entropy` | 0.100 → 0.300 | 0.300 → 0.600 |"]
     assert "| teacher | 1: 20, 2: 60 | 2 | 1.5 |" in made["real, lessons"]
-    assert [line.split(" | ")[0] for line in made["real, short"].splitlines()[2:]] == [
-        *("| student before", "| OPD", "| SG-OPD", "| teacher"),
+    short = [line.split(" | ") for line in made["in short"].splitlines()[2:]]
+    # the demo has no SG-OPD
+    assert [row[:2] for row in short] == [
+        *(["| student before", "10.0"], ["| OPD", "11.0"], ["| SG-OPD", ""], ["| teacher", "13.0"]),
     ]
-    short = made["real, short"].splitlines()[4]
-    assert short.startswith("| SG-OPD | 50.0 [")  # 14 and 2 of 16 are right
-    assert short.endswith("] | +12.5 [-146.3, +171.3] |")
+    assert short[2][2].startswith("50.0 [")  # 14 and 2 of 16 are right
+    assert short[2][3] == "+12.5 [-146.3, +171.3] |"
+    assert made["demo"].splitlines()[4] == "| SG-OPD lite | 12.0 | 22.0 |"
 
 
 def test_results_with_the_same_models_are_joined():
@@ -224,7 +227,8 @@ def test_results_with_the_same_models_are_joined():
 
 def test_the_pages_have_the_tables_of_the_committed_results():
     results = sorted((ROOT / "benchmarks" / "results" / "real").glob("cpu*.json"))
-    made = report.tables(report.joined([json.loads(path.read_text()) for path in results]))
+    content = report.joined([json.loads(path.read_text()) for path in results])
+    made = report.tables(content, json.loads(report.DEMO.read_text()))
     for page in report.PAGES:
         assert filled(page.read_text(), made, whole=False) == page.read_text()
 
