@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainers import assert_same_weights_exactly, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
@@ -59,6 +60,18 @@ def test_the_run_stops_and_names_rollout_and_token(whose, value, estimator, run,
     folder = tmp_path / "checkpoint-1"
     assert folder.is_dir() == (f"The last good step is 1, saved in {folder}" in said) == (whose == "teacher")
     assert whose == "student" or flaw(folder) is None
+
+
+def test_a_second_run_saves_its_own_last_good_step(run, tmp_path):
+    """The first saved a step of the same number; the second goes on from its weights."""
+    trainer = run("teacher", math.nan, 9, save_strategy="steps", save_steps=3)
+    first = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    trainer.poison, trainer.args.max_steps, trainer.args.save_strategy = ("teacher", math.nan, 3), 4, "no"
+    with pytest.raises(NonFiniteError, match=r"The last good step is 3, saved in"):
+        trainer.train()
+    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert any(not torch.equal(saved[name], first[name]) for name in first)
+    assert all(torch.equal(saved[name], weight) for name, weight in trainer.model.state_dict().items() if name in saved)
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])

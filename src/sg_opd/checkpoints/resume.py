@@ -263,6 +263,7 @@ class Resumption(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the checkpoint's state, if one is resumed whose batches were this run's."""
+        self.trainer.last_good_step.forget()
         folder = self.trainer._resumed
         if folder is None:
             return

@@ -104,6 +104,10 @@ class LastGoodStep:
         self._states: list[Any] = []
         self._run_state: dict[str, Any] = {}
 
+    def forget(self) -> None:
+        """Of an earlier `train()` no step is this one's."""
+        self.saved = self._step = None
+
     def begin(self) -> None:
         """Note the states that a step begins with, at its first generation or before: a resumed run begins so too."""
         step = self.trainer.state.global_step
