@@ -17,6 +17,7 @@ from sg_opd.data import (
     load_task,
     prepare_dataset,
 )
+from sg_opd.verifiers.answers import reference_answer
 
 ASKED = [{"role": "user", "content": f"What is 2+2?\n{INSTRUCTION}"}]
 FORMS = {
@@ -135,6 +136,13 @@ MISSING = (
 @pytest.mark.parametrize("answer", MISSING, ids=repr)
 def test_a_missing_answer(answer):
     assert as_gold(answer) is None
+
+
+def test_a_heading_beside_a_box_cuts_nothing():
+    worked = "So $\\boxed{5}$.\n\n#### Check\nIt fits."
+    assert as_gold(worked) == worked
+    assert reference_answer(as_gold(worked)) == "5"
+    assert as_gold("#### Sum\n2 + 2\n#### 4") == "4"  # of several the last, where there is no box
 
 
 def test_missing_answers_in_columns():

@@ -11,6 +11,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
 from .paths import check_path
+from .verifiers.answers import last_box
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
@@ -67,9 +68,9 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
 def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: Sequence[str] = ()) -> Any:
     r"""A dataset with the columns `prompt` (one user message) and `solution` (the reference answer, as text).
 
-    Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer` what follows
-    `####`), and `prompt` with `solution`, which stays as it is. Of the others `teacher_completions`,
-    `teacher_prompt` and those in `keep` are kept.
+    Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer`, which has
+    no box, what follows `####`), and `prompt` with `solution`, which stays as it is. Of the others
+    `teacher_completions`, `teacher_prompt` and those in `keep` are kept.
 
     Args:
         dataset: a `Dataset`, an `IterableDataset`, or a dict of them by split.
@@ -147,6 +148,8 @@ def as_messages(question: str | list[dict[str, Any]], instruction: str | None) -
 def as_gold(answer: Any) -> str | None:
     """The reference answer as text: DAPO's ground truth, what follows GSM8K's `####`, or the answer itself.
 
+    An answer with a box stays whole, for the verifier reads the box.
+
     `None` where there is none: `None`, a NaN of any library, or a list that is empty or has one of these in it.
     """
     if isinstance(answer, dict):
@@ -159,7 +162,8 @@ def as_gold(answer: Any) -> str | None:
     if pd.isna(answer):
         return None
     text = str(answer)
-    return text.rsplit("####", 1)[-1].strip() if "####" in text else text
+    # beside a box it is a heading in Markdown
+    return text.rsplit("####", 1)[-1].strip() if "####" in text and last_box(text) is None else text
 
 
 class Task(NamedTuple):
