@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ NOT_FORWARDED = ("prompt", "completion", "completion_ids")  # columns that a rew
 PATIENCE_SECONDS = 1800.0  # for one call of a verifier; as long as ranks wait for each other by default
 AGAIN_SECONDS = 10.0  # between two attempts to interrupt, where the first was caught by the code that blocks
 FRAMES = 4  # of the place where it blocks, in the log
+UNDECIDED = 2  # comparisons by workers that came to nothing, after which an answer votes without them
 
 
 class MathVerifier:
@@ -92,14 +94,7 @@ class MathVerifier:
 
     def _compared(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[float | None]:
         """The verdict on each reference answer and answer; workers are asked where no quick look decides."""
-        verdicts: list[float | None] = []
-        tasks: dict[int, Task] = {}
-        for row, (reference, answer) in enumerate(pairs):
-            try:
-                verdicts.append(quick_verdict(reference, answer))
-            except UndecidedError:
-                verdicts.append(None)
-                tasks[row] = Task(str(reference), answer)
+        verdicts, tasks = quick_verdicts(pairs)
         for row, verdict in self._grader.run(tasks).items():
             verdicts[row] = verdict
         return verdicts
@@ -125,13 +120,22 @@ class MathVerifier:
         """A number for each answer, by question: answers that this verifier takes for equal have the same one.
 
         The number is the place of the first of them within its question; `None` stays `None`. Answers that cannot be
-        read vote by their text.
+        read vote by their text. Two comparisons of an answer that took too long, or told nothing, are enough: what
+        needs a worker counts as different from it afterwards. So n answers have at most 2 (n - 1) such comparisons.
         """
         places = [{answer: answers.index(answer) for answer in answers if answer is not None} for answers in questions]
         votes: list[dict[str, int]] = [{} for _ in questions]
+        undecided = Counter[tuple[int, str]]()
         while any(map(len, places)):  # each round settles the first answer that is left of every question
             pairs = [(number, next(iter(left)), other) for number, left in enumerate(places) for other in left]
-            verdicts = self._compared([(first, other) for _, first, other in pairs])
+            verdicts, tasks = quick_verdicts([(first, other) for _, first, other in pairs])
+            for row, (number, *both) in enumerate(pairs):
+                if any(undecided[number, answer] >= UNDECIDED for answer in both):
+                    tasks.pop(row, None)
+            for row, verdict in self._grader.run(tasks).items():
+                number, _, other = pairs[row]
+                verdicts[row] = verdict
+                undecided[number, other] += verdict is None  # not the first one's: all of its comparisons are in this
             for (number, first, other), verdict in zip(pairs, verdicts, strict=True):
                 if other == first or verdict == 1.0:
                     votes[number][other] = votes[number].get(first, places[number].get(first, 0))
@@ -147,6 +151,19 @@ class MathVerifier:
     def close(self) -> None:
         """End the workers; the next answer that needs one starts them again."""
         self._grader.close()
+
+
+def quick_verdicts(pairs: Sequence[tuple[str | None, str | None]]) -> tuple[list[float | None], dict[int, Task]]:
+    """`quick_verdict` on each reference answer and answer, and by its row each task for a worker, `None` until then."""
+    verdicts: list[float | None] = []
+    tasks: dict[int, Task] = {}
+    for row, (reference, answer) in enumerate(pairs):
+        try:
+            verdicts.append(quick_verdict(reference, answer))
+        except UndecidedError:
+            verdicts.append(None)
+            tasks[row] = Task(str(reference), answer)
+    return verdicts, tasks
 
 
 def quick_verdict(reference: str | None, answer: str | None) -> float | None:
