@@ -19,7 +19,7 @@ from ..data import plain_messages
 from ..teachers.sampling import run_sampling, tell_unused
 from ..verifiers.answers import extract_answer
 from ..verifiers.thinking import Openings
-from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
+from ..verifiers.verdicts import MathVerifier, as_completion, check_columns, checked_verdicts, columns_of
 from .engines import Engine, Sampling, TransformersEngine
 from .figures import QuestionResult, Sample, by_question, figures_over
 from .results import EvaluationFolder, EvaluationResult, provenance, sha256
@@ -119,7 +119,8 @@ class Draws:
     A question's id is its row's column `id`, else the row's number.
 
     Raises:
-        ValueError: a size < 1, no rows, two of one id, or a question that leaves no room for its completion.
+        ValueError: a size < 1, no rows, a column that a verifier cannot be given, two rows of one id, or a question
+            that leaves no room for its completion.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Draws:
         self.rows = list(dataset)
         if not self.rows:
             raise ValueError("`dataset` is empty: there is nothing to evaluate.")
+        check_columns("dataset", self.rows[0])
         self.ids = [str(row.get("id", index)) for index, row in enumerate(self.rows)]
         twice = next((id for id, count in Counter(self.ids).items() if count > 1), None)
         if twice is not None:

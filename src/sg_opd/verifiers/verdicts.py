@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -34,6 +34,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)  # of every rank: each has its own calls
 
 NOT_FORWARDED = ("prompt", "completion", "completion_ids")  # columns that a reward function is given by name anyway
+# what a reward function is given beside the dataset's columns, and whose it is: no column can have such a name
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments", "self")
 PATIENCE_SECONDS = 1800.0  # for one call of a verifier; as long as ranks wait for each other by default
 AGAIN_SECONDS = 10.0  # between two attempts to interrupt, where the first was caught by the code that blocks
 FRAMES = 4  # of the place where it blocks, in the log
@@ -209,7 +211,24 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_FORWARDED}
 
 
-def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
+def check_columns(name: str, columns: Iterable[str]) -> None:
+    """Refuse a dataset with a column that a verifier could not be given, as its name is taken.
+
+    Args:
+        name: of the dataset, for the error.
+        columns: its columns' names.
+
+    Raises:
+        ValueError: a column of `GIVEN`.
+    """
+    if taken := [column for column in columns if column in GIVEN]:
+        raise ValueError(
+            f"`{name}` has the column{'s' * (len(taken) > 1)} {', '.join(map(repr, taken))}: a verifier is given "
+            f"something else by that name. Rename it, as in `dataset.rename_column({taken[0]!r}, ...)`, or remove it."
+        )
+
+
+def checked_verdicts(verifier: Callable, /, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
     """What any verifier in reward-function form answers, as 1.0, 0.0 or `None` a row; async ones are awaited.
 
     A verifier has `PATIENCE_SECONDS` for a batch, or what its attribute `time_limit` says in seconds. Running in this
