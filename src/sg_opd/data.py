@@ -43,10 +43,13 @@ ASKS_FOR_BOX = re.compile(
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_data(name_or_path: str, split: str = "train", name: str | None = None) -> Dataset | IterableDataset:
+def load_data(
+    name_or_path: str, split: str = "train", name: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """One split of a dataset, from a local JSON, JSON Lines or Parquet file, a local folder, or the hub.
 
-    A folder's splits are its files by name (`train.jsonl`, `test.jsonl`); a single file is the split "train".
+    A folder's splits are its files by name (`train.jsonl`, `test.jsonl`); a single file is the split "train". With
+    `streaming` it is an `IterableDataset`, whose rows are read as they are asked for.
 
     Raises:
         ValueError: a local file of another kind, or another split of a single file.
@@ -58,11 +61,11 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
             raise ValueError(f"{name_or_path}: expected one of {', '.join(LOADERS)}.")
         if split != "train":
             raise ValueError(f"{path} is one file, so its only split is 'train'; {split!r} needs a folder of files.")
-        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
     if path.suffix in LOADERS:
         raise FileNotFoundError(f"{name_or_path} is not there (looked in {Path.cwd()}).")
     check_path("name_or_path", name_or_path, "dataset")
-    return load_dataset(name_or_path, name=name, split=split)
+    return load_dataset(name_or_path, name=name, split=split, streaming=streaming)
 
 
 def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: Sequence[str] = ()) -> Any:
