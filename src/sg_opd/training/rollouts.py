@@ -99,7 +99,7 @@ class Proposer:
     def proposal(self, prompt: Any, ids: list[int]) -> Proposal:
         """Token ids as a proposal; it counts as ended with an EOS, in time, and within the shared vocabulary."""
         text = self.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
-        ended = ids[-1] in self.eos_token_ids and max(ids) < self.vocabulary
+        ended = len(ids) > 0 and ids[-1] in self.eos_token_ids and max(ids) < self.vocabulary
         return Proposal(ids, as_completion(prompt, text), ended and len(ids) <= self.max_completion_length)
 
     def ids(self, completion: str | list[int]) -> list[int]:
