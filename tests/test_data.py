@@ -152,6 +152,19 @@ def test_missing_answers_in_columns():
         assert prepare_dataset(Dataset.from_pandas(frame))["solution"][:] == golds
 
 
+@pytest.mark.parametrize(
+    "question", ["What is 2+2?", [{"role": "user", "content": "What is 2+2?"}]], ids=["text", "chat"]
+)
+def test_a_thousand_missing_answers_ahead(question):
+    """More than are written at a time, by which the type of a column is guessed."""
+    rows = [{"prompt": question, "answer": None, "teacher_prompt": None}] * 1001
+    last = {"prompt": question, "answer": "4", "teacher_prompt": "It is 4."}
+    prepared = prepare_dataset(Dataset.from_list([*rows, last]))
+    assert prepared["solution"][:] == [None] * 1001 + ["4"]
+    asked = ASKED if isinstance(question, str) else question
+    assert prepared[1001] == {"prompt": asked, "solution": "4", "teacher_prompt": "It is 4."}
+
+
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "streamed"])
 def test_a_format_gives_way_to_plain_values(form, streamed):

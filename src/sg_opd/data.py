@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
 
 from .paths import check_path
 from .verifiers.answers import last_box
@@ -100,10 +100,20 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: S
             f"or to one of: {'; '.join(', '.join(map(repr, form)) for form in FORMS)}."
         )
     question, answer = pair
-    kept = ("prompt", "solution", COLLECTED, TEACHER_PROMPT, *keep)
+    kept = {"prompt", "solution", COLLECTED, TEACHER_PROMPT, *keep}
+    stated = {}
+    if isinstance(dataset, Dataset) and format_of(dataset) is None:
+        # else the first thousand answers decide, which may all be missing
+        known = {name: feature for name, feature in dataset.features.items() if name in {question, *kept}}
+        stated = {"features": Features({**known, "solution": Value("string")})}
+    dataset = dataset.map(
+        lambda row: {"solution": as_gold(row[answer])},
+        remove_columns=[name for name in columns if name not in {question, *kept}],
+        **stated,
+    )
     return dataset.map(
-        lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
-        remove_columns=[name for name in columns if name not in kept],
+        lambda row: {"prompt": as_messages(row[question], instruction)},
+        remove_columns=[name for name in (question,) if name not in kept],
     )
 
 
