@@ -4,7 +4,8 @@
     python examples/train.py --dataset_name runs/word_sorting --verifier reasoning_gym_task:verdict ...
 
 The first writes `train.jsonl` and `test.jsonl`; `verdict` judges answers to their rows by the task's own
-`score_answer`, in processes that are killed when one takes too long. Columns of a row:
+`score_answer`, in processes that are killed when one takes too long. It refuses the tasks that run an answer as Python,
+which `verdict_running_answers` takes too. Columns of a row:
 
 - `prompt`: the question, with the request to answer between <answer> and </answer>, as one user message.
 - `solution`: the task's own answer; `None` where it has none, as many answers are right. For readers: `verdict` reads
@@ -77,7 +78,7 @@ def rows_of(
     if task in RUNS_ANSWERS and not runs_answers:
         raise ValueError(
             f"`task`: {task} scores an answer by running it as Python. `--runs_answers` takes it nonetheless: train "
-            "where a model's program may do no harm."
+            "where a model's program may do no harm, with `--verifier reasoning_gym_task:verdict_running_answers`."
         )
     dataset = made(task, json.dumps({**settings, "seed": seed, "size": 100 * count}))
     own, asked = json.dumps(settings), set[str]()
@@ -123,28 +124,51 @@ def answer_of(completion: str) -> str | None:
     return None if said is None else extract_answer(said)
 
 
+def task_of(entry: str, row: int) -> str:
+    """The name of the task that an entry is of.
+
+    Raises:
+        ValueError: it is no entry of this script.
+    """
+    try:
+        task = json.loads(entry)["task"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`entry` of row {row} is not what this script writes: {entry[:80]!r}.") from error
+    return str(task)
+
+
 class TaskVerifier:
     """Judges answers to rows of this script: 1.0 where the task's score reaches `threshold`, else 0.0.
 
     No answer, or an empty one, is incorrect. It abstains (`None`) where a row has no `entry`, and where the score
-    cannot be told: the task's `score_answer` raised, or took too long.
+    cannot be told: the task's `score_answer` raised, or took too long. A row of a task of `RUNS_ANSWERS`, whoever wrote
+    it, is a ValueError unless the verifier was asked to run answers; so is an `entry` that is none of this script.
 
     Args:
         timeout: wall-clock seconds for one answer.
         workers: worker processes; `None` is the number of CPU cores, at most 8.
+        runs_answers: judge tasks of `RUNS_ANSWERS` too, which run what a model wrote.
     """
 
     time_limit = math.inf  # of a batch: each answer has its own
     extract_answer = staticmethod(answer_of)  # evaluation shows these, and lets them vote
 
-    def __init__(self, timeout: float = 5.0, workers: int | None = None) -> None:
+    def __init__(self, timeout: float = 5.0, workers: int | None = None, runs_answers: bool = False) -> None:
         self.__name__ = "reasoning_gym"
+        self.runs_answers = runs_answers
         program = str(Path(__file__).resolve()), "--worker"
         self._grader = Grader(timeout, min(os.cpu_count() or 1, 8) if workers is None else workers, program)
 
     def __call__(
         self, completions: Sequence[Any], entry: Sequence[str | None], threshold: Sequence[float], **kwargs: Any
     ) -> list[float | None]:
+        for row, kept in enumerate(entry):
+            if kept and (task := task_of(kept, row)) in RUNS_ANSWERS and not self.runs_answers:
+                raise ValueError(
+                    f"`entry` of row {row} is of the task {task}, which scores an answer by running it as Python. "
+                    "`reasoning_gym_task:verdict_running_answers`, or `TaskVerifier(runs_answers=True)`, judges it "
+                    "nonetheless: train where a model's program may do no harm."
+                )
         answers = [answer_of(completion_text(completion)) for completion in completions]
         tasks = {row: Task(e, a) for row, (e, a) in enumerate(zip(entry, answers, strict=True)) if e and a}
         scores = self._grader.run(tasks)
@@ -160,6 +184,7 @@ class TaskVerifier:
 
 
 verdict = TaskVerifier()
+verdict_running_answers = TaskVerifier(runs_answers=True)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def main(script_args: TrainArguments, args: SGOPDConfig, model_args: ModelConfig
     }
 
     def split(name: str):
-        data = load_data(script_args.dataset_name, name, script_args.dataset_config)
+        data = load_data(script_args.dataset_name, name, script_args.dataset_config, script_args.dataset_streaming)
         if verifier is not None:
             return data
         return prepare_dataset(data, keep=[args.teacher_column] if args.teacher_models else ())

@@ -17,6 +17,7 @@ from sg_opd.data import (
     load_task,
     prepare_dataset,
 )
+from sg_opd.verifiers.answers import reference_answer
 
 ASKED = [{"role": "user", "content": f"What is 2+2?\n{INSTRUCTION}"}]
 FORMS = {
@@ -137,11 +138,31 @@ def test_a_missing_answer(answer):
     assert as_gold(answer) is None
 
 
+def test_a_heading_beside_a_box_cuts_nothing():
+    worked = "So $\\boxed{5}$.\n\n#### Check\nIt fits."
+    assert as_gold(worked) == worked
+    assert reference_answer(as_gold(worked)) == "5"
+    assert as_gold("#### Sum\n2 + 2\n#### 4") == "4"  # of several the last, where there is no box
+
+
 def test_missing_answers_in_columns():
     """In a column of numbers pandas writes NaN, in one of texts None."""
     for answers, golds in (([4, math.nan], ["4.0", None]), (["4", None], ["4", None]), (["4", math.nan], ["4", None])):
         frame = pd.DataFrame({"question": ["a", "b"], "answer": answers})
         assert prepare_dataset(Dataset.from_pandas(frame))["solution"][:] == golds
+
+
+@pytest.mark.parametrize(
+    "question", ["What is 2+2?", [{"role": "user", "content": "What is 2+2?"}]], ids=["text", "chat"]
+)
+def test_a_thousand_missing_answers_ahead(question):
+    """More than are written at a time, by which the type of a column is guessed."""
+    rows = [{"prompt": question, "answer": None, "teacher_prompt": None}] * 1001
+    last = {"prompt": question, "answer": "4", "teacher_prompt": "It is 4."}
+    prepared = prepare_dataset(Dataset.from_list([*rows, last]))
+    assert prepared["solution"][:] == [None] * 1001 + ["4"]
+    asked = ASKED if isinstance(question, str) else question
+    assert prepared[1001] == {"prompt": asked, "solution": "4", "teacher_prompt": "It is 4."}
 
 
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])

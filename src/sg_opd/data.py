@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
 
 from .paths import check_path
+from .verifiers.answers import last_box
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 COLLECTED = "teacher_completions"  # a column of rollouts collected earlier, a list a row: texts, or token ids with EOS
@@ -42,10 +43,13 @@ ASKS_FOR_BOX = re.compile(
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_data(name_or_path: str, split: str = "train", name: str | None = None) -> Dataset | IterableDataset:
+def load_data(
+    name_or_path: str, split: str = "train", name: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """One split of a dataset, from a local JSON, JSON Lines or Parquet file, a local folder, or the hub.
 
-    A folder's splits are its files by name (`train.jsonl`, `test.jsonl`); a single file is the split "train".
+    A folder's splits are its files by name (`train.jsonl`, `test.jsonl`); a single file is the split "train". With
+    `streaming` it is an `IterableDataset`, whose rows are read as they are asked for.
 
     Raises:
         ValueError: a local file of another kind, or another split of a single file.
@@ -57,19 +61,19 @@ def load_data(name_or_path: str, split: str = "train", name: str | None = None) 
             raise ValueError(f"{name_or_path}: expected one of {', '.join(LOADERS)}.")
         if split != "train":
             raise ValueError(f"{path} is one file, so its only split is 'train'; {split!r} needs a folder of files.")
-        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
     if path.suffix in LOADERS:
         raise FileNotFoundError(f"{name_or_path} is not there (looked in {Path.cwd()}).")
     check_path("name_or_path", name_or_path, "dataset")
-    return load_dataset(name_or_path, name=name, split=split)
+    return load_dataset(name_or_path, name=name, split=split, streaming=streaming)
 
 
 def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: Sequence[str] = ()) -> Any:
     r"""A dataset with the columns `prompt` (one user message) and `solution` (the reference answer, as text).
 
-    Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer` what follows
-    `####`), and `prompt` with `solution`, which stays as it is. Of the others `teacher_completions`,
-    `teacher_prompt` and those in `keep` are kept.
+    Understood are the columns of `FORMS` (of DAPO's `reward_model` its `ground_truth`, of GSM8K's `answer`, which has
+    no box, what follows `####`), and `prompt` with `solution`, which stays as it is. Of the others
+    `teacher_completions`, `teacher_prompt` and those in `keep` are kept.
 
     Args:
         dataset: a `Dataset`, an `IterableDataset`, or a dict of them by split.
@@ -96,10 +100,20 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: S
             f"or to one of: {'; '.join(', '.join(map(repr, form)) for form in FORMS)}."
         )
     question, answer = pair
-    kept = ("prompt", "solution", COLLECTED, TEACHER_PROMPT, *keep)
+    kept = {"prompt", "solution", COLLECTED, TEACHER_PROMPT, *keep}
+    stated = {}
+    if isinstance(dataset, Dataset) and format_of(dataset) is None:
+        # else the first thousand answers decide, which may all be missing
+        known = {name: feature for name, feature in dataset.features.items() if name in {question, *kept}}
+        stated = {"features": Features({**known, "solution": Value("string")})}
+    dataset = dataset.map(
+        lambda row: {"solution": as_gold(row[answer])},
+        remove_columns=[name for name in columns if name not in {question, *kept}],
+        **stated,
+    )
     return dataset.map(
-        lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
-        remove_columns=[name for name in columns if name not in kept],
+        lambda row: {"prompt": as_messages(row[question], instruction)},
+        remove_columns=[name for name in (question,) if name not in kept],
     )
 
 
@@ -147,6 +161,8 @@ def as_messages(question: str | list[dict[str, Any]], instruction: str | None) -
 def as_gold(answer: Any) -> str | None:
     """The reference answer as text: DAPO's ground truth, what follows GSM8K's `####`, or the answer itself.
 
+    An answer with a box stays whole, for the verifier reads the box.
+
     `None` where there is none: `None`, a NaN of any library, or a list that is empty or has one of these in it.
     """
     if isinstance(answer, dict):
@@ -159,7 +175,8 @@ def as_gold(answer: Any) -> str | None:
     if pd.isna(answer):
         return None
     text = str(answer)
-    return text.rsplit("####", 1)[-1].strip() if "####" in text else text
+    # beside a box it is a heading in Markdown
+    return text.rsplit("####", 1)[-1].strip() if "####" in text and last_box(text) is None else text
 
 
 class Task(NamedTuple):

@@ -75,6 +75,24 @@ def test_votes_are_counted_by_the_verifiers_own_notion_of_the_same_answer():
     verifier.close()
 
 
+def test_votes_have_a_bounded_number_of_time_outs(monkeypatch):
+    """Five hard answers have ten pairs; the second comparison that times out is the last. Others vote as ever."""
+    hard, asked = [f"h+{number}" for number in range(5)], []
+
+    def run(tasks):
+        asked.extend(pair for pair in tasks.values() if pair[0] != pair[1])
+        return {
+            row: None if {*pair} & {*hard} else float(sorted(pair[0]) == sorted(pair[1])) for row, pair in tasks.items()
+        }
+
+    verifier = MathVerifier(workers=1)
+    monkeypatch.setattr(verifier._grader, "run", run)
+    assert verifier.votes([[hard[0], "x+1", "5", "1+x", hard[1], "5.0", hard[1]]]) == [[0, 1, 2, 1, 4, 2, 4]]
+    asked.clear()
+    assert verifier.votes([hard]) == [[0, 1, 2, 3, 4]]
+    assert asked == [(hard[0], other) for other in hard[1:]] + [(hard[1], other) for other in hard[2:]]
+
+
 def test_an_interval_by_hand():
     """Values 0 and 100: sd = sqrt(5000), error 50; t(0.975, 1 df) = 12.7062."""
     interval = mean_interval([0.0, 100.0])

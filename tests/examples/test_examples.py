@@ -6,9 +6,14 @@ import sys
 
 import nbformat
 import pytest
+import train
+from datasets import Dataset, IterableDataset
 from documents import ROOT
 from nbconvert.preprocessors import ExecutePreprocessor
 from problems import held_out_questions, make_problems, make_tokenizer
+from trl import ModelConfig
+
+from sg_opd import SGOPDConfig
 
 ARITHMETIC = ROOT / "examples" / "arithmetic"
 
@@ -51,6 +56,20 @@ def test_train_py_with_lora_and_local_files_of_another_form(tmp_path):
     result = run(*common, "--max_steps", "2", "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_train_py_streams_where_asked_to(tmp_path, monkeypatch):
+    """The trainer gets the same rows, as a stream, from a folder and from a file."""
+    built = []
+    monkeypatch.setattr(train, "SGOPDTrainer", lambda **given: built.append(given["train_dataset"]) or 1 / 0)
+    config = SGOPDConfig(tmp_path, bf16=False, use_cpu=True, report_to="none")
+    for name in (ARITHMETIC / "data", ARITHMETIC / "data" / "train.jsonl"):
+        for streaming in (False, True):
+            given = train.TrainArguments(dataset_name=str(name), dataset_streaming=streaming)
+            with pytest.raises(ZeroDivisionError):
+                train.main(given, config, ModelConfig(str(ARITHMETIC / "student")))
+    assert [type(dataset) for dataset in built] == [Dataset, IterableDataset] * 2
+    assert len({json.dumps(next(iter(dataset))) for dataset in built}) == 1
 
 
 def test_train_py_fails_loudly(tmp_path):

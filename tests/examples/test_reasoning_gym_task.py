@@ -17,6 +17,7 @@ from reasoning_gym_task import RUNS_ANSWERS, TaskVerifier, rows_of, verdict
 from trl import ModelConfig
 
 from sg_opd import SGOPDConfig
+from sg_opd.verifiers import load_verifier
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,11 +59,35 @@ def test_verdicts(completion, row, threshold, expected, form):
 
 
 def test_an_answer_that_never_ends_is_abstained_on():
-    judge = TaskVerifier(timeout=3.0, workers=1)
+    judge = TaskVerifier(timeout=3.0, workers=1, runs_answers=True)
     (row,) = rows_of("binary_matrix", 1, {}, runs_answers=True)
     never, right = "<answer>9**9**9**9</answer>", f"<answer>{row['solution']}</answer>"
     assert judge([never, right], entry=[row["entry"]] * 2, threshold=[1.0] * 2) == [None, 1.0]
     judge.close()
+
+
+@pytest.mark.parametrize("task", sorted(RUNS_ANSWERS))
+def test_answers_run_only_where_asked_to(task):
+    """Rows that came from elsewhere name the task as well; no worker starts."""
+    judge = TaskVerifier(workers=1)
+    rows = [ABC, entry([], task=task, metadata={})]
+    with pytest.raises(ValueError, match=rf"^`entry` of row 1 is of the task {task}, .*:verdict_running_answers`"):
+        judge(["<answer>0</answer>"] * 2, entry=rows, threshold=[1.0] * 2)
+    assert judge._grader.pool == []
+
+
+def test_the_verifier_that_runs_answers():
+    (row,) = rows_of("binary_matrix", 1, {}, runs_answers=True)
+    given = {"entry": [row["entry"]], "threshold": [1.0]}
+    named = load_verifier("reasoning_gym_task:verdict_running_answers")
+    assert named([f"<answer>{row['solution']}</answer>"], **given) == [1.0]
+    named.close()
+
+
+@pytest.mark.parametrize("row", ["no JSON", "5", '{"metadata": 1}'])
+def test_an_entry_that_is_none(row):
+    with pytest.raises(ValueError, match=r"^`entry` of row 0 is not what this script writes"):
+        verdict(["<answer>0</answer>"], entry=[row], threshold=[1.0])
 
 
 def test_the_tasks_that_run_answers():

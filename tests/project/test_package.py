@@ -26,7 +26,7 @@ ARROWS = {
     "checkpoints": set(),
     "teachers": {"method"},
     "paths": set(),
-    "data": {"paths"},
+    "data": {"paths", "verifiers"},
     "presets": set(),
     "confidential": set(),
     "evaluation": {"data", "teachers", "verifiers"},

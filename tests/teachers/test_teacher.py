@@ -9,7 +9,7 @@ from trainers import Recorder, coin_verifier, make_config
 
 from sg_opd import SGOPDTrainer
 from sg_opd.teachers.local import load_teacher, sequence_logps
-from sg_opd.teachers.protocol import Teacher, TeacherError, as_lists, ask
+from sg_opd.teachers.protocol import Teacher, TeacherError, TopScores, as_lists, ask, ask_top
 
 
 def test_padded_rows_become_lists():
@@ -94,6 +94,23 @@ def test_answers_that_cannot_be_trained_on(answer, message):
         ask(teacher, batch, None)
     if "Set `log" in message or "inf" in message:  # a clip bounds what minus infinity does
         assert ask(teacher, batch, 2.0)[0].tolist() == answer[0]
+
+
+def test_answers_of_another_type():
+    """Lists for tensors, of `score` and of `score_top`, are refused with the teacher's name."""
+    one = torch.ones(1, 1, dtype=torch.long)
+    batch = {"prompt_ids": one, "prompt_mask": one, "completion_ids": one, "completion_mask": one}
+    teacher = Countdown()
+    teacher.score = lambda prompts, completions: [[-1.0]]
+    with pytest.raises(TeacherError, match=r"^countdown answers `score` with \[-1.0\], a list, where a Tensor is due"):
+        ask(teacher, batch, None)
+    for answer, said in (
+        ((torch.ones(1), one, one), "a tuple, where a TopScores"),
+        (TopScores([-1.0], one, one), "a list, where a Tensor"),
+    ):
+        teacher.score_top = lambda prompts, completions, k, answer=answer: [answer]
+        with pytest.raises(TeacherError, match=rf"^countdown answers `score_top` with .*, {said} is due"):
+            ask_top(teacher, batch, 1, 8)
 
 
 def test_an_answer_takes_its_places_in_the_batch():

@@ -9,7 +9,9 @@ from accelerate import PartialState
 from datasets import Dataset, Image, IterableDataset
 
 from sg_opd import MathVerifier, SGOPDConfig
+from sg_opd.evaluation.evaluator import Draws
 from sg_opd.training.datasets import check_batch, check_dataset, check_datasets, check_held_out, questions
+from sg_opd.verifiers.verdicts import GIVEN, checked_verdicts
 
 
 def check(train, held_out=None, unparseable=None, turns=None, **settings):
@@ -53,6 +55,21 @@ def test_prompts(name):
     with pytest.raises(ValueError, match=words):
         check_dataset("train_dataset", rows, None)
     check_dataset("train_dataset", rows[:2], None)
+
+
+@pytest.mark.parametrize("column", GIVEN)
+def test_columns_that_no_verifier_can_be_given(column):
+    rows = Dataset.from_list([{"prompt": "p", "solution": "4", column: "x"}] * 4)
+    said = rf"^`{{}}` has the column {column!r}: a verifier is given something else by that name\. Rename it"
+    good = rows.remove_columns(column)
+    with pytest.raises(ValueError, match=said.format("train_dataset")):
+        check(rows)
+    with pytest.raises(ValueError, match=said.format("eval_dataset")):
+        check(good, rows.to_iterable_dataset())
+    with pytest.raises(ValueError, match=said.format("dataset")):
+        Draws(None, None, rows, None, None, num_samples=1, batch_size=1, seed=0)
+    check(good.add_column("verifier", ["x"] * 4))
+    assert checked_verdicts(lambda prompts, verifier, **columns: verifier, ["p"], ["c"], verifier=[1]) == [1.0]
 
 
 def test_solutions_of_a_wrong_type():

@@ -79,6 +79,14 @@ def test_token_ids_that_end_in_time_are_taken(run, tokenizer):
     assert taken == [[eight, eos]] * 2
 
 
+def test_a_proposal_without_tokens_did_not_end(run, tokenizer, monkeypatch):
+    eight, eos = tokenizer("8")["input_ids"][0], tokenizer.eos_token_id
+    proposals = [[[], [eight, eos]], [[], []], [[], [eight, eos]], [[], []]]
+    monkeypatch.setattr(Asked, "propose", lambda self, prompt_ids, candidates=1: proposals)
+    taken, _, _ = run(None)
+    assert taken == [[eight, eos]] * 2
+
+
 def test_none_and_no_phase(run):
     taken, teacher, _ = run(None)
     assert taken == []

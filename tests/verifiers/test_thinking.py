@@ -10,7 +10,7 @@ from sg_opd import MathVerifier, score_rollout
 from sg_opd.data import COLLECTED
 from sg_opd.evaluation.engines import Completion, Sampling
 from sg_opd.evaluation.evaluator import evaluate
-from sg_opd.training.rollouts import Rollouts
+from sg_opd.training.rollouts import Generated, Rollouts
 from sg_opd.verifiers.thinking import opened, opening_of
 
 
@@ -64,6 +64,22 @@ def test_completions_are_left_alone_without_it():
         assert opened("<think>", other) == other
 
 
+@pytest.mark.parametrize(
+    ("text", "whole", "seen"),
+    [
+        ("It is 5.", "It is 5.<eos>", "<think>It is 5."),
+        ("4\nIt is 5.", "4</think>\nIt is 5.<eos>", "4\nIt is 5."),  # the delimiter is a special token
+        ("It is 5.", "</think>It is 5.<eos>", "It is 5."),  # a parser dropped the empty block
+        ("4</think>It is 5.", "4</think>It is 5.<eos>", "<think>4</think>It is 5."),
+        ("4\nIt is 5.", "4</think>\nIt <think>is 5.<eos>", "<think>4\nIt is 5."),
+        ("It is 5.", None, "<think>It is 5."),
+    ],
+)
+def test_a_closing_delimiter_that_the_text_lost(text, whole, seen):
+    assert opened("<think>", text, whole) == seen
+    assert opened("<think>", [{"content": text}], whole) == [{"content": seen}]
+
+
 @pytest.fixture
 def thinking(tokenizer):
     """The tokenizer with think delimiters, and a template that opens a block; `opens=False` closes it again."""
@@ -101,6 +117,26 @@ def test_an_evaluation(thinking, verifier, template, verdicts, tmp_path):
     assert result.figures["avg@2"].mean == 50 * sum(verdicts)
     assert result.figures["parsed"].mean == 50 * sum(verdicts)
     assert r'"completion": "\\boxed{5}"' in (tmp_path / "samples.jsonl").read_text()
+
+
+def test_delimiters_that_are_special_tokens(thinking, verifier):
+    """Neither the text of an evaluation nor that of a rollout has them: what counts is in the token ids."""
+    thinking.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    rows = [{"prompt": [{"role": "user", "content": "Start with 5."}], "solution": "5"}]
+    result = evaluate(Script(thinking), thinking, rows, verifier, Sampling(20), 2, progress=False)
+    assert (result.figures["avg@2"].mean, result.figures["parsed"].mean) == (50, 50)
+
+    prompt_ids = thinking.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=True)
+    ids = Script(thinking).answers
+    texts = thinking.batch_decode(ids, skip_special_tokens=True)
+    assert texts == [r"\boxed{5}", r"\boxed{4}\boxed{5}"]
+    generated = Generated([None] * 2, [], ids, [[{"role": "assistant", "content": text}] for text in texts], None)
+    for ahead in (False, True):
+        rollouts = Rollouts(rows * 2, verifier, TrainerState())
+        rollouts.read_prompts(thinking, [prompt_ids["input_ids"]] * 2, None)
+        if ahead:
+            rollouts.grade_ahead(generated)
+        assert rollouts.reward([None] * 2, generated.completions, ids, solution=["5", "5"]) == [0.0, 1.0]
 
 
 class Seen(MathVerifier):
@@ -157,7 +193,13 @@ def test_a_rollout_that_is_looked_at(thinking, make_model, verifier, template, v
 
 
 @pytest.mark.parametrize(
-    ("text", "verdict"), [(r"\boxed{5}", 0.0), (r"\boxed{4}</think>\boxed{5}", 1.0), (r"\boxed{5}</think>", 0.0)]
+    ("text", "verdict"),
+    [
+        (r"\boxed{5}", 0.0),
+        (r"\boxed{4}</think>\boxed{5}", 1.0),
+        (r"\boxed{5}</think>", 0.0),
+        (r"</think>\boxed{5}", 1.0),  # the parser splits nothing off, and drops the delimiter
+    ],
 )
 @pytest.mark.parametrize("parsed", [False, True], ids=["as sampled", "parsed"])
 def test_messages_that_grpo_parsed(thinking, verifier, text, verdict, parsed):
@@ -169,7 +211,7 @@ def test_messages_that_grpo_parsed(thinking, verifier, text, verdict, parsed):
         thinking.response_template = qwen3_template | {"start_anchor": "<|assistant|>"}
         message = parse_response(thinking, ids, prefix=prompt_ids)
         assert "<think>" not in message["content"]
-        assert "reasoning_content" in message
+        assert ("reasoning_content" in message) == (not text.startswith("</think>"))
     rollouts = Rollouts([{"solution": "5"}], verifier, TrainerState())
     rollouts.read_prompts(thinking, [prompt_ids], None)
     answers = {"prompts": [question], "completions": [[message]], "completion_ids": [ids], "solution": ["5"]}

@@ -18,8 +18,8 @@ from trl.models import unwrap_model_for_generation
 from ..data import plain_messages
 from ..teachers.sampling import run_sampling, tell_unused
 from ..verifiers.answers import extract_answer
-from ..verifiers.thinking import opened, openings
-from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
+from ..verifiers.thinking import Openings
+from ..verifiers.verdicts import MathVerifier, as_completion, check_columns, checked_verdicts, columns_of
 from .engines import Engine, Sampling, TransformersEngine
 from .figures import QuestionResult, Sample, by_question, figures_over
 from .results import EvaluationFolder, EvaluationResult, provenance, sha256
@@ -119,7 +119,8 @@ class Draws:
     A question's id is its row's column `id`, else the row's number.
 
     Raises:
-        ValueError: a size < 1, no rows, two of one id, or a question that leaves no room for its completion.
+        ValueError: a size < 1, no rows, a column that a verifier cannot be given, two rows of one id, or a question
+            that leaves no room for its completion.
     """
 
     def __init__(
@@ -144,12 +145,13 @@ class Draws:
         self.rows = list(dataset)
         if not self.rows:
             raise ValueError("`dataset` is empty: there is nothing to evaluate.")
+        check_columns("dataset", self.rows[0])
         self.ids = [str(row.get("id", index)) for index, row in enumerate(self.rows)]
         twice = next((id for id, count in Counter(self.ids).items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"`dataset` has several rows with the `id` {twice!r}; results are kept by id.")
         self.prompts = tokenize_prompts(processing_class, [row["prompt"] for row in self.rows], **self.template)
-        self.openings = openings(processing_class, self.prompts)
+        self.openings = Openings(processing_class, self.prompts)
         self._check_room()
 
     def _check_room(self) -> None:
@@ -208,7 +210,7 @@ class Draws:
         ids = [completion.ids for completion in completions]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
-        seen = [opened(self.openings[q], text) for (q, _), text in zip(places, texts, strict=True)]
+        seen = self.openings.before([q for q, _ in places], texts, ids)
         messages = [as_completion(prompt, text) for prompt, text in zip(prompts, seen, strict=True)]
         verdicts = checked_verdicts(self.verifier, prompts, messages, completion_ids=ids, **columns_of(rows))
         extract = getattr(self.verifier, "extract_answer", extract_answer)

@@ -78,6 +78,7 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, s
     """
     ids, mask, prompts, completions = _question(batch)
     rows = teacher.score(prompts, completions)
+    _check_types(teacher, "score", rows, Tensor)
     _check_lengths(teacher, rows, completions)
     scored = torch.cat([row.to(ids.device) for row in rows])
     remedy = "Set `log_ratio_clip`, which bounds it, or look at the teacher"
@@ -95,6 +96,8 @@ def ask_top(teacher: TopKTeacher, batch: dict[str, Any], k: int, vocabulary: int
     """
     ids, mask, prompts, completions = _question(batch)
     rows = teacher.score_top(prompts, completions, k)
+    _check_types(teacher, "score_top", rows, TopScores)
+    _check_types(teacher, "score_top", [part for row in rows for part in row], Tensor)
     _check_lengths(teacher, [row.logps for row in rows], completions)
     for row, completion in zip(rows, completions, strict=True):
         if not row.top_ids.shape == row.top_logps.shape == (len(completion), k):
@@ -117,6 +120,15 @@ def _question(batch: dict[str, Any]) -> tuple[Tensor, Tensor, list[list[int]], l
     """Ids and mask of a batch's completions, (B, T), and its prompts and completions as lists."""
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
     return ids, mask, as_lists(batch["prompt_ids"], batch["prompt_mask"]), as_lists(ids, mask)
+
+
+def _check_types(teacher: Teacher, method: str, answer: Any, expected: type) -> None:
+    wrong = next((part for part in answer if not isinstance(part, expected)), None)
+    if wrong is not None:
+        raise TeacherError(
+            f"{teacher.name} answers `{method}` with {wrong!r:.80}, a {type(wrong).__name__}, where a "
+            f"{expected.__name__} is due: see `sg_opd.teachers.TopKTeacher.{method}`"
+        )
 
 
 def _check_lengths(teacher: Teacher, rows: Sequence[Tensor], completions: Sequence[Sequence[int]]) -> None:

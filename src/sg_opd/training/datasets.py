@@ -13,6 +13,7 @@ from datasets import Dataset
 from ..config import SGOPDConfig
 from ..data import COLLECTED, TEACHER_PROMPT, format_of, text_of
 from ..teachers.several import check_names
+from ..verifiers.verdicts import check_columns
 
 logger = get_logger(__name__)  # of the main process only
 
@@ -102,6 +103,7 @@ def check_dataset(
     first = next(iter(dataset), None) if not sized else dataset[0] if len(dataset) else None
     if first is None:
         raise ValueError(f"`{name}` is empty.")
+    check_columns(name, first)
     needed = [] if turns == SUPPLIES_PROMPTS else ["prompt"]
     needed += [] if unparseable is None else ["solution"]
     missing = [column for column in needed if column not in first]

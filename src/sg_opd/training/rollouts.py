@@ -25,7 +25,7 @@ from ..method.teacher_phase import Proposal, TeacherPhaseSampler
 from ..teachers.protocol import Teacher, TeacherError, up_to_eos
 from ..teachers.sampling import OF_RUN, SERVED, WHOLE_DISTRIBUTION, stated, tell_unused
 from ..teachers.several import Teachers, named, rows_of
-from ..verifiers.thinking import opened, openings
+from ..verifiers.thinking import Openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of, in_thread
 from .prompts import Tokenize, teacher_prompt_ids
 
@@ -99,7 +99,7 @@ class Proposer:
     def proposal(self, prompt: Any, ids: list[int]) -> Proposal:
         """Token ids as a proposal; it counts as ended with an EOS, in time, and within the shared vocabulary."""
         text = self.processing_class.batch_decode([ids], skip_special_tokens=True)[0]
-        ended = ids[-1] in self.eos_token_ids and max(ids) < self.vocabulary
+        ended = len(ids) > 0 and ids[-1] in self.eos_token_ids and max(ids) < self.vocabulary
         return Proposal(ids, as_completion(prompt, text), ended and len(ids) <= self.max_completion_length)
 
     def ids(self, completion: str | list[int]) -> list[int]:
@@ -119,16 +119,13 @@ class Rollouts:
     state: TrainerState  #: the trainer's, given to the verifier as GRPOTrainer does
     ends: frozenset[int] | None = None  #: rollouts that end with none of these were cut: abstained on; `None`: judged
     whose: list[str] | None = None  #: the name of each row's teacher, of several
-    openings: list[str] = field(init=False)  #: the think delimiter that each row's prompt ends with, empty where none
+    openings: Openings | None = None  #: the think delimiters that the rows' prompts end with; `None`: not looked for
     slots: set[int] = field(default_factory=set)
     taken: dict[int, Proposal] = field(default_factory=dict)
     verdicts: list[float | None] = field(default_factory=list)
     by_row: dict[str, Tensor] = field(default_factory=dict)  #: what `tensors` made
     ahead: Future[list[float | None]] | None = None  #: verdicts on the rows that the teacher did not take
     teacher_prompt_ids: list[list[int]] | None = None  #: what the teacher reads of each row; `None`: the prompts
-
-    def __post_init__(self) -> None:
-        self.openings = [""] * len(self.rows)
 
     def read_prompts(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[list[int]], tokenize: Tokenize | None
@@ -137,7 +134,7 @@ class Rollouts:
 
         Those are not read where `tokenize` is `None`: evaluation asks no teacher.
         """
-        self.openings = openings(tokenizer, prompt_ids)
+        self.openings = Openings(tokenizer, prompt_ids)
         if tokenize is not None:
             self.teacher_prompt_ids = teacher_prompt_ids(self.rows, prompt_ids, tokenize)
 
@@ -164,7 +161,7 @@ class Rollouts:
 
         def endorse(rows: Sequence[int], proposals: Sequence[Proposal]) -> list[float | None]:
             ids = [p.token_ids for p in proposals]
-            judged = [opened(self.openings[row], p.completion) for row, p in zip(rows, proposals, strict=True)]
+            judged = self._opened(rows, [p.completion for p in proposals], ids)
             return self._judge(rows, prompts, judged, ids, **UNLOGGED)
 
         self.taken = phase.fill([*by_row], collected, endorse)
@@ -186,8 +183,8 @@ class Rollouts:
         """
         if type(self.verifier) is MathVerifier:
             rows = self._own_rows()
-            texts = [opened(self.openings[row], generated.completions[row]) for row in rows]
             ids = [generated.completion_ids[row] for row in rows]
+            texts = self._opened(rows, [generated.completions[row] for row in rows], ids)
             self.ahead = in_thread(lambda: self._judge(rows, generated.prompts, texts, ids, **UNLOGGED))
 
     def _own_rows(self) -> list[int]:
@@ -202,12 +199,15 @@ class Rollouts:
         prompts = [prompts[row] for row in rows]
         return checked_verdicts(self.verifier, prompts, completions, completion_ids=ids, **columns)
 
+    def _opened(self, rows: Sequence[int], completions: list, ids: list) -> list:
+        """Completions of some rows as the verifier is to see them, with the think delimiters of their prompts."""
+        return completions if self.openings is None else self.openings.before(rows, completions, ids)
+
     def reward(self, prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
         """The reward function of GRPOTrainer: keeps the verdicts, and returns a number for each row."""
         every = range(len(prompts))
         by_row: dict[int, float | None] = dict.fromkeys(self.taken, 1.0)
         rows = self._own_rows()
-        completions = [opened(self.openings[row], completion) for row, completion in enumerate(completions)]
 
         def log_extra(column: str, values: list) -> None:
             logged = dict(zip(rows, values, strict=True))
@@ -216,9 +216,11 @@ class Rollouts:
         if self.ahead is not None:
             graded = self.ahead.result()
         elif not self.taken:
-            graded = checked_verdicts(self.verifier, prompts, completions, completion_ids=completion_ids, **columns)
+            texts = self._opened(rows, completions, completion_ids)
+            graded = checked_verdicts(self.verifier, prompts, texts, completion_ids=completion_ids, **columns)
         else:
-            own, ids = [completions[row] for row in rows], [completion_ids[row] for row in rows]
+            ids = [completion_ids[row] for row in rows]
+            own = self._opened(rows, [completions[row] for row in rows], ids)
             graded = self._judge(rows, prompts, own, ids, log_extra=log_extra, log_metric=columns["log_metric"])
         by_row |= dict(zip(rows, graded, strict=True))
         if self.ends is not None:

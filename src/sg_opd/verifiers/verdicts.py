@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -33,9 +34,12 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)  # of every rank: each has its own calls
 
 NOT_FORWARDED = ("prompt", "completion", "completion_ids")  # columns that a reward function is given by name anyway
+# what a reward function is given beside the dataset's columns, and whose it is: no column can have such a name
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments", "self")
 PATIENCE_SECONDS = 1800.0  # for one call of a verifier; as long as ranks wait for each other by default
 AGAIN_SECONDS = 10.0  # between two attempts to interrupt, where the first was caught by the code that blocks
 FRAMES = 4  # of the place where it blocks, in the log
+UNDECIDED = 2  # comparisons by workers that came to nothing, after which an answer votes without them
 
 
 class MathVerifier:
@@ -92,14 +96,7 @@ class MathVerifier:
 
     def _compared(self, pairs: Sequence[tuple[str | None, str | None]]) -> list[float | None]:
         """The verdict on each reference answer and answer; workers are asked where no quick look decides."""
-        verdicts: list[float | None] = []
-        tasks: dict[int, Task] = {}
-        for row, (reference, answer) in enumerate(pairs):
-            try:
-                verdicts.append(quick_verdict(reference, answer))
-            except UndecidedError:
-                verdicts.append(None)
-                tasks[row] = Task(str(reference), answer)
+        verdicts, tasks = quick_verdicts(pairs)
         for row, verdict in self._grader.run(tasks).items():
             verdicts[row] = verdict
         return verdicts
@@ -125,13 +122,22 @@ class MathVerifier:
         """A number for each answer, by question: answers that this verifier takes for equal have the same one.
 
         The number is the place of the first of them within its question; `None` stays `None`. Answers that cannot be
-        read vote by their text.
+        read vote by their text. Two comparisons of an answer that took too long, or told nothing, are enough: what
+        needs a worker counts as different from it afterwards. So n answers have at most 2 (n - 1) such comparisons.
         """
         places = [{answer: answers.index(answer) for answer in answers if answer is not None} for answers in questions]
         votes: list[dict[str, int]] = [{} for _ in questions]
+        undecided = Counter[tuple[int, str]]()
         while any(map(len, places)):  # each round settles the first answer that is left of every question
             pairs = [(number, next(iter(left)), other) for number, left in enumerate(places) for other in left]
-            verdicts = self._compared([(first, other) for _, first, other in pairs])
+            verdicts, tasks = quick_verdicts([(first, other) for _, first, other in pairs])
+            for row, (number, *both) in enumerate(pairs):
+                if any(undecided[number, answer] >= UNDECIDED for answer in both):
+                    tasks.pop(row, None)
+            for row, verdict in self._grader.run(tasks).items():
+                number, _, other = pairs[row]
+                verdicts[row] = verdict
+                undecided[number, other] += verdict is None  # not the first one's: all of its comparisons are in this
             for (number, first, other), verdict in zip(pairs, verdicts, strict=True):
                 if other == first or verdict == 1.0:
                     votes[number][other] = votes[number].get(first, places[number].get(first, 0))
@@ -147,6 +153,19 @@ class MathVerifier:
     def close(self) -> None:
         """End the workers; the next answer that needs one starts them again."""
         self._grader.close()
+
+
+def quick_verdicts(pairs: Sequence[tuple[str | None, str | None]]) -> tuple[list[float | None], dict[int, Task]]:
+    """`quick_verdict` on each reference answer and answer, and by its row each task for a worker, `None` until then."""
+    verdicts: list[float | None] = []
+    tasks: dict[int, Task] = {}
+    for row, (reference, answer) in enumerate(pairs):
+        try:
+            verdicts.append(quick_verdict(reference, answer))
+        except UndecidedError:
+            verdicts.append(None)
+            tasks[row] = Task(str(reference), answer)
+    return verdicts, tasks
 
 
 def quick_verdict(reference: str | None, answer: str | None) -> float | None:
@@ -192,7 +211,24 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0] if name not in NOT_FORWARDED}
 
 
-def checked_verdicts(verifier: Callable, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
+def check_columns(name: str, columns: Iterable[str]) -> None:
+    """Refuse a dataset with a column that a verifier could not be given, as its name is taken.
+
+    Args:
+        name: of the dataset, for the error.
+        columns: its columns' names.
+
+    Raises:
+        ValueError: a column of `GIVEN`.
+    """
+    if taken := [column for column in columns if column in GIVEN]:
+        raise ValueError(
+            f"`{name}` has the column{'s' * (len(taken) > 1)} {', '.join(map(repr, taken))}: a verifier is given "
+            f"something else by that name. Rename it, as in `dataset.rename_column({taken[0]!r}, ...)`, or remove it."
+        )
+
+
+def checked_verdicts(verifier: Callable, /, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list:
     """What any verifier in reward-function form answers, as 1.0, 0.0 or `None` a row; async ones are awaited.
 
     A verifier has `PATIENCE_SECONDS` for a batch, or what its attribute `time_limit` says in seconds. Running in this

@@ -26,7 +26,7 @@ from ..evaluation.engines import Sampling, TransformersEngine, evaluating
 from ..evaluation.evaluator import tokenize_prompts
 from ..method.divergence import chunked_nll, head_of, last_hidden_state
 from ..method.loss import SignGatedLoss
-from ..verifiers.thinking import opened, openings
+from ..verifiers.thinking import Openings
 from ..verifiers.verdicts import MathVerifier, as_completion, checked_verdicts, columns_of
 from .gate_view import SAMPLES_FILE, RolloutView, inspect_rollout, page_block, page_of_blocks, read_gate_samples
 
@@ -220,8 +220,8 @@ def judged(
     verifier: Callable, row: dict[str, Any], prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
     """The verifier's verdict on a completion of a row."""
-    (opening,) = openings(tokenizer, [prompt_ids])
-    completion = opened(opening, as_completion(row["prompt"], str(tokenizer.decode(ids, skip_special_tokens=True))))
+    completion = as_completion(row["prompt"], str(tokenizer.decode(ids, skip_special_tokens=True)))
+    (completion,) = Openings(tokenizer, [prompt_ids]).before([0], [completion], [ids])
     return checked_verdicts(verifier, [row["prompt"]], [completion], **columns_of([row]), completion_ids=[ids])[0]
 
 
