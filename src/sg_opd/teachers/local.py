@@ -36,9 +36,12 @@ class Forward(Protocol):
         """`method(unwrapped model, *args)` within the wrapper's forward."""
 
 
-def sequence_logps(forward: Forward, model: nn.Module, ids: list[int]) -> Tensor:
-    """A model's log-probabilities of a sequence's tokens but the first, (length - 1,), without dropout."""
-    row = torch.tensor([ids], device=next(model.parameters()).device)
+def sequence_logps(forward: Forward, model: nn.Module, ids: list[int], device: torch.device | None = None) -> Tensor:
+    """A model's log-probabilities of a sequence's tokens but the first, (length - 1,), without dropout.
+
+    `device` takes the tokens; by default the one of the first parameter.
+    """
+    row = torch.tensor([ids], device=device or next(model.parameters()).device)
     mask, training = torch.ones_like(row), model.training
     batch = {"prompt_ids": row[:, :1], "completion_ids": row[:, 1:]}
     model.eval()

@@ -40,7 +40,7 @@ from ..teachers.protocol import Teacher, TeacherError
 from ..teachers.sampling import OF_RUN, SERVED, run_sampling, stated, tell_unused
 from ..teachers.server import ServerTeacher
 from ..teachers.several import Source, Teachers, named
-from .models import check_models, tell_dtypes
+from .models import check_head, check_models, tell_dtypes
 from .prompts import RowsOfTeachers, has_own_prompts
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
@@ -70,10 +70,15 @@ def build_teachers(sources: Sequence[Source], args: SGOPDConfig, run: Run) -> tu
     Raises:
         ValueError, TypeError, OSError, TeacherServerError: as `build_teacher`, beginning with the teacher's name.
     """
+    of_run = run.tokenizer, args, run.forward, run.accelerator
+    check_head("student", run.student, *of_run)  # and so the initial policy, which is a copy
     built, shared = {}, []
     for source in sources:
         with named(source.name):
-            built[source.name], vocabulary = build_teacher(source, args, run)
+            teacher, vocabulary = build_teacher(source, args, run)
+            if type(teacher) is LocalTeacher:
+                check_head(source.role, teacher.model, *of_run)
+        built[source.name] = teacher
         shared.append(vocabulary)
     return Teachers(built, args.teacher_column), min(shared)
 
