@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
@@ -69,6 +69,20 @@ def test_arguments_that_cannot_work(build, make_model, tmp_path):
         build(config={"teacher_model_init_kwargs": {"dtype": "float32"}})
     with pytest.raises(ValueError, match="eval_dataset"):
         build(config={"eval_strategy": "steps"})
+
+
+def test_the_model_below_the_students_adapter_is_no_teacher(build, make_model):
+    """It would be frozen with its adapter, of which nothing would be trained; a copy of it is one."""
+    base = make_model(1)
+    copied = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for teacher in (base, model, {"a": base}):
+        with pytest.raises(ValueError, match=r"below its adapter.*`copy.deepcopy`.*teacher_model='initial'"):
+            build(model=model, teacher_model=teacher)
+    with pytest.raises(ValueError, match="below its adapter"):
+        build(model=base, teacher_model=model)
+    build(model=model, teacher_model=copied)
+    assert any(weight.requires_grad for weight in model.parameters())
 
 
 def test_datasets(build, dataset):
