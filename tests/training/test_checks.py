@@ -85,6 +85,32 @@ def test_the_model_below_the_students_adapter_is_no_teacher(build, make_model):
     assert any(weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_adapted_model_can_be_given_again(build, make_model, beta):
+    """After an error, and once it was trained: the initial policy is the adapter as it is then."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model(1), lora)
+    settings = {"reference_policy": "initial", "beta": beta}
+    with pytest.raises(ValueError, match="cannot share a tokenizer"):
+        build(settings, model=model, teacher_model=make_model(2, vocab_size=20))
+    weights = {name: weight for name, weight in model.named_parameters() if ".default." in name}
+    for value in (0.25, 0.5):
+        for weight in weights.values():
+            weight.data.fill_(value)
+        build(settings, model=model)
+        for name in weights:
+            assert model.get_parameter(name.replace(".default.", ".ref.")).unique().tolist() == [value]
+    assert model.active_adapter == "default"
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == weights.keys()
+
+
+def test_an_adapter_called_ref_is_not_dropped(build, make_model):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model(1), lora, adapter_name="ref")
+    with pytest.raises(ValueError, match=r"adapter of its own called 'ref'.*model.delete_adapter\('ref'\)"):
+        build({"reference_policy": "initial"}, model=model)
+
+
 def test_datasets(build, dataset):
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         build(train_dataset=dataset.select([]))

@@ -148,13 +148,21 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
     be loaded again.
 
     Raises:
-        ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model.
+        ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model; a `PeftModel` with an
+            adapter of the copy's name that is none.
     """
     if isinstance(model, str):
         return None
     if is_peft_model(model):
+        trained, known = model.active_adapter, model.peft_config
+        if ADAPTER in known:
+            if trained == ADAPTER or known[ADAPTER] is not known[trained]:
+                raise ValueError(
+                    f"`model` has an adapter of its own called {ADAPTER!r}, the name of the frozen copy that the "
+                    f"initial policy needs. Drop it, model.delete_adapter({ADAPTER!r}), or load it by another name."
+                )
+            model.delete_adapter(ADAPTER)  # an earlier trainer's copy: the adapter may have been trained since
         if args.beta == 0.0:  # else GRPOTrainer makes the same copy
-            trained = model.active_adapter
             model.add_adapter(ADAPTER, model.peft_config[trained])
             weights = get_peft_model_state_dict(model, adapter_name=trained)
             set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
