@@ -4,8 +4,10 @@ import copy
 import logging
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
@@ -15,7 +17,7 @@ from sg_opd.training.checks import (
     check_set_up,
 )
 from sg_opd.training.datasets import check_dataset, has_images, rows_to_check
-from sg_opd.training.models import check_tokenizers
+from sg_opd.training.models import check_tokenizers, same_weights
 from sg_opd.training.prompts import check_prompts
 
 
@@ -191,6 +193,24 @@ def test_an_identical_teacher_is_warned_of_under_an_adapter_too(build, make_mode
     caplog.clear()
     build(peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     assert "the same model" not in caplog.text
+
+
+def test_of_two_models_from_one_path_the_weights_are_compared(build, tokenizer, make_model, tmp_path, caplog):
+    """In the narrower precision. Where a shard leaves none, the path counts, with its revision."""
+    make_model(1).save_pretrained(tmp_path / "one")
+    tokenizer.save_pretrained(tmp_path / "one")
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    build(model=models[0], teacher_model=models[1])
+    assert "the same model" in caplog.text
+    caplog.clear()
+    models[1].model.norm.weight.data += 0.5
+    build(model=models[0], teacher_model=models[1])
+    assert "the same model" not in caplog.text
+    for model in models:
+        model.lm_head.weight.data = torch.empty(0)
+    assert same_weights(*models)
+    models[1].config._commit_hash = "another"
+    assert not same_weights(*models)
 
 
 def test_a_cut_off_sampling_distribution_is_warned_of_with_an_engine_correction(tmp_path, caplog):

@@ -138,7 +138,7 @@ def check_models(
         )
     if not own_prompts and same_weights(student, teacher):
         logger.warning(
-            "%s and student are the same model, by path or by weights: every delta is zero and nothing is learnt.",
+            "%s and student are the same model, by their weights: every delta is zero and nothing is learnt.",
             source.role[0].upper() + source.role[1:],
         )
 
@@ -221,18 +221,23 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both models come from one path or, not sharded, have equal parameters; the student without an adapter."""
-    paths = [getattr(model.config, "_name_or_path", "") for model in (student, teacher)]
-    if paths[0] and paths[0] == paths[1]:
-        return True
+    """Whether both have equal parameters, in the narrower precision; the student without an adapter.
+
+    Of sharded ones, which have no weights to compare, whether both come from one path in one revision.
+    """
     student = without_adapter(student)
     ours = {
         name.replace(".base_layer", ""): value for name, value in student.state_dict().items() if "lora_" not in name
     }
     theirs = teacher.state_dict()
-    if ours.keys() != theirs.keys() or any(value.numel() == 0 for value in ours.values()):
-        return False
-    return all(
-        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device, value.dtype))
-        for name, value in ours.items()
-    )
+    if any(value.numel() == 0 for value in (*ours.values(), *theirs.values())):
+        origins = [
+            (config._name_or_path, getattr(config, "_commit_hash", None)) for config in (student.config, teacher.config)
+        ]
+        return bool(origins[0][0]) and origins[0] == origins[1]
+    return ours.keys() == theirs.keys() and all(_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    dtype = min(value.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return value.shape == other.shape and torch.equal(value.to(dtype), other.to(value.device, dtype))
