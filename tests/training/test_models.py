@@ -171,13 +171,20 @@ def test_trying_the_heads_leaves_no_trace(build, halves, estimator, bf16):
     assert all(weight.grad is None for weight in trainer.model.parameters())
 
 
-def test_a_teacher_with_an_adapter_on_its_head_is_refused(build, halves, tmp_path):
-    """It would be scored without it: `lm_head.weight` is the layer's below."""
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(halves[1]),
-        LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"),
-    )
+@pytest.mark.parametrize("part", ["q_proj", "lm_head"])
+def test_an_adapter_is_no_teacher(build, halves, tmp_path, part):
+    """Loaded as a model, on its head it would be passed over: `lm_head.weight` is the layer's below."""
+    lora = LoraConfig(r=2, target_modules=[part], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(halves[1]), lora)
     adapted.save_pretrained(tmp_path / "adapter")
-    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"The teacher \(Qwen3ForCausalLM .* adapter on its head.*docs/merging.md"):
-        build(teacher=teacher)
+    merge = r"merge the adapter into its base first \(docs/merging.md\)"
+    with pytest.raises(ValueError, match=rf"`teacher_model` '.*/adapter' is an adapter.*{merge}"):
+        build(teacher=str(tmp_path / "adapter"))
+    with pytest.raises(TypeError, match=rf"`teacher_model` is a PeftModelForCausalLM.*{merge}"):
+        build(teacher=adapted)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    if part == "lm_head":
+        with pytest.raises(ValueError, match=r"The teacher \(Qwen3ForCausalLM .* adapter on its head.*docs/merging.md"):
+            build(teacher=loaded)
+    else:
+        build(teacher=loaded)
