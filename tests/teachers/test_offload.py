@@ -88,11 +88,14 @@ def test_a_run_is_the_same_bit_for_bit(estimator, lora, run, monkeypatch):
 
 @pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
 def test_one_pass_of_blocks_scores_all_micro_batches(estimator, make_model, run):
-    """Two micro-batches of four rows a step: without a teacher phase three steps are three passes, not six."""
+    """Two micro-batches of four rows a step: without a teacher phase three steps are three passes, not six.
+
+    Two passes more are before the first step, where the head is tried.
+    """
     watched = make_model(2, **PADDED)
     seen = watch(watched)
     offloaded = run(True, teacher=watched, estimator=estimator, teacher_phase_steps=0)
-    assert [layer for layer, _ in seen] == [0, 1] * 3
+    assert [layer for layer, _ in seen] == [0, 1] * (2 + 3)
     for layer, metas in seen:
         assert metas == [i != layer for i in range(2)]
     plain = run(False, estimator=estimator, teacher_phase_steps=0)

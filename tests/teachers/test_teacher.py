@@ -10,6 +10,7 @@ from trainers import Recorder, coin_verifier, make_config
 from sg_opd import SGOPDTrainer
 from sg_opd.teachers.local import load_teacher, sequence_logps
 from sg_opd.teachers.protocol import Teacher, TeacherError, TopScores, as_lists, ask, ask_top
+from sg_opd.teachers.several import Teachers
 
 
 def test_padded_rows_become_lists():
@@ -121,6 +122,26 @@ def test_an_answer_takes_its_places_in_the_batch():
     teacher.score = lambda prompts, completions: [torch.tensor([-1.0, -9999.0]), torch.empty(0), torch.tensor([-3.0])]
     assert ask(teacher, batch, 2.0).tolist() == [[-1, -9999, 0], [0, 0, 0], [-3, 0, 0]]
     assert ask(teacher, batch, None, skips=True).tolist() == [[-1, -math.inf, 0], [0, 0, 0], [-3, 0, 0]]
+
+
+def test_what_is_not_trained_is_not_looked_at():
+    """Tokens of tools and environments may have no probability; each of several teachers is told which they are."""
+    batch = {
+        "prompt_ids": torch.tensor([[3], [4]]), "prompt_mask": torch.ones(2, 1),
+        "completion_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1], [0, 1, 0]]),
+    }  # fmt: skip
+    teacher = Countdown()
+    teacher.score = lambda *asked: [torch.tensor([-1.0, -9999.0, -2.0]), torch.tensor([math.nan, -3.0])][
+        -len(asked[0]) :
+    ]
+    assert ask(teacher, batch, None).tolist() == [[-1, 0, -2], [0, -3, 0]]
+    several = Teachers({"a": Countdown(), "b": teacher}, "teacher")
+    _, part = several.parts({**batch, "teacher_number": torch.tensor([0, 1])})
+    assert ask(teacher, part.batch, None).tolist() == [[0, -3, 0]]
+    batch["tool_mask"][1, 0] = 1
+    with pytest.raises(TeacherError, match="gives token 8 the log-probability nan"):
+        ask(teacher, batch, None)
 
 
 def test_what_an_object_lacks_to_be_a_teacher_is_named(make_model, tokenizer, dataset, tmp_path):

@@ -4,8 +4,10 @@ import copy
 import logging
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from sg_opd import MathVerifier, SGOPDConfig, SGOPDTrainer
@@ -15,7 +17,7 @@ from sg_opd.training.checks import (
     check_set_up,
 )
 from sg_opd.training.datasets import check_dataset, has_images, rows_to_check
-from sg_opd.training.models import check_tokenizers
+from sg_opd.training.models import check_tokenizers, same_weights
 from sg_opd.training.prompts import check_prompts
 
 
@@ -69,6 +71,46 @@ def test_arguments_that_cannot_work(build, make_model, tmp_path):
         build(config={"teacher_model_init_kwargs": {"dtype": "float32"}})
     with pytest.raises(ValueError, match="eval_dataset"):
         build(config={"eval_strategy": "steps"})
+
+
+def test_the_model_below_the_students_adapter_is_no_teacher(build, make_model):
+    """It would be frozen with its adapter, of which nothing would be trained; a copy of it is one."""
+    base = make_model(1)
+    copied = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for teacher in (base, model, {"a": base}):
+        with pytest.raises(ValueError, match=r"below its adapter.*`copy.deepcopy`.*teacher_model='initial'"):
+            build(model=model, teacher_model=teacher)
+    with pytest.raises(ValueError, match="below its adapter"):
+        build(model=base, teacher_model=model)
+    build(model=model, teacher_model=copied)
+    assert any(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_adapted_model_can_be_given_again(build, make_model, beta):
+    """After an error, and once it was trained: the initial policy is the adapter as it is then."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model(1), lora)
+    settings = {"reference_policy": "initial", "beta": beta}
+    with pytest.raises(ValueError, match="cannot share a tokenizer"):
+        build(settings, model=model, teacher_model=make_model(2, vocab_size=20))
+    weights = {name: weight for name, weight in model.named_parameters() if ".default." in name}
+    for value in (0.25, 0.5):
+        for weight in weights.values():
+            weight.data.fill_(value)
+        build(settings, model=model)
+        for name in weights:
+            assert model.get_parameter(name.replace(".default.", ".ref.")).unique().tolist() == [value]
+    assert model.active_adapter == "default"
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == weights.keys()
+
+
+def test_an_adapter_called_ref_is_not_dropped(build, make_model):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model(1), lora, adapter_name="ref")
+    with pytest.raises(ValueError, match=r"adapter of its own called 'ref'.*model.delete_adapter\('ref'\)"):
+        build({"reference_policy": "initial"}, model=model)
 
 
 def test_datasets(build, dataset):
@@ -151,6 +193,24 @@ def test_an_identical_teacher_is_warned_of_under_an_adapter_too(build, make_mode
     caplog.clear()
     build(peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     assert "the same model" not in caplog.text
+
+
+def test_of_two_models_from_one_path_the_weights_are_compared(build, tokenizer, make_model, tmp_path, caplog):
+    """In the narrower precision. Where a shard leaves none, the path counts, with its revision."""
+    make_model(1).save_pretrained(tmp_path / "one")
+    tokenizer.save_pretrained(tmp_path / "one")
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    build(model=models[0], teacher_model=models[1])
+    assert "the same model" in caplog.text
+    caplog.clear()
+    models[1].model.norm.weight.data += 0.5
+    build(model=models[0], teacher_model=models[1])
+    assert "the same model" not in caplog.text
+    for model in models:
+        model.lm_head.weight.data = torch.empty(0)
+    assert same_weights(*models)
+    models[1].config._commit_hash = "another"
+    assert not same_weights(*models)
 
 
 def test_a_cut_off_sampling_distribution_is_warned_of_with_an_engine_correction(tmp_path, caplog):

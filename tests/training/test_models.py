@@ -1,14 +1,14 @@
-"""The precision that student and teacher are loaded and trained in: what there is without a word, and what is said."""
+"""Heads that are computed wrongly are refused; and the precision of student and teacher: what is said of it."""
 
 import pytest
 import torch
 from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from trainers import coin_verifier, make_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 
 from sg_opd import SGOPDTrainer
-from sg_opd.training.models import tell_narrow
+from sg_opd.training.models import check_head, tell_narrow
 
 NARROW = "trained in torch.%s weights: what an update changes by less than about 1/%d of a weight is lost"
 DIFFER = "The student's weights are torch.%s, the teacher's torch.%s, as in its checkpoint"
@@ -27,9 +27,9 @@ def halves(tmp_path_factory, make_model, tokenizer):
 
 @pytest.fixture
 def build(halves, dataset, tmp_path):
-    def build(model=halves[0], teacher=halves[1], peft_config=None, **overrides):
-        args = make_config(tmp_path, **overrides)
-        return SGOPDTrainer(model, teacher, coin_verifier, args, dataset, peft_config=peft_config)
+    def build(model=halves[0], teacher=halves[1], peft_config=None, processing_class=None, **overrides):
+        args, given = make_config(tmp_path, **overrides), {"processing_class": processing_class}
+        return SGOPDTrainer(model, teacher, coin_verifier, args, dataset, peft_config=peft_config, **given)
 
     return build
 
@@ -114,3 +114,77 @@ def test_updates_that_16_bits_lose(build, halves):
         shares.append(sum(moved) / trainer.model.num_parameters())
     assert shares[0] < 0.2
     assert shares[1] > 0.9
+
+
+@pytest.fixture
+def norm_before_head(tokenizer):
+    """A model whose head is a layer, an activation and a norm before `W h + b`."""
+    torch.manual_seed(3)
+    config = ModernBertDecoderConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=0, eos_token_id=tokenizer.eos_token_id,
+        cls_token_id=0, sep_token_id=0,
+    )  # fmt: skip
+    model = ModernBertDecoderForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.4)
+    return model
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full", "top_k"])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_head_that_is_more_than_a_layer_is_refused(build, halves, norm_before_head, tokenizer, role, estimator):
+    """By how much `W h + b` is off, of the last hidden state h, on eight tokens; here by hand."""
+    ids = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids]
+    row = torch.tensor([[ids[i * len(ids) // 8] for i in range(8)]])
+    with torch.no_grad():
+        head, own = norm_before_head.get_output_embeddings(), norm_before_head(input_ids=row).logits
+        logits = torch.stack([head(norm_before_head.base_model(input_ids=row).last_hidden_state), own])[:, 0, :-1]
+    logps = (logits / 0.8).log_softmax(-1)[:, range(7), row[0, 1:]]
+    off = (logps[0] - logps[1]).abs().max().item()
+    assert off > 1
+    models = {
+        "model": AutoModelForCausalLM.from_pretrained(halves[0]),
+        role.replace("student", "model"): norm_before_head,
+    }
+    said = rf"The {role} \(ModernBertDecoderForCausalLM ''\).* up to {off:.2g} nats off"
+    with pytest.raises(ValueError, match=said):
+        build(**models, estimator=estimator, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trying_the_heads_leaves_no_trace(build, halves, estimator, bf16):
+    """Dropout and gradient checkpointing are the run's, random states are as before; heads in 16 bits pass."""
+    student = AutoModelForCausalLM.from_pretrained(halves[0], dtype=torch.float32, attention_dropout=0.5).train()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    trainer = build(student, estimator=estimator, bf16=bf16, gradient_checkpointing=True)
+    torch.manual_seed(5)
+    args = trainer.processing_class, trainer.args, trainer, trainer.accelerator
+    check_head("student", trainer.model, *args)
+    check_head("teacher", trainer.teacher.model, *args)
+    assert torch.get_rng_state().equal(state)
+    assert trainer.model.training
+    assert not trainer.teacher.unwrapped.training
+    assert all(weight.grad is None for weight in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("part", ["q_proj", "lm_head"])
+def test_an_adapter_is_no_teacher(build, halves, tmp_path, part):
+    """Loaded as a model, on its head it would be passed over: `lm_head.weight` is the layer's below."""
+    lora = LoraConfig(r=2, target_modules=[part], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(halves[1]), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge = r"merge the adapter into its base first \(docs/merging.md\)"
+    with pytest.raises(ValueError, match=rf"`teacher_model` '.*/adapter' is an adapter.*{merge}"):
+        build(teacher=str(tmp_path / "adapter"))
+    with pytest.raises(TypeError, match=rf"`teacher_model` is a PeftModelForCausalLM.*{merge}"):
+        build(teacher=adapted)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    if part == "lm_head":
+        with pytest.raises(ValueError, match=r"The teacher \(Qwen3ForCausalLM .* adapter on its head.*docs/merging.md"):
+            build(teacher=loaded)
+    else:
+        build(teacher=loaded)

@@ -138,6 +138,13 @@ def test_an_answer_becomes_a_batchs_targets():
     torch.testing.assert_close(logps, torch.tensor([want]))
 
 
+def test_an_answer_about_a_token_that_is_not_trained_is_not_looked_at():
+    teacher, batch = answer(**{"logps": torch.tensor([-2.0, -9999.0]), "top_logps": torch.full((2, 2), -0.75)})
+    ids, logps = ask_top(teacher, {**batch, "tool_mask": torch.tensor([[1, 0, 0]])}, 2, 6)
+    assert ids.tolist() == [[[3, NO_ID, 5], [0, 0, 0], [0, 0, 0]]]
+    assert logps[0, 1:].eq(0).all()
+
+
 BAD = {
     "rows of [3] tokens, but the batch has [2]": {"logps": torch.full((3,), -1.0)},
     "ids of shape (2, 3), with log-probabilities of shape (2, 2), but was asked for (2, 2)": {

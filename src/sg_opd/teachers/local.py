@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from ..method.buckets import Buckets
 from ..method.divergence import Head, head_of, last_hidden_state, places, put, sequence, taken, unsharded
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 # at 20 GB/s: both take equally long at 5,000 tokens, and beyond six times as many little is left to gain
 TOKENS_AT_ONCE = 32_768
 
+MERGE = "A teacher is a whole model: merge the adapter into its base first (docs/merging.md)."
+
 
 class Forward(Protocol):
     """The forward passes that a trainer lends to frozen models, whole or sharded."""
@@ -36,9 +40,12 @@ class Forward(Protocol):
         """`method(unwrapped model, *args)` within the wrapper's forward."""
 
 
-def sequence_logps(forward: Forward, model: nn.Module, ids: list[int]) -> Tensor:
-    """A model's log-probabilities of a sequence's tokens but the first, (length - 1,), without dropout."""
-    row = torch.tensor([ids], device=next(model.parameters()).device)
+def sequence_logps(forward: Forward, model: nn.Module, ids: list[int], device: torch.device | None = None) -> Tensor:
+    """A model's log-probabilities of a sequence's tokens but the first, (length - 1,), without dropout.
+
+    `device` takes the tokens; by default the one of the first parameter.
+    """
+    row = torch.tensor([ids], device=device or next(model.parameters()).device)
     mask, training = torch.ones_like(row), model.training
     batch = {"prompt_ids": row[:, :1], "completion_ids": row[:, 1:]}
     model.eval()
@@ -57,7 +64,7 @@ def load_teacher(teacher_model: Any, revision: str | None, init_kwargs: Any, **d
 
     Raises:
         TypeError: `teacher_model` is neither text nor a model.
-        ValueError: settings for loading were given together with a model that needs none.
+        ValueError: settings for loading were given together with a model that needs none; an adapter.
         OSError: it cannot be loaded; with a note that names it.
     """
     from trl.trainer.utils import create_model_from_path
@@ -68,9 +75,14 @@ def load_teacher(teacher_model: Any, revision: str | None, init_kwargs: Any, **d
             kwargs["revision"] = revision
         try:
             return create_model_from_path(teacher_model, **kwargs)
-        except OSError as error:  # whose words name no model where the hub cannot be reached
-            error.add_note(f"It was about the teacher, {teacher_model!r}.")
+        except (OSError, ValueError) as error:
+            if find_adapter_config_file(teacher_model, revision=revision):
+                raise ValueError(f"`teacher_model` {teacher_model!r} is an adapter. {MERGE}") from error
+            if isinstance(error, OSError):  # whose words name no model where the hub cannot be reached
+                error.add_note(f"It was about the teacher, {teacher_model!r}.")
             raise
+    if isinstance(teacher_model, nn.Module) and is_peft_model(teacher_model):
+        raise TypeError(f"`teacher_model` is a {type(teacher_model).__name__}, a model under an adapter. {MERGE}")
     if not isinstance(teacher_model, PreTrainedModel):
         missing = [name for name in TEACHER_MEMBERS if not hasattr(teacher_model, name)]
         raise TypeError(

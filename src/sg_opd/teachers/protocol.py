@@ -68,7 +68,7 @@ class TopKTeacher(Teacher, Protocol):
 
 
 def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, skips: bool = False) -> Tensor:
-    """The teacher's log-probabilities of a batch's completion tokens, (B, T), zero where masked.
+    """The teacher's log-probabilities of a batch's completion tokens, (B, T), zero where not trained.
 
     `log_ratio_clip` bounds what a token without probability does to training; `None` refuses one. With `skips` values
     that are no numbers are not refused here, since the caller skips their step.
@@ -76,11 +76,11 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, s
     Raises:
         TeacherError: an answer that does not fit the batch, or holds a value that is refused.
     """
-    ids, mask, prompts, completions = _question(batch)
+    ids, mask, of_scored, prompts, completions = _question(batch)
     rows = teacher.score(prompts, completions)
     _check_types(teacher, "score", rows, Tensor)
     _check_lengths(teacher, rows, completions)
-    scored = torch.cat([row.to(ids.device) for row in rows])
+    scored = torch.cat([row.to(ids.device) for row in rows])[of_scored]
     remedy = "Set `log_ratio_clip`, which bounds it, or look at the teacher"
     return spread(_checked(teacher, ids[mask], scored, skips, log_ratio_clip is not None, remedy), mask)
 
@@ -88,13 +88,13 @@ def ask(teacher: Teacher, batch: dict[str, Any], log_ratio_clip: float | None, s
 def ask_top(teacher: TopKTeacher, batch: dict[str, Any], k: int, vocabulary: int, skips: bool = False) -> Buckets:
     """The teacher's distributions over its `k` likeliest ids, the sampled one and the rest, (B, T, ...).
 
-    Zero where masked. Ids of `vocabulary` and above, which the student lacks, join the rest, and so do ids without
+    Zero where not trained. Ids of `vocabulary` and above, which the student lacks, join the rest, and so do ids without
     probability. `skips` is as in `ask`: what is no number then shows at the sampled id, where the caller looks for it.
 
     Raises:
         TeacherError: an answer that does not fit the batch, or holds a value that is refused.
     """
-    ids, mask, prompts, completions = _question(batch)
+    ids, mask, of_scored, prompts, completions = _question(batch)
     rows = teacher.score_top(prompts, completions, k)
     _check_types(teacher, "score_top", rows, TopScores)
     _check_types(teacher, "score_top", [part for row in rows for part in row], Tensor)
@@ -105,7 +105,7 @@ def ask_top(teacher: TopKTeacher, batch: dict[str, Any], k: int, vocabulary: int
                 f"{teacher.name} gives likeliest ids of shape {tuple(row.top_ids.shape)}, with log-probabilities of "
                 f"shape {tuple(row.top_logps.shape)}, but was asked for {(len(completion), k)}"
             )
-    scored, top_ids, top_logps = (torch.cat([row[i].to(ids.device) for row in rows]) for i in range(3))
+    scored, top_ids, top_logps = (torch.cat([row[i].to(ids.device) for row in rows])[of_scored] for i in range(3))
     sampled, top_logps = ids[mask], top_logps.float().masked_fill(top_logps <= NO_PROBABILITY, -math.inf)
     # any that is no number, where one is looked for
     scored = scored.float().masked_fill(~(top_logps < math.inf).all(1), math.nan)
@@ -116,10 +116,14 @@ def ask_top(teacher: TopKTeacher, batch: dict[str, Any], k: int, vocabulary: int
     return Buckets(*(put(part, mask) for part in answer))
 
 
-def _question(batch: dict[str, Any]) -> tuple[Tensor, Tensor, list[list[int]], list[list[int]]]:
-    """Ids and mask of a batch's completions, (B, T), and its prompts and completions as lists."""
+def _question(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, list[list[int]], list[list[int]]]:
+    """Ids and trained tokens of a batch's completions, (B, T), which of all tokens those are, (N,), and what to ask.
+
+    Tokens of tools and environments are read, but not trained: what the teacher says of them does not count.
+    """
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
-    return ids, mask, as_lists(batch["prompt_ids"], batch["prompt_mask"]), as_lists(ids, mask)
+    trained = mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+    return ids, trained, trained[mask], as_lists(batch["prompt_ids"], batch["prompt_mask"]), as_lists(ids, mask)
 
 
 def _check_types(teacher: Teacher, method: str, answer: Any, expected: type) -> None:

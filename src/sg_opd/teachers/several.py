@@ -17,7 +17,7 @@ from .protocol import TeacherError
 INITIAL = "initial"  # as `teacher_model`: the student before training; a folder of that name is "./initial"
 KEYS = ("model_name_or_path", "server_url", "revision", "init_kwargs")  # of a teacher in `teacher_models`
 ALONE = ("teacher_model_name_or_path", "teacher_server_url", "teacher_model_revision", "teacher_model_init_kwargs")
-SEQUENCES = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+SEQUENCES = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 
 
 @contextmanager
@@ -196,7 +196,7 @@ class Teachers:
         for place, name in enumerate(self.names):
             teacher, rows = self.by_name[name], [row for row, number in enumerate(numbers) if number == place]
             asked = rows or ([0] if teacher.sharded else None)
-            taken = None if asked is None else {key: batch[key][asked] for key in SEQUENCES}
+            taken = None if asked is None else {key: batch[key][asked] for key in SEQUENCES if key in batch}
             yield Part(name, teacher, rows, taken)
 
 

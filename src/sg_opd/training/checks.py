@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import AutoConfig, IntervalStrategy, PreTrainedModel
 
 from ..config import SGOPDConfig
@@ -20,7 +21,7 @@ from ..teachers.protocol import Teacher, TopKTeacher
 from ..teachers.several import Source, Teachers, named, sources_of
 from ..verifiers.verdicts import MathVerifier
 from .datasets import SUPPLIES_PROMPTS, Unparseable, check_routes
-from .models import tell_narrow
+from .models import tell_narrow, without_adapter
 from .prompts import RowsOfTeachers, has_own_prompts
 
 logger = get_logger(__name__)  # of the main process only
@@ -94,8 +95,12 @@ def check_source(source: Source, model: Any, args: SGOPDConfig) -> None:
             )
         return
     check_path("teacher_model", source.model)
-    if source.model is model and not isinstance(model, str):
-        raise ValueError("`teacher_model` is the very object passed as `model`; the teacher is frozen, pass a copy.")
+    if isinstance(model, nn.Module) and without_adapter(source.model) is without_adapter(model):
+        raise ValueError(
+            "`teacher_model` is the very object passed as `model`, or the one below its adapter: the teacher is "
+            "frozen, and the adapter would be the teacher's too. Pass a copy (`copy.deepcopy`, before the adapter is "
+            "put on), or for the student before training teacher_model='initial'."
+        )
     if source.is_initial:
         check_initial(source, args)
     elif args.teacher_offload:

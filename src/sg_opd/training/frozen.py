@@ -40,7 +40,7 @@ from ..teachers.protocol import Teacher, TeacherError
 from ..teachers.sampling import OF_RUN, SERVED, run_sampling, stated, tell_unused
 from ..teachers.server import ServerTeacher
 from ..teachers.several import Source, Teachers, named
-from .models import check_models, tell_dtypes
+from .models import check_head, check_models, tell_dtypes
 from .prompts import RowsOfTeachers, has_own_prompts
 
 ADAPTER = "ref"  # GRPOTrainer's own name for a frozen copy of an adapter
@@ -70,10 +70,15 @@ def build_teachers(sources: Sequence[Source], args: SGOPDConfig, run: Run) -> tu
     Raises:
         ValueError, TypeError, OSError, TeacherServerError: as `build_teacher`, beginning with the teacher's name.
     """
+    of_run = run.tokenizer, args, run.forward, run.accelerator
+    check_head("student", run.student, *of_run)  # and so the initial policy, which is a copy
     built, shared = {}, []
     for source in sources:
         with named(source.name):
-            built[source.name], vocabulary = build_teacher(source, args, run)
+            teacher, vocabulary = build_teacher(source, args, run)
+            if type(teacher) is LocalTeacher:
+                check_head(source.role, teacher.model, *of_run)
+        built[source.name] = teacher
         shared.append(vocabulary)
     return Teachers(built, args.teacher_column), min(shared)
 
@@ -143,13 +148,21 @@ def capture(model: Any, args: GRPOConfig) -> PreTrainedModel | None:
     be loaded again.
 
     Raises:
-        ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model.
+        ValueError: an instance without a path under ZeRO-3, which cannot copy a sharded model; a `PeftModel` with an
+            adapter of the copy's name that is none.
     """
     if isinstance(model, str):
         return None
     if is_peft_model(model):
+        trained, known = model.active_adapter, model.peft_config
+        if ADAPTER in known:
+            if trained == ADAPTER or known[ADAPTER] is not known[trained]:
+                raise ValueError(
+                    f"`model` has an adapter of its own called {ADAPTER!r}, the name of the frozen copy that the "
+                    f"initial policy needs. Drop it, model.delete_adapter({ADAPTER!r}), or load it by another name."
+                )
+            model.delete_adapter(ADAPTER)  # an earlier trainer's copy: the adapter may have been trained since
         if args.beta == 0.0:  # else GRPOTrainer makes the same copy
-            trained = model.active_adapter
             model.add_adapter(ADAPTER, model.peft_config[trained])
             weights = get_peft_model_state_dict(model, adapter_name=trained)
             set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)

@@ -1,20 +1,108 @@
-"""What is verified of student and teacher beside each other, and of the precision they are loaded in."""
+"""What is verified of student and teacher: each one's head, the two beside each other, and their precision."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SGOPDConfig
-from ..teachers.local import blocks_of
+from ..method.divergence import chunked_nll, head_of, last_hidden_state
+from ..method.gate import is_divergence
+from ..teachers.local import Forward, blocks_of, is_sharded, sequence_logps
 from ..teachers.protocol import eos_set
 from ..teachers.several import Source
 
 logger = get_logger(__name__)  # of the main process only
+
+TOKENS = 8  # that a head is tried on
+
+
+def check_head(
+    role: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SGOPDConfig,
+    forward: Forward,
+    accelerator: Accelerator,
+) -> None:
+    """Refuse a model whose log-probabilities, as this run computes them, are not those of its own logits.
+
+    TRL's fused head and `head_of` both take logits for `W h + b`, scaled and soft-capped as the configuration says.
+    Some heads are more than that. The model, wrapped or not, is asked about one short sequence, without dropout; not a
+    sharded one, nor a quantised student on a CPU.
+    """
+    own = accelerator.unwrap_model(model)
+    name = f"The {role} ({type(without_adapter(own)).__name__} {own.config._name_or_path!r})"
+    if isinstance(own.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"{name} has an adapter on its head, which log-probabilities here would not count. Merge the adapter into "
+            "the model first (docs/merging.md)."
+        )
+    quantised = getattr(without_adapter(own), "hf_quantizer", None) is not None
+    # bitsandbytes packs what runs on a CPU in eval mode for good, and has no gradient through it then
+    if is_sharded(accelerator) or (quantised and role == "student" and accelerator.device.type == "cpu"):
+        return
+    training = own.training
+    own.eval()
+    scored, expected, tolerance = _scored(model, own, tokenizer, args, forward, accelerator)
+    own.train(training)
+    off = (scored - expected).abs().max().item()
+    if off > tolerance:  # a NaN is none: what is no number is reported in training, by its token
+        instead = "" if role == "student" else ", or serve it by vLLM (`teacher_server_url`)"
+        raise ValueError(
+            f"{name} has a head that estimator={args.estimator!r} does not know: log-probabilities are computed from "
+            "the last hidden states and the weights of the head, with the scaling and the soft cap of the "
+            f"configuration, and are up to {off:.2g} nats off those of the model's own logits. Choose another model"
+            f"{instead}."
+        )
+
+
+@torch.no_grad()
+def _scored(
+    model: nn.Module,
+    own: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SGOPDConfig,
+    forward: Forward,
+    accelerator: Accelerator,
+) -> tuple[Tensor, Tensor, float]:
+    """Log-probabilities of a few tokens as the run computes them and from logits, and by how much rounding may differ.
+
+    The tokens are spread evenly over the vocabulary, without special ones, which may stand for images.
+    """
+    embedding: Any = own.get_input_embeddings()
+    device = accelerator.device if embedding.weight.is_meta else embedding.weight.device
+    known = {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
+    usable = sorted(token for token in known if token < own.config.get_text_config().vocab_size)
+    ids = [usable[i * len(usable) // TOKENS] for i in range(TOKENS)]
+    row = torch.tensor([ids], device=device)
+    tokens = row, torch.ones_like(row)
+
+    def whole(own: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return own(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0, -TOKENS:-1]
+
+    def by_head(own: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = last_hidden_state(own, input_ids, attention_mask, TOKENS - 1)[0]
+        return -chunked_nll(states, head_of(own), row[0, 1:].to(states.device), args.temperature)
+
+    with accelerator.autocast():
+        logits = forward.run_within(model, whole, *tokens).float().cpu() / args.temperature
+        by_states = is_divergence(args.estimator)
+        scored = (
+            forward.run_within(model, by_head, *tokens) if by_states else sequence_logps(forward, model, ids, device)
+        )
+    at = row.cpu()[0, 1:, None]
+    largest = torch.maximum(logits.gather(1, at).abs(), logits.amax(1, keepdim=True).abs()).max().item()
+    narrow = accelerator.mixed_precision != "no" or own.dtype != torch.float32
+    tolerance = 2 * largest * (2**-7 if narrow else 2**-10)  # two roundings, to bfloat16 or to TF32
+    return scored.float().cpu(), logits.log_softmax(-1).gather(1, at).squeeze(1), tolerance
 
 
 def check_models(
@@ -50,7 +138,7 @@ def check_models(
         )
     if not own_prompts and same_weights(student, teacher):
         logger.warning(
-            "%s and student are the same model, by path or by weights: every delta is zero and nothing is learnt.",
+            "%s and student are the same model, by their weights: every delta is zero and nothing is learnt.",
             source.role[0].upper() + source.role[1:],
         )
 
@@ -133,18 +221,23 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def same_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both models come from one path or, not sharded, have equal parameters; the student without an adapter."""
-    paths = [getattr(model.config, "_name_or_path", "") for model in (student, teacher)]
-    if paths[0] and paths[0] == paths[1]:
-        return True
+    """Whether both have equal parameters, in the narrower precision; the student without an adapter.
+
+    Of sharded ones, which have no weights to compare, whether both come from one path in one revision.
+    """
     student = without_adapter(student)
     ours = {
         name.replace(".base_layer", ""): value for name, value in student.state_dict().items() if "lora_" not in name
     }
     theirs = teacher.state_dict()
-    if ours.keys() != theirs.keys() or any(value.numel() == 0 for value in ours.values()):
-        return False
-    return all(
-        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device, value.dtype))
-        for name, value in ours.items()
-    )
+    if any(value.numel() == 0 for value in (*ours.values(), *theirs.values())):
+        origins = [
+            (config._name_or_path, getattr(config, "_commit_hash", None)) for config in (student.config, teacher.config)
+        ]
+        return bool(origins[0][0]) and origins[0] == origins[1]
+    return ours.keys() == theirs.keys() and all(_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    dtype = min(value.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return value.shape == other.shape and torch.equal(value.to(dtype), other.to(value.device, dtype))

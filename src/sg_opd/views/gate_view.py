@@ -66,7 +66,7 @@ class RolloutView:
     student_logps: tuple[float, ...]  #: log pi_S in nats, before the first update on the rollout; all logps are float32
     teacher_logps: tuple[float, ...]  #: log pi_T in nats
     reference_logps: tuple[float, ...] | None  #: log pi_R in nats; `None` is the current policy
-    #: Which tokens are trained on; `None` is all. With a divergence a run keeps 0 as the others' logps.
+    #: Which tokens are trained on; `None` is all. A run may keep 0 as the others' logps.
     trained: tuple[bool, ...] | None
     verdict: float | None  #: 1.0 correct, 0.0 incorrect, `None` abstained
     settings: GateSettings  #: of the gate that decided
