@@ -1,7 +1,8 @@
 """`make demo`: the embedded student distilled with SG-OPD and, on the same budget, with plain OPD.
 
 Prints avg@8 and pass@8 on 200 held-out questions for the student before, OPD, SG-OPD and the teacher, and the gate's
-shares; writes to runs/demo: result.json, the curves of both runs (curves.png, curves.html), and the students.
+shares; writes to runs/demo: result.json, the curves of both runs (curves.png, curves.html), and the students, each with
+rollouts token by token (gate_samples.html).
 
     python examples/arithmetic/demo.py [--seed 0] [--output runs/demo] [--max_steps N]
 """
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"
 SAMPLES = 8
 FIGURES = (f"avg@{SAMPLES}", f"pass@{SAMPLES}")
-GATE = ("gate/consensus", "gate/conflict", "gate/neutral", "gate/factor")
+GATE = ("gate/consensus", "gate/consensus_delta", "gate/conflict_delta", "gate/factor")
 
 
 class Bar(ProgressCallback):
@@ -48,7 +49,8 @@ def train(preset: str, verifier: MathVerifier, seed: int, output: Path, extra: l
     """The recipe with another preset, begun anew; the trainer after training, and the seconds `train()` took."""
     shutil.rmtree(output / preset, ignore_errors=True)  # of an earlier demo
     parser = TrlParser((ScriptArguments, SGOPDConfig, ModelConfig))
-    changes = ["--preset", preset, "--seed", str(seed), "--output_dir", str(output / preset), *extra]
+    changes = ["--preset", preset, "--seed", str(seed), "--output_dir", str(output / preset)]
+    changes += ["--log_gate_samples", "2", *extra]
     _, args, _ = parser.parse_args_and_config(["--config", str(RECIPE), *changes])
     trainer = SGOPDTrainer(
         model=str(HERE / "student"),
@@ -107,7 +109,8 @@ def main() -> None:
         train_seconds=seconds["SG-OPD lite"], opd_train_seconds=seconds["OPD"], seed=options.seed, gate=gates
     )
     (options.output / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
-    console.print(f"written: {options.output}/result.json, {', '.join(map(str, written))}")
+    samples = options.output / "sg-opd-lite" / "gate_samples.html"
+    console.print(f"written: {options.output}/result.json, {', '.join(map(str, [*written, samples]))}")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,8 @@ def test_the_demo_writes_its_result(tmp_path):
     assert 70 <= summary["teacher"]["avg@8"] <= 90
     assert 10 <= summary["student_before"]["avg@8"] <= 40
     for name in ("opd", "sg-opd-lite"):  # what docs/evaluation.md evaluates
-        assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / name).iterdir()}
+        written = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"model.safetensors", "tokenizer.json", "gate_samples.html"} <= written
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "Correct rollouts" in (tmp_path / "curves.html").read_text()
 
