@@ -101,19 +101,21 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: S
         )
     question, answer = pair
     kept = {"prompt", "solution", COLLECTED, TEACHER_PROMPT, *keep}
-    stated = {}
     if isinstance(dataset, Dataset) and format_of(dataset) is None:
-        # else the first thousand answers decide, which may all be missing
+        # the type of answers is stated: else the first thousand of them decide it, which may all be missing
         known = {name: feature for name, feature in dataset.features.items() if name in {question, *kept}}
-        stated = {"features": Features({**known, "solution": Value("string")})}
-    dataset = dataset.map(
-        lambda row: {"solution": as_gold(row[answer])},
-        remove_columns=[name for name in columns if name not in {question, *kept}],
-        **stated,
-    )
+        dataset = dataset.map(
+            lambda row: {"solution": as_gold(row[answer])},
+            remove_columns=[name for name in columns if name not in known],
+            features=Features({**known, "solution": Value("string")}),
+        )
+        return dataset.map(
+            lambda row: {"prompt": as_messages(row[question], instruction)},
+            remove_columns=[name for name in known if name not in kept],
+        )
     return dataset.map(
-        lambda row: {"prompt": as_messages(row[question], instruction)},
-        remove_columns=[name for name in (question,) if name not in kept],
+        lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
+        remove_columns=[name for name in columns if name not in kept],
     )
 
 
