@@ -278,3 +278,11 @@ def test_tasks_that_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "P", "answer": "1"}) + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl: the task aime25 needs 'problem', 'problem_idx'.*'question'"):
         load_task("aime25", str(tmp_path / "rows.jsonl"))
+
+
+def test_rows_of_a_transform_are_prepared_as_it_gives_them():
+    rows = Dataset.from_list([{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}])
+    rows.set_transform(lambda batch: {**batch, "answer": [f"so #### {text}" for text in batch["answer"]]})
+    made = prepare_dataset(rows, instruction=None)
+    assert [row["solution"] for row in made] == ["2", "4"]
+    assert [row["prompt"][0]["content"] for row in made] == ["1 + 1?", "2 + 2?"]

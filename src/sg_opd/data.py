@@ -113,10 +113,12 @@ def prepare_dataset(dataset: Any, instruction: str | None = INSTRUCTION, keep: S
             lambda row: {"prompt": as_messages(row[question], instruction)},
             remove_columns=[name for name in known if name not in kept],
         )
-    return dataset.map(
+    dataset = dataset.map(
         lambda row: {"prompt": as_messages(row[question], instruction), "solution": as_gold(row[answer])},
         remove_columns=[name for name in columns if name not in kept],
     )
+    # a transform was applied by now, and would miss the columns that are gone
+    return dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
 
 
 def format_of(dataset: Any) -> str | None:
