@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 RECIPE = HERE.parent / "configs" / "arithmetic.yaml"
 SAMPLES = 8
 FIGURES = (f"avg@{SAMPLES}", f"pass@{SAMPLES}")
-GATE = ("gate/consensus", "gate/consensus_delta", "gate/conflict_delta", "gate/factor")
+GATE = ("gate/consensus_delta", "gate/conflict_delta", "gate/factor")
 
 
 class Bar(ProgressCallback):
