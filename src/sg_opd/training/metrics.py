@@ -145,8 +145,11 @@ class GateMeter:
         self.add(totals)
         deltas = sampled(decision.delta.masked_fill(~gated, math.nan).flatten(), SAMPLE_PER_BATCH)
         self.deltas.append(deltas[:: self.stride].float())
-        if sum(map(len, self.deltas)) > 2 * SAMPLE_PER_LOG:
-            self.deltas, self.stride = [torch.cat(self.deltas)[::2].clone()], 2 * self.stride
+        if len(self.deltas) > 2 * SAMPLE_PER_LOG // SAMPLE_PER_BATCH:
+            kept = torch.cat(self.deltas)
+            if len(kept) > 2 * SAMPLE_PER_LOG:
+                kept, self.stride = kept[::2].clone(), 2 * self.stride
+            self.deltas = [kept]
 
     def add(self, totals: dict[str, Tensor]) -> None:
         """Take in sums over some rows or tokens of this rank; no synchronisation with the device."""
