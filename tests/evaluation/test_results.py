@@ -80,7 +80,7 @@ def test_votes_have_a_bounded_number_of_time_outs(monkeypatch):
     hard, asked = [f"h+{number}" for number in range(5)], []
 
     def run(tasks):
-        asked.extend(pair for pair in tasks.values() if pair[0] != pair[1])
+        asked.extend(tasks.values())
         return {
             row: None if {*pair} & {*hard} else float(sorted(pair[0]) == sorted(pair[1])) for row, pair in tasks.items()
         }
