@@ -132,7 +132,7 @@ class MathVerifier:
             pairs = [(number, next(iter(left)), other) for number, left in enumerate(places) for other in left]
             verdicts, tasks = quick_verdicts([(first, other) for _, first, other in pairs])
             for row, (number, *both) in enumerate(pairs):
-                if both[0] == both[1] or any(undecided[number, answer] >= UNDECIDED for answer in both):
+                if any(undecided[number, answer] >= UNDECIDED for answer in both):
                     tasks.pop(row, None)
             for row, verdict in self._grader.run(tasks).items():
                 number, _, other = pairs[row]
